@@ -1,0 +1,518 @@
+"""The data: a tiny world to learn in, LLaVA-format files from disk, prompts and label masks, batches.
+
+    python data.py export runs/world                        # the tiny world as LLaVA-format JSON + PNG   (10 s)
+    python data.py check runs/world/train.json runs/world   # validate such a set, report every bad row   (2 s)
+
+Both sources give the same two things: `records`, a list of LLaVA-format dictionaries
+
+    {"id": "7", "image": "train/7.png", "conversations": [{"from": "human", "value": "<image>\\nwhat shape is it?"},
+                                                          {"from": "gpt", "value": "heart"}, ...]}
+
+and `get_image(name)`, a uint8 tensor (3, R, R). From there on a picture of the tiny world and a photograph on disk
+take the same path. Letters: B samples, T tokens, R pixels of the square image, N scenes.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import encode_png
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+IGNORE = -100  # a label that the loss skips (torch's cross_entropy default)
+
+
+class InputError(ValueError):
+    """Bad input from the user: one line that names the file, row or flag and the mend. main() prints it, exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiny world: one object with many independent attributes. One, because a tiny LLM does not learn in minutes to pick
+# among several; many, so that the vision encoder is the bottleneck and not the language.
+
+ATTRIBUTES = {
+    "shape": ["arrow", "fish", "hammer", "heart", "house", "moon"],
+    "colour": ["red", "orange", "yellow", "green", "blue", "purple"],
+    "pattern": ["plain", "striped", "dotted", "checked"],  # fine: 8 px at the 96 px of the ConvNeXt, 4 px at the student's
+    "place": ["northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast"],
+    "size": ["small", "medium", "large"],
+    "turn": ["up", "right", "down", "left"],
+    "background": ["sky", "grass", "sand", "night"],
+}
+QUESTIONS = {
+    "shape": "what shape is it?",
+    "colour": "what colour is it?",
+    "pattern": "what pattern is it?",
+    "place": "what place is it?",
+    "size": "what size is it?",
+    "turn": "what way does it point?",
+    "background": "what is behind it?",
+}
+WORLD_SIZE = 96  # px, the largest that an encoder of the TINY preset asks for
+SPLITS = ("train", "validation", "test")
+
+
+def sample_scenes(split: str, n: int, seed: int = 0) -> torch.Tensor:
+    """n scenes as attribute indices (N, 7), columns in the order of ATTRIBUTES; a seeded, endless deal.
+
+    The splits are disjoint in the attribute tuple itself: a fixed random draw gives 10 % of all 62,208 tuples to "test",
+    10 % to "validation", the rest to "train". No test scene has a twin in training, not even with other noise.
+    """
+    sizes = [len(v) for v in ATTRIBUTES.values()]
+    owner = torch.randperm(math.prod(sizes), generator=torch.Generator().manual_seed(1234)) % 10  # the same for every seed
+    tuples = {"test": owner == 0, "validation": owner == 1, "train": owner > 1}[split].nonzero()[:, 0]
+    g = torch.Generator().manual_seed(seed * len(SPLITS) + SPLITS.index(split))
+    index = tuples[torch.randint(len(tuples), (n,), generator=g)]
+    columns = []
+    for size in reversed(sizes):
+        columns.append(index % size)
+        index = index // size
+    return torch.stack(columns[::-1], dim=1)                                            # (N, 7)
+
+
+def scene_geometry(scenes: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Where the object of each scene is: centre x, y and radius in units of half an image, angle in radians; each (N,).
+
+    The named attribute plus a jitter that never crosses into the next name's range.
+    """
+    n, g = len(scenes), torch.Generator().manual_seed(seed + 1_000_003)
+    jitter = torch.rand(n, 4, generator=g) * 2 - 1
+    place, size, turn = (scenes[:, list(ATTRIBUTES).index(a)] for a in ("place", "size", "turn"))
+    return {
+        "x": (place % 3 - 1) * 0.42 + 0.08 * jitter[:, 0],
+        "y": (place // 3 - 1) * 0.42 + 0.08 * jitter[:, 1],
+        "radius": torch.tensor([0.32, 0.44, 0.60])[size] * (1 + 0.08 * jitter[:, 2]),
+        "angle": turn * (math.pi / 2) + 0.2 * jitter[:, 3],
+    }
+
+
+def _polygon(x: torch.Tensor, y: torch.Tensor, *edges: tuple[float, float, float]) -> torch.Tensor:
+    """Signed distance to a convex polygon, the largest of its half planes a x + b y <= c; negative inside."""
+    return torch.stack([(a * x + b * y - c) / math.hypot(a, b) for a, b, c in edges]).amax(0)
+
+
+def _shape_distance(k: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Signed distance (negative inside) to shape k of ATTRIBUTES, pointing up, in a frame where it fills radius 1."""
+    def box(x0, x1, y0, y1):
+        return _polygon(x, y, (-1, 0, -x0), (1, 0, x1), (0, -1, -y0), (0, 1, y1))
+
+    def disc(cx, cy, r):
+        return torch.hypot(x - cx, y - cy) - r
+
+    name, join = ATTRIBUTES["shape"][k], torch.minimum
+    if name == "arrow":
+        return join(_polygon(x, y, (1.1, -1, 1.0), (-1.1, -1, 1.0), (0, 1, 0.0)), box(-0.35, 0.35, -0.1, 1.0))
+    if name == "fish":
+        tail = _polygon(x, y, (0.8, -1, -0.3), (-0.8, -1, -0.3), (0, 1, 1.0))
+        return join((torch.hypot(x / 0.6, (y + 0.2) / 0.8) - 1) * 0.6, tail)
+    if name == "hammer":
+        return join(box(-0.9, 0.9, -0.95, -0.3), box(-0.28, 0.28, -0.9, 1.0))
+    if name == "heart":
+        point = _polygon(x, y, (1, 1, 0.8), (-1, 1, 0.8), (0, -1, 0.28))
+        return join(join(disc(-0.45, -0.38, 0.52), disc(0.45, -0.38, 0.52)), point)
+    if name == "house":
+        return join(box(-0.68, 0.68, -0.1, 0.9), _polygon(x, y, (1, -1, 0.98), (-1, -1, 0.98), (0, 1, 0.0)))
+    return torch.maximum(disc(0, 0.1, 0.98), -disc(0, 0.68, 0.72))  # moon
+
+
+_COLOURS = torch.tensor([[.85, .12, .12], [.95, .55, .10], [.95, .90, .20], [.15, .65, .20], [.15, .35, .90], [.60, .20, .75]])
+_BACKGROUNDS = torch.tensor([[[.45, .70, .95], [.85, .93, 1.]], [[.35, .60, .25], [.50, .75, .35]],   # sky, grass: top, bottom
+                             [[.85, .75, .55], [.95, .88, .70]], [[.05, .05, .20], [.15, .12, .35]]])  # sand, night
+
+
+# A pattern is paint on the surface, a mix of two waves across it: a sin(u) + b sin(v) + c sin(u) sin(v) + d.
+_PAINT = torch.tensor([[0., 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, -1], [0, 0, 2, 0]])  # plain, striped, dotted, checked
+
+
+def render(scenes: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Pictures of scenes (N, 7): uint8 (N, 3, 96, 96). The same scenes and seed give the same bytes."""
+    g = torch.Generator().manual_seed(seed + 2_000_003)
+    geometry = scene_geometry(scenes, seed)
+    chunks = []
+    for i in range(0, len(scenes), 64):  # 64 at a time stay in the processor's cache
+        chunks.append(_render_chunk(scenes[i:i + 64], {k: v[i:i + 64] for k, v in geometry.items()}, g))
+    return torch.cat(chunks)
+
+
+def _render_chunk(scenes: torch.Tensor, geometry: dict[str, torch.Tensor], g: torch.Generator) -> torch.Tensor:
+    n, R = len(scenes), WORLD_SIZE
+    shape, colour, pattern, background = (scenes[:, i] for i in (0, 1, 2, 6))
+    line = (torch.arange(R) + 0.5) / R * 2 - 1
+    Y, X = line[None, :, None], line[None, None, :]
+
+    # background: a vertical gradient and a noise of its own kind
+    top, bottom = _BACKGROUNDS[background].unbind(1)
+    t = ((Y + 1) / 2)[:, None]                                                          # (1, 1, R, 1)
+    gradient = top[:, :, None, None] * (1 - t) + bottom[:, :, None, None] * t           # (N, 3, R, 1)
+    noise = torch.rand(n, 1, R, R, generator=g) - 0.5
+    grain = torch.tensor([0.02, 0.30, 0.12, 0.04])[background][:, None, None, None]     # grass is rough, the sky smooth
+    stars = ((noise > 0.49) & (background == 3)[:, None, None, None]) * 0.8
+    image = gradient + (grain * noise + stars)                                          # (N, 3, R, R)
+
+    # the object's own frame: centred, turned, in pixels
+    cx, cy, radius, angle = (geometry[k][:, None, None] for k in ("x", "y", "radius", "angle"))
+    dx, dy, radius = (X - cx) * (R / 2), (Y - cy) * (R / 2), radius * (R / 2)
+    cos, sin = angle.cos(), angle.sin()
+    x, y = cos * dx + sin * dy, cos * dy - sin * dx                                     # (N, R, R)
+    distance = torch.empty(n, R, R)
+    for k in range(len(ATTRIBUTES["shape"])):
+        rows = (shape == k).nonzero()[:, 0]
+        distance[rows] = _shape_distance(k, x[rows] / radius[rows], y[rows] / radius[rows]) * radius[rows]
+    inside = (0.5 - distance).clamp(0, 1)[:, None]                                      # one pixel of anti-aliasing
+    rim = (1.5 - (distance + 1.5).abs()).clamp(0, 1)[:, None]                           # a dark outline, 2 px
+
+    # the pattern: a period of 8 px whatever the object's size, and a random phase
+    phase = torch.rand(n, 2, 1, 1, generator=g) * 2 * math.pi
+    u, v = (x * (2 * math.pi / 8) + phase[:, 0]).sin(), (y * (2 * math.pi / 8) + phase[:, 1]).sin()
+    a, b, c, d = _PAINT[pattern].T[:, :, None, None]
+    paint = (3 * (a * u + b * v + c * u * v + d)).clamp(-1, 1)[:, None]                 # (N, 1, R, R)
+    body = (_COLOURS[colour] + 0.06 * torch.randn(n, 3, generator=g))[:, :, None, None]
+    body = body * ((0.75 - 0.25 * paint) * (1 - 0.75 * rim))                            # (N, 3, R, R)
+    image = torch.lerp(image, body, inside)                                             # (N, 3, R, R)
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def caption(scene: list[int], g: torch.Generator, mention: float = 0.1) -> str:
+    """A caption as the web writes them: always shape, colour and background; anything else only with chance `mention`."""
+    word = {a: ATTRIBUTES[a][i] for a, i in zip(ATTRIBUTES, scene)}
+    said = dict(zip(ATTRIBUTES, (torch.rand(len(ATTRIBUTES), generator=g) < mention).tolist()))
+    front = [word[a] for a in ("size", "pattern") if said[a]] + [word["colour"], word["shape"]]
+    back = [f"points {word['turn']}"] * said["turn"] + [f"in the {word['place']}"] * said["place"] + [f"on {word['background']}"]
+    return f"{'an' if front[0][0] in 'aeiou' else 'a'} {' '.join(front)} {' '.join(back)}"
+
+
+def _questions(scene: list[int], order: list[int]) -> list[dict]:
+    kinds = [list(ATTRIBUTES)[k] for k in order]
+    turns = [({"from": "human", "value": QUESTIONS[a]},
+              {"from": "gpt", "value": ATTRIBUTES[a][scene[list(ATTRIBUTES).index(a)]]}) for a in kinds]
+    return [turn for pair in turns for turn in pair]
+
+
+def world_records(split: str, kind: str, n: int, seed: int = 0) -> list[dict]:
+    """Records of the tiny world. `kind`: "caption" (stage 1), "chat" (stage 2: all seven questions about one image),
+    "text" (stage 2, without an image: the scene is told in words first, as LLaVA's mix carries pure text), "question" (held out: one
+    question a record, with its type)."""
+    scenes = sample_scenes(split, n, seed).tolist()
+    g = torch.Generator().manual_seed(seed + 3_000_003)
+    records = []
+    for i, scene in enumerate(scenes):
+        order = torch.randperm(len(ATTRIBUTES), generator=g).tolist()
+        record = {"id": f"{split}-{kind}-{i}", "image": f"{split}-{seed}/{i}.png"}
+        if kind == "caption":
+            turns = [{"from": "human", "value": "describe the image.\n<image>"}, {"from": "gpt", "value": caption(scene, g)}]
+        else:
+            turns = _questions(scene, order)
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        if kind == "text":
+            del record["image"]
+            turns[0]["value"] = turns[0]["value"].replace("<image>", caption(scene, g, mention=1.0) + ".")
+        if kind == "question":
+            for a, q in zip(ATTRIBUTES, range(0, 2 * len(ATTRIBUTES), 2)):
+                human, gpt = _questions(scene, list(range(len(ATTRIBUTES))))[q:q + 2]
+                human["value"] = "<image>\n" + human["value"]
+                records.append({**record, "id": f"{record['id']}-{a}", "type": a, "conversations": [human, gpt]})
+        else:
+            records.append({**record, "conversations": turns})
+    return records
+
+
+def world_images(split: str, n: int, seed: int = 0):
+    """get_image for the records of one split: all n pictures drawn once, kept as uint8 in memory (27 KB each)."""
+    images = render(sample_scenes(split, n, seed), seed)
+    return lambda name: images[int(Path(name).stem)]
+
+
+def export_world(folder: Path, n_pretrain: int, n_train: int, n_text: int, n_eval: int) -> None:
+    """Write the very records and pixels that `train.py --tiny` trains on as LLaVA-format JSON + PNG under `folder`."""
+    sets = {"pretrain": tiny_world("pretrain", n_pretrain, 0), "train": tiny_world("train", n_train, n_text),
+            "test": tiny_world("test", n_eval, 0), "validation": tiny_world("validation", n_eval, 0)}
+    for name, (records, get_image) in sets.items():
+        for image in tqdm(sorted({r["image"] for r in records if "image" in r}), desc=f"export {name}", leave=False):
+            path = folder / image
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode_png(get_image(image)).numpy().tobytes())
+        write_json(folder / f"{name}.json", records)
+
+
+def tiny_world(name: str, n: int, n_text: int = 0):
+    """(records, get_image) of the four sets of the tiny world: "pretrain" n captioned images (stage 1); "train" n images
+    with seven questions each and n_text dialogues without an image (stage 2); "test", "validation" held-out questions about n images."""
+    if name == "pretrain":
+        return world_records("train", "caption", n, seed=1), world_images("train", n, seed=1)
+    if name == "train":
+        return world_records("train", "chat", n) + world_records("train", "text", n_text, seed=2), world_images("train", n)
+    return world_records(name, "question", n), world_images(name, n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaVA-format files from disk
+
+
+def write_json(path: Path, value) -> None:
+    """Atomic: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    temporary.rename(path)
+
+
+def record_fault(record) -> str | None:
+    """What is wrong with one record, in words, or None. Files are not opened here."""
+    if not isinstance(record, dict):
+        return "is not an object {id, image, conversations}"
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return 'has no "conversations" list'
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in ("human", "gpt"):
+            return f'conversations[{i}] is not {{"from": "human" or "gpt", "value": text}}'
+        if turn["from"] != ("human", "gpt")[i % 2]:
+            return f"conversations[{i}] is from {turn['from']}: human and gpt must take turns, human first"
+    if len(turns) % 2 or not all(turn["value"].strip() for turn in turns[1::2]):
+        return "has a question without an answer"
+    if any("<image>" in turn["value"] for turn in turns[1::2]):
+        return "has an <image> in an answer"
+    images = sum(turn["value"].count("<image>") for turn in turns)
+    if images != ("image" in record):
+        return f'has {images} <image> token(s) but {"one" if "image" in record else "no"} "image" file'
+    if "image" in record and (not isinstance(record["image"], str) or not record["image"]):
+        return '"image" is not a file name'
+    return None
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: not valid JSON: {e}") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def read_records(path: Path) -> list[dict]:
+    """A LLaVA-format JSON list, every row validated. Raises InputError that names the first bad row."""
+    records = read_json(path)
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{path}: must be a JSON list of records with at least one row")
+    for row, record in enumerate(records):
+        if fault := record_fault(record):
+            raise InputError(f"{path}: row {row} {fault}; `python data.py check` lists every bad row")
+    return records
+
+
+def load_image(path: Path, size: int) -> torch.Tensor:
+    """An image file as uint8 (3, size, size): RGB, padded to a square (so that nothing is cut off and all encoders see one
+    geometry), then resized. The padding is grey, CLIP's mean colour, as in LLaVA."""
+    try:
+        with Image.open(path) as file:
+            image = TF.pil_to_tensor(file.convert("RGB"))                               # (3, h, w)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image file") from None
+    except Exception as e:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for a broken file
+        raise InputError(f"{path}: not a readable image ({type(e).__name__}); replace the file or drop its row") from None
+    _, h, w = image.shape
+    side = max(h, w)
+    left, top = (side - w) // 2, (side - h) // 2
+    fill = [122, 116, 104]  # CLIP's mean x 255
+    if h != w:
+        canvas = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
+        canvas[:, top:top + h, left:left + w] = image
+        image = canvas                                                                  # (3, side, side)
+    return TF.resize(image, [size, size], antialias=True)                               # (3, size, size)
+
+
+def disk_images(folder: Path, size: int):
+    """get_image for the records of a file on disk; `image` is relative to `folder`."""
+    return lambda name: load_image(Path(folder) / name, size)
+
+
+def check(path: Path, folder: Path) -> list[str]:
+    """Every fault of a LLaVA-format set, one line each: rows, answers, <image> tokens, missing and corrupt images."""
+    records = read_json(path)
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{path}: must be a JSON list of records with at least one row")
+    faults = []
+    for row, record in enumerate(tqdm(records, desc="check", leave=False)):
+        fault = record_fault(record)
+        if fault is None and "image" in record:
+            try:
+                load_image(folder / record["image"], 16)
+            except InputError as e:
+                fault = str(e)
+        if fault:
+            faults.append(f"row {row}: {fault}")
+    return faults
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words: the tokenizer of the tiny LLM, the prompt templates, and which tokens carry the loss
+
+
+class WordTokenizer:
+    """One token a word or punctuation mark, lower case. The vocabulary is whatever the data holds; the role names are one
+    token each, so that the real prompt template costs a tiny LLM nothing."""
+
+    SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:"]
+    pad, unk, bos, eos, image = range(5)
+    _pattern = re.compile("|".join(SPECIAL) + r"|\w+|[^\w\s]")
+
+    def __init__(self, vocabulary: list[str]):
+        self.vocabulary = vocabulary
+        self.ids = {word: i for i, word in enumerate(vocabulary)}
+
+    @classmethod
+    def from_records(cls, records: list[dict]) -> "WordTokenizer":
+        words = {w for r in records for turn in r["conversations"] for w in cls.words(turn["value"])}
+        return cls(cls.SPECIAL + sorted(words - set(cls.SPECIAL)))
+
+    @classmethod
+    def words(cls, text: str) -> list[str]:
+        return [w if w in cls.SPECIAL else w.lower() for w in cls._pattern.findall(text)]
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids.get(w, self.unk) for w in self.words(text)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text up to the end-of-sentence token, words joined by one space."""
+        words = [self.vocabulary[i] for i in ids]
+        return " ".join(words[:words.index("</s>")] if "</s>" in words else words)
+
+
+def normalise(answer: str) -> str:
+    """Answers are compared by exact match of this: lower case, words and marks joined by one space."""
+    return " ".join(WordTokenizer.words(answer.lower()))
+
+
+def conversation_ids(record: dict, template: str, tokenizer, n_image: int) -> tuple[list[int], list[int]]:
+    """Token ids and labels (T,), built piece by piece so that the mask is exact by construction. ^ marks what the loss sees:
+
+        "plain" (stage 1)   <s><image>a red heart on grass</s>            the human's words are dropped: the image alone must
+                                      ^^^^^^^^^^^^^^^^^^^^^^^^            explain the caption
+        "v1" (stage 2)      <s>USER: <image>\\nwhat shape is it? ASSISTANT: heart</s>USER: ... ASSISTANT: ...</s>
+                                                                          ^^^^^^^^^^                        ^^^^^^^
+
+    `<image>` becomes n_image copies of the image token: the places where the VLM puts the student's tokens.
+    A conversation that ends with a human turn (a question to be answered) ends after "ASSISTANT:".
+    """
+    ids, labels = [tokenizer.bos], [IGNORE]
+
+    def add(text: str, learn: bool) -> None:
+        for i, part in enumerate(text.split("<image>")):
+            new = [tokenizer.image] * (n_image if i else 0)
+            ids.extend(new)
+            labels.extend([IGNORE] * len(new))
+            new = tokenizer.encode(part) if part.strip() else []
+            ids.extend(new)
+            labels.extend(new if learn else [IGNORE] * len(new))
+
+    for i, turn in enumerate(record["conversations"]):
+        if turn["from"] == "gpt":
+            add(turn["value"], learn=True)
+            ids.append(tokenizer.eos)
+            labels.append(tokenizer.eos)
+        elif template == "plain":
+            add("<image>" if "<image>" in turn["value"] else turn["value"], learn=False)
+        else:
+            add(f"USER: {turn['value']} ASSISTANT:", learn=False)
+    return ids, labels
+
+
+class Conversations(Dataset):
+    """Records + images -> items {input_ids (T,), labels (T,), image uint8 (3, R, R) or None}.
+
+    Raises InputError for a record that is longer than max_length once the image tokens are in.
+    """
+
+    def __init__(self, records: list[dict], get_image, tokenizer, template: str, n_image: int, max_length: int):
+        self.records, self.get_image = records, get_image
+        self.pairs = [conversation_ids(r, template, tokenizer, n_image) for r in records]
+        for row, (ids, labels) in enumerate(self.pairs):
+            if len(ids) > max_length:
+                raise InputError(f"row {row} (id {records[row].get('id')}) has {len(ids)} tokens, more than --max-length "
+                                 f"{max_length}: shorten it or raise the flag")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> dict:
+        image = self.get_image(self.records[i]["image"]) if "image" in self.records[i] else None
+        return {"input_ids": self.pairs[i][0], "labels": self.pairs[i][1], "image": image}
+
+
+def collate(items: list[dict], pad: int, side: str = "right") -> dict[str, torch.Tensor | None]:
+    """A batch: input_ids, labels, attention_mask (B, T), padded on the right to train and on the left to generate, and
+    images uint8 (B_img, 3, R, R) of the samples that have one, in order; None if none has (no image, no KD term)."""
+    longest = max(len(item["input_ids"]) for item in items)
+
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+        fill = [[value] * (longest - len(row)) for row in rows]
+        return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill)])
+
+    images = [item["image"] for item in items if item["image"] is not None]
+    return {
+        "input_ids": padded([item["input_ids"] for item in items], pad),                # (B, T)
+        "labels": padded([item["labels"] for item in items], IGNORE),                   # (B, T)
+        "attention_mask": padded([[1] * len(item["input_ids"]) for item in items], 0),  # (B, T)
+        "images": torch.stack(images) if images else None,                              # (B_img, 3, R, R)
+    }
+
+
+def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: int, pad: int, workers: int = 0) -> DataLoader:
+    """Shuffled batches; the order is a function of (seed, epoch) alone. A last, smaller batch of an epoch is dropped."""
+    per_epoch = max(1, len(dataset) // batch_size)
+    batches = []
+    for epoch in range(math.ceil(epochs)):
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed * 1_000 + epoch)).tolist()
+        batches += [order[i * batch_size:(i + 1) * batch_size] for i in range(per_epoch)]
+    return DataLoader(dataset, batch_sampler=batches[:max(1, round(epochs * per_epoch))], num_workers=workers,
+                      collate_fn=lambda items: collate(items, pad))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="export the tiny world, or check a LLaVA-format set", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write the tiny world as LLaVA-format JSON and PNG")
+    export.add_argument("folder", type=Path)
+    for name, n, text in (("pretrain", 4000, "captioned images of stage 1"), ("train", 1500, "images of stage 2"),
+                          ("text", 500, "dialogues without an image in stage 2"), ("eval", 300, "held-out images")):
+        export.add_argument(f"--n-{name}", type=int, default=n, help=f"{text} (default {n}, as in train.py --tiny)")
+    checker = commands.add_parser("check", help="report every bad row of a LLaVA-format set")
+    checker.add_argument("file", type=Path)
+    checker.add_argument("images", type=Path)
+    args = parser.parse_args()
+    if args.command == "export":
+        export_world(args.folder, args.n_pretrain, args.n_train, args.n_text, args.n_eval)
+        print(f"wrote {args.folder}/pretrain.json, train.json, validation.json, test.json and their images")
+        return
+    faults = check(args.file, args.images)
+    records = len(read_json(args.file))
+    for fault in faults:
+        print(f"{args.file}: {fault}")
+    print(f"{args.file}: {records} rows, {len(faults)} bad")
+    if faults:
+        sys.exit(2)
+
+
+def run(program) -> None:
+    """Run a program's main(); bad input ends it with one line on stderr and exit status 2."""
+    try:
+        program()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,181 @@
+"""The models that learn: the student encoder, the projector, a tiny LLM, and the VLM that joins them.
+
+    images -> Student -> V^s (B, n, d) -> projector -> in the places of <image> -> LLM -> next-token logits
+
+Letters: B samples, T tokens of text with the image's n among them, D width of the LLM, h heads, V vocabulary;
+n, d tokens and width of the student.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import IGNORE
+from mole import RouterGrad, add_mole
+from teachers import ClipEncoder
+
+
+class Student(ClipEncoder):
+    """CLIP with a mixture of LoRA experts in every FFN; hidden layer -2, [CLS] dropped.  uint8 (B, 3, R, R) -> V^s (B, n, d)
+
+    With LoRA-B = 0 it is CLIP bit for bit, so the VLM at step 0 is exactly LLaVA-1.5.
+    """
+
+    def add_experts(self, num_experts: int, rank: int, alpha: float, dropout: float, router_grad: RouterGrad) -> "Student":
+        add_mole(self.net, num_experts, rank, alpha, dropout, router_grad)
+        return self
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net.forward_features(self.view(images))[:, 1:]                      # (B, n, d)
+
+
+class Projector(nn.Sequential):
+    """LLaVA-1.5's two-layer MLP from the student's tokens to word embeddings.  (B, n, d) -> (B, n, D)"""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(nn.Linear(dim_in, dim_out), nn.GELU(), nn.Linear(dim_out, dim_out))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tiny LLM: Vicuna (a Llama) in miniature. Parameter names are those of transformers' Llama, so weights can be exchanged.
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary position embedding.  (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+
+    def forward(self, x, rotary, mask, cache: list | None):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))                 # (B, h, T, D/h)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)                                   # (B, h, T, D/h)
+        if cache is not None:  # keys and values of the tokens before these; T_all = T_past + T
+            if cache:
+                k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)     # (B, h, T_all, D/h)
+            cache[:] = [k, v]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                     # (B, h, T, D/h)
+        return self.o_proj(x.transpose(1, 2).flatten(2))                                # (B, T, D)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding: turns the pair (x_i, x_{i + D/2h}) by position * theta_i.  (B, h, T, D/h) -> the same"""
+    a, b = x.chunk(2, dim=-1)                                                           # (B, h, T, D/2h)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin                                   # (B, h, T, D/h)
+
+
+class SwiGLU(nn.Module):
+    """FFN(x) = W_down( SiLU(W_gate x) * W_up x ).  (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))              # (B, T, D)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, dim: int, heads: int, hidden: int):
+        super().__init__()
+        self.input_layernorm, self.self_attn = nn.RMSNorm(dim, eps=1e-6), Attention(dim, heads)
+        self.post_attention_layernorm, self.mlp = nn.RMSNorm(dim, eps=1e-6), SwiGLU(dim, hidden)
+
+    def forward(self, x, rotary, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)            # (B, T, D)
+        return x + self.mlp(self.post_attention_layernorm(x))                           # (B, T, D)
+
+
+class TinyLLM(nn.Module):
+    """Two doors, as the real LLM has: `embed(ids)` and `forward(inputs_embeds, attention_mask)`."""
+
+    def __init__(self, vocab_size: int, dim: int, depth: int, heads: int, hidden: int):
+        super().__init__()
+        self.dim = dim
+        self.embed_tokens = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, hidden) for _ in range(depth))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.lm_head = nn.Linear(dim, vocab_size, bias=False)
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)  # as Llama does
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(ids)                                                   # (B, T, D)
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, cache: list | None = None) -> torch.Tensor:
+        """(B, T, D), (B, T_all) -> logits (B, T, V). `cache` holds one list a layer: empty before the prompt, keys and values
+        after; attention_mask then covers the past too. Padding may stand on either side: positions count real tokens."""
+        T, T_all = inputs_embeds.shape[1], attention_mask.shape[1]
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]             # (B, T)
+        rotary = self.rotary(positions)                                                 # 2 x (B, 1, T, D/h)
+        causal = torch.ones(T, T_all, dtype=torch.bool, device=positions.device).tril(T_all - T)      # (T, T_all)
+        mask = causal & attention_mask[:, None, None, :].bool()                         # (B, 1, T, T_all)
+        mask = mask | torch.eye(T_all, dtype=torch.bool, device=mask.device)[-T:]       # padding sees itself: no empty softmax
+        x = inputs_embeds
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotary, mask, cache[i] if cache is not None else None)         # (B, T, D)
+        return self.lm_head(self.norm(x))                                               # (B, T, V)
+
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of position * theta_i, theta_i = 10000^(-2i / (D/h)): (B, T) -> 2 x (B, 1, T, D/h)"""
+        size = self.dim // self.layers[0].self_attn.heads
+        theta = 10000.0 ** (-torch.arange(0, size, 2, device=positions.device) / size)  # (D/2h,)
+        angle = (positions[:, None, :, None] * theta).repeat(1, 1, 1, 2)                # (B, 1, T, D/h)
+        return angle.cos(), angle.sin()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class VLM(nn.Module):
+    """Student, projector and LLM: images and text in, next-token logits out."""
+
+    def __init__(self, student: Student, llm: nn.Module, image_token: int):
+        super().__init__()
+        self.student, self.llm, self.image_token = student, llm, image_token
+        self.projector = Projector(student.dim, llm.dim)
+
+    def splice(self, input_ids: torch.Tensor, visual: torch.Tensor | None) -> torch.Tensor:
+        """Word embeddings with the projected student tokens in the places of the image token.  (B, T), (B_img, n, d) -> (B, T, D)
+
+        `visual` holds the images of the batch in order; a text-only sample simply has no such place."""
+        x = self.llm.embed(input_ids)                                                   # (B, T, D)
+        places = input_ids == self.image_token                                          # (B, T)
+        given = 0 if visual is None else visual.shape[0] * visual.shape[1]
+        if given != places.sum():
+            raise ValueError(f"{int(places.sum())} image tokens in the text, but {given} visual tokens: "
+                             "each <image> needs one image, and each image one <image>")
+        if visual is None:
+            return x                                                                    # (B, T, D)
+        return x.masked_scatter(places[:, :, None], self.projector(visual).to(x.dtype)) # (B, T, D)
+
+    def forward(self, visual: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.llm(self.splice(input_ids, visual), attention_mask)                 # (B, T, V)
+
+    @torch.no_grad()
+    def generate(self, visual: torch.Tensor | None, input_ids: torch.Tensor, attention_mask: torch.Tensor, eos: int,
+                 max_new_tokens: int) -> torch.Tensor:
+        """Greedy answers to left-padded prompts: (B, T) -> new ids (B, <= max_new_tokens), eos after a sample's end. The cache
+        keeps each layer's keys and values, so that a new token costs one token's work."""
+        cache = [[] for _ in self.llm.layers]
+        x, answer = self.splice(input_ids, visual), []                                  # (B, T, D)
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for _ in range(max_new_tokens):
+            token = self.llm(x, attention_mask, cache)[:, -1].argmax(dim=-1)            # (B,)
+            token = token.masked_fill(done, eos)                                        # (B,)
+            answer.append(token)
+            done = done | (token == eos)
+            if done.all():
+                break
+            x = self.llm.embed(token[:, None])                                          # (B, 1, D)
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)                     # (B, T_all)
+        return torch.stack(answer, dim=1)                                               # (B, <= max_new_tokens)
+
+
+def text_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """L_text: the mean next-token cross-entropy over the answer tokens only (labels IGNORE elsewhere).  (B, T, V), (B, T) -> ()"""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)

@@ -1,0 +1,200 @@
+"""Stage 0 of the tiny world: makes the "pretrained" models that the real method downloads, each by the kind of training that gives
+the real one its own skill.
+
+    python -m tools.pretrain_tiny           # train what is missing under runs/stage0 and print what each model knows
+
+    CLIP      contrastively with captions: shape, colour, background; [CLS] learns where to look
+    EVA       densely: at every token, is the object here, and where are its centre, its size, its turn?
+    ConvNeXt  on fine texture at a higher resolution: which pattern?
+    LLM       on text alone: the next word of the data's captions and dialogues
+
+`train.py --tiny` calls stage0() and finds the files from then on; each file's name carries a hash of all that made it.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+from data import ATTRIBUTES, WordTokenizer
+from model import TinyLLM
+from teachers import VisionEncoder
+
+FOLDER = Path("runs/stage0")
+SEED = 0  # the pretrained models are downloads in the real method: the same for every seed of a run
+IMAGES = 8_000
+
+# steps, batch, peak learning rate
+RECIPES = {"clip": (400, 64, 2e-3), "eva": (300, 64, 2e-3), "convnext": (200, 64, 2e-3), "llm": (250, 32, 3e-3)}
+
+
+def fit(name: str, modules: nn.Module, loss_of, scale: float) -> float:
+    """AdamW with one cycle of learning rate on loss_of(step's generator, batch size); returns the FLOPs spent."""
+    steps, batch, lr = RECIPES[name]
+    steps = max(2, round(steps * scale))
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    generator, flops = torch.Generator().manual_seed(SEED), 0.0
+    modules.train()
+    for step in (bar := tqdm(range(steps), desc=f"stage 0: {name}", mininterval=2)):
+        counter = FlopCounterMode(display=False)
+        with counter if step == 0 else torch.enable_grad():
+            loss = loss_of(generator, batch)
+            loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        flops = flops or counter.get_total_flops() * steps
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return flops
+
+
+def pretrain_clip(spec: str, scale: float) -> tuple[nn.Module, float]:
+    """InfoNCE between [CLS] and a caption encoder that is thrown away after. In so small a world several images of a batch share
+    a caption, so the target of an image is every equal caption, not its own alone."""
+    scenes = data.sample_scenes("train", IMAGES, seed=10)
+    images = data.render(scenes, seed=10)
+    g = torch.Generator().manual_seed(SEED)
+    captions = [data.caption(scene, g) for scene in scenes.tolist()]
+    tokenizer = WordTokenizer.from_records([{"conversations": [{"value": c}]} for c in captions])
+    longest = max(len(tokenizer.encode(c)) for c in captions)
+    ids = torch.tensor([(tokenizer.encode(c) + [tokenizer.pad] * longest)[:longest] for c in captions])
+    same = torch.tensor([hash_text(c) for c in captions])
+    clip = VisionEncoder(spec, num_classes=64)
+    text = nn.ModuleDict({"embed": nn.Embedding(len(tokenizer.vocabulary), 64, padding_idx=0),
+                          "layer": nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True), "head": nn.Linear(64, 64)})
+    temperature = nn.ParameterDict({"log": torch.tensor(2.5)})
+
+    def loss_of(generator, batch):
+        rows = torch.randint(IMAGES, (batch,), generator=generator)
+        image = F.normalize(clip.net(clip.view(images[rows])), dim=-1)                  # (B, 64)
+        words, padding = ids[rows], ids[rows] == 0                                      # (B, T)
+        words = text["layer"](text["embed"](words), src_key_padding_mask=padding)       # (B, T, 64)
+        words = words.masked_fill(padding[:, :, None], 0).sum(1)                        # (B, 64)
+        logits = image @ F.normalize(text["head"](words), dim=-1).T * temperature["log"].exp()       # (B, B)
+        target = (same[rows][:, None] == same[rows]).float()                            # (B, B)
+        target = target / target.sum(dim=1, keepdim=True)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    flops = fit("clip", nn.ModuleList([clip, text, temperature]), loss_of, scale)
+    clip.net.reset_classifier(0)  # the projection into the shared space goes with the caption encoder
+    return clip.net, flops
+
+
+def hash_text(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+
+
+def pretrain_eva(spec: str, scale: float) -> tuple[nn.Module, float]:
+    """A dense head at every token, as a detector's: objectness everywhere, box and turn where the object is."""
+    scenes = data.sample_scenes("train", IMAGES, seed=11)
+    images, geometry = data.render(scenes, seed=11), data.scene_geometry(scenes, seed=11)
+    eva = VisionEncoder(spec)
+    head = nn.Sequential(nn.LayerNorm(eva.dim), nn.Linear(eva.dim, 6))
+    side = round(eva.num_tokens ** 0.5)
+    line = (torch.arange(side) + 0.5) / side * 2 - 1
+    cell_y, cell_x = (t.flatten() for t in torch.meshgrid(line, line, indexing="ij"))   # (n,)
+
+    def loss_of(generator, batch):
+        rows = torch.randint(IMAGES, (batch,), generator=generator)
+        x, y, radius, angle = (geometry[k][rows, None] for k in ("x", "y", "radius", "angle"))
+        dx, dy = x - cell_x, y - cell_y                                                 # (B, n)
+        here = ((dx.square() + dy.square()).sqrt() < radius).float()                    # (B, n)
+        target = torch.stack([dx, dy, (radius * 3).log().expand_as(dx), angle.cos().expand_as(dx), angle.sin().expand_as(dx)], dim=-1)
+        out = head(eva(images[rows]).tokens)                                            # (B, n, 6)
+        box = (out[..., 1:] - target).square().mean(dim=-1)                             # (B, n)
+        return F.binary_cross_entropy_with_logits(out[..., 0], here) + (box * here).sum() / here.sum() * 3
+
+    flops = fit("eva", nn.ModuleList([eva, head]), loss_of, scale)
+    return eva.net, flops
+
+
+def pretrain_convnext(spec: str, scale: float) -> tuple[nn.Module, float]:
+    """Classifies the pattern, at twice the student's resolution."""
+    scenes = data.sample_scenes("train", IMAGES, seed=12)
+    images, pattern = data.render(scenes, seed=12), scenes[:, list(ATTRIBUTES).index("pattern")]
+    convnext = VisionEncoder(spec, num_classes=len(ATTRIBUTES["pattern"]))
+
+    def loss_of(generator, batch):
+        rows = torch.randint(IMAGES, (batch,), generator=generator)
+        return F.cross_entropy(convnext.net(convnext.view(images[rows])), pattern[rows])
+
+    flops = fit("convnext", convnext, loss_of, scale)
+    convnext.net.reset_classifier(0)
+    return convnext.net, flops
+
+
+def pretrain_llm(shape: tuple, scale: float, texts: list[list[int]], pad: int) -> tuple[nn.Module, float]:
+    """Plain language modelling: the loss is on every token."""
+    llm = TinyLLM(*shape)
+
+    def loss_of(generator, batch):
+        rows = [texts[i] for i in torch.randint(len(texts), (batch,), generator=generator).tolist()]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])        # (B, T)
+        logits = llm(llm.embed(ids), (ids != pad).long())                               # (B, T, V)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=pad)
+
+    flops = fit("llm", llm, loss_of, scale)
+    return llm, flops
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def job(name: str, arguments: tuple, path: Path) -> None:
+    """Train one model on one thread and write its weights, with seconds and FLOPs in the header; runs in a process of its own."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    start = time.perf_counter()
+    makers = {"clip": pretrain_clip, "eva": pretrain_eva, "convnext": pretrain_convnext, "llm": pretrain_llm}
+    net, flops = makers[name](*arguments)
+    temporary = path.with_suffix(".tmp")
+    save_file(net.state_dict(), temporary, metadata={"tflops": str(flops / 1e12), "seconds": f"{time.perf_counter() - start:.1f}"})
+    temporary.rename(path)
+
+
+def stage0(c, sets: dict, tokenizer: WordTokenizer) -> tuple[dict[str, Path], float]:
+    """Paths of the four models' weights, trained now if missing, and the TFLOPs they cost. `sets` is train.py's: the LLM learns the
+    language of the data at hand, the vision encoders always see the tiny world.
+
+    The models know nothing of each other, so they train side by side, one process and one thread each.
+    """
+    texts = [data.conversation_ids(r, template, tokenizer, n_image=0)[0]
+             for name, template in (("pretrain", "plain"), ("train", "v1")) for r in sets[name][0]]
+    shape = (len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
+    scenes = data.sample_scenes("train", 4)
+    world = [data.render(scenes).sum().item(), data.world_records("train", "caption", 4)]
+    arguments = {name: (getattr(c, name), c.stage0_scale) for name in ("clip", "eva", "convnext")}
+    arguments["llm"] = (shape, c.stage0_scale, texts, tokenizer.pad)
+    paths = {}
+    for name, args in arguments.items():
+        made_of = json.dumps([name, args, RECIPES[name], SEED, IMAGES, None if name == "llm" else world])
+        paths[name] = FOLDER / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if missing:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        print(f"stage 0: training {', '.join(missing)} (once; kept under {FOLDER})", file=sys.stderr)
+        with ProcessPoolExecutor(min(len(missing), os.cpu_count()), mp_context=get_context("spawn")) as pool:
+            for future in [pool.submit(job, name, arguments[name], paths[name]) for name in missing]:
+                future.result()
+    return paths, sum(header(path)["tflops"] for path in paths.values())
+
+
+def header(path: Path) -> dict[str, float]:
+    with safe_open(path, "pt") as file:
+        return {k: float(v) for k, v in file.metadata().items()}

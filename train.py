@@ -1,0 +1,473 @@
+"""Train MoVE-KD: several frozen vision encoders distilled into the one CLIP student of a LLaVA-style VLM.
+
+    python train.py --tiny                              # the whole method on a laptop CPU, nothing downloaded
+    python train.py --tiny --lambda-kd 0                # the same without distillation; every Config field is a flag
+    python train.py --tiny --data D/train.json --eval-data D/test.json --image-folder D      # your own LLaVA-format set
+    python -m tools.ask runs/tiny                       # ask the result about its held-out pictures
+
+Two stages, as LLaVA's recipe: stage 1 aligns (captions; trains experts, adapters, projector), stage 2 finetunes
+(conversations; trains all but the teachers). One loss in both:
+
+    L_total = L_text + lambda_kd L_kd + balance_weight L_balance
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import resource
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import matplotlib
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+from data import InputError, normalise
+from kd_loss import kd_loss, teacher_weights, token_weights
+from model import VLM, Student, TinyLLM, text_loss
+from mole import RouterGrad, balance_loss, expert_shares, mole_layers
+from teachers import ClipEncoder, Teachers, VisionEncoder, adapt, build_adapters
+
+matplotlib.use("Agg")  # files only, so a node without a screen will do
+import matplotlib.pyplot as plt  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: every field is a flag (--lambda-kd 0), is saved in the run's config.json, and has its reason beside it
+
+
+@dataclass
+class Config:
+    out: str = "runs/tiny"                  # the run folder
+    seed: int = 0                           # sets everything random in a run: new weights, order, dropout
+    device: str = "cpu"                     # a tiny model is faster on a CPU than its launches are on a GPU
+
+    # data: "" means the built-in tiny world
+    data: str = ""                          # stage 2, LLaVA-format JSON
+    eval_data: str = ""                     # held-out questions of the same format
+    pretrain_data: str = ""                 # stage 1 captions; without it stage 1 uses `data`
+    image_folder: str = ""                  # what the "image" of a record is relative to; default: the folder of `data`
+    eval_split: Literal["test", "validation"] = "test"  # of the tiny world; tune on validation, so that test stays unread
+    n_pretrain: int = 4000                  # captioned images: plentiful, as 558k captions are
+    n_train: int = 1500                     # images with questions and answers: scarce
+    n_text: int = 500                       # dialogues without an image, as LLaVA's mix has them
+    n_eval: int = 300                       # held-out images, seven questions each: standard error below 1 point in all
+    image_size: int = 96                    # px of the loader's square image: the largest that an encoder asks for
+    max_length: int = 2048                  # tokens of a conversation, image included; LLaVA's limit
+
+    # encoders: a timm name, the input resolution, and what shrinks it. Teachers differ in width, token count and resolution.
+    teachers: tuple[str, ...] = ("clip", "eva", "convnext")
+    clip: str = "vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=96 depth=4 num_heads=4"   # 36 x 96
+    eva: str = "eva02_tiny_patch14_224 img_size=64 patch_size=8 embed_dim=80 depth=3 num_heads=4"                 # 64 x 80
+    convnext: str = "convnext_atto img_size=96 depths=(1,1,2,1) dims=(16,32,64,128)"                              # 9 x 128
+
+    # mixture of LoRA experts
+    mole_experts: int = 3                   # the paper's
+    mole_rank: int = 8                      # of one expert; 32 at width 1024
+    mole_alpha: float = 8.0                 # scale alpha / rank
+    mole_dropout: float = 0.05              # the released runs'
+    mole_router_grad: RouterGrad = "straight_through"   # "none" is the paper's formula, in which only the balance loss trains it
+
+    # loss
+    lambda_kd: float = 1.0                  # weight of L_kd
+    kd_alpha: float = 0.4                   # CLIP's fixed share of the teacher weights
+    balance_weight: float = 0.01            # of the released code; the paper has no such term
+
+    # tiny LLM
+    lm_dim: int = 96
+    lm_depth: int = 3
+    lm_heads: int = 4
+    lm_hidden: int = 256                    # SwiGLU's inner width, 8/3 of lm_dim
+
+    # stages
+    stage0_scale: float = 1.0               # multiplies the steps of each stage-0 pretraining
+    stage1_epochs: float = 1.0
+    stage1_batch: int = 64
+    stage1_lr: float = 1e-3
+    stage2_epochs: float = 8.0
+    stage2_batch: int = 32
+    stage2_lr: float = 1.5e-3
+    warmup: float = 0.03                    # share of the steps, LLaVA's
+    grad_clip: float = 1.0                  # norm; so that one odd batch cannot undo a short run
+    max_steps: int = 0                      # stop each stage after so many steps; 0 = run it all
+    log_every: int = 10                     # steps
+    max_new_tokens: int = 16                # of a generated answer
+    eval_batch: int = 256
+
+
+TINY = Config()
+FULL = dataclasses.replace(
+    TINY, out="runs/full", device="cuda", image_size=1024,
+    clip="vit_large_patch14_clip_quickgelu_336.openai img_size=336",
+    eva="eva02_large_patch14_448.mim_m38m_ft_in22k img_size=1024 patch_size=16",
+    convnext="convnext_xxlarge.clip_laion2b_soup img_size=1024",
+    mole_rank=32, mole_alpha=1.0, lambda_kd=0.5, kd_alpha=0.8,
+    stage1_epochs=1, stage1_batch=256, stage1_lr=1e-3, stage2_epochs=1, stage2_batch=128, stage2_lr=2e-5)
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Flags from the fields of Config. An unknown flag, or a value of the wrong type, ends the program with status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    preset = parser.add_mutually_exclusive_group(required=True)
+    preset.add_argument("--tiny", dest="preset", action="store_const", const=TINY, help="laptop CPU, no download")
+    preset.add_argument("--full", dest="preset", action="store_const", const=FULL, help="the real encoders and LLM on GPUs")
+    preset.add_argument("--config", metavar="FILE", help="the config.json of an earlier run")
+    for field in dataclasses.fields(Config):
+        kind = {"choices": get_args(field.type)} if get_origin(field.type) is Literal else {"type": field.type}
+        if get_origin(field.type) is tuple:
+            kind = {"type": str, "nargs": "+"}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"default {field.default!r}", **kind)
+    flags = vars(parser.parse_args(argv))
+    preset, file = flags.pop("preset"), flags.pop("config")
+    config = dataclasses.replace(load_config(Path(file)) if file else preset, **flags)
+    config.teachers = tuple(config.teachers)
+    check_config(config)
+    return config
+
+
+def load_config(path: Path) -> Config:
+    values = data.read_json(path)
+    known = {field.name for field in dataclasses.fields(Config)}
+    if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
+        raise InputError(f"{path}: unknown key {unknown[0]!r}; a config has the keys of Config in train.py"
+                         if isinstance(values, dict) else f"{path}: is not a JSON object")
+    return Config(**values)
+
+
+def check_config(c: Config) -> None:
+    """Combinations that cannot run: one line that names the flag and the mend."""
+    known = ("clip", "eva", "convnext")
+    if c.teachers[0] != "clip" or not set(c.teachers) <= set(known) or len(set(c.teachers)) < len(c.teachers):
+        raise InputError(f"--teachers {' '.join(c.teachers)}: must start with clip and be among {' '.join(known)}, each once")
+    if bool(c.data) != bool(c.eval_data):
+        raise InputError("--data and --eval-data go together: name a training set and a held-out set")
+    if c.pretrain_data and not c.data:
+        raise InputError("--pretrain-data needs --data and --eval-data")
+    for name in ("stage1_batch", "stage2_batch", "log_every", "eval_batch", "mole_experts", "mole_rank", "max_new_tokens"):
+        if getattr(c, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and models of a run
+
+
+def load_sets(c: Config) -> dict[str, tuple]:
+    """(records, get_image) of "pretrain", "train" and "eval", from disk or the tiny world: the one place that knows which."""
+    if not c.data:
+        return {"pretrain": data.tiny_world("pretrain", c.n_pretrain), "train": data.tiny_world("train", c.n_train, c.n_text),
+                "eval": data.tiny_world(c.eval_split, c.n_eval)}
+    get_image = data.disk_images(Path(c.image_folder or Path(c.data).parent), c.image_size)
+    paths = {"pretrain": c.pretrain_data or c.data, "train": c.data, "eval": c.eval_data}
+    return {name: (data.read_records(Path(path)), get_image) for name, path in paths.items()}
+
+
+def build_vlm(c: Config, tokenizer, clip: Path | None = None, llm: Path | None = None) -> VLM:
+    """The VLM; with weights given, the student starts as CLIP and the LLM as pretrained."""
+    student = Student(c.clip, clip)
+    student.add_experts(c.mole_experts, c.mole_rank, c.mole_alpha, c.mole_dropout, c.mole_router_grad)
+    language = TinyLLM(len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
+    if llm:
+        language.load_state_dict(load_file(llm))
+    return VLM(student, language, tokenizer.image)
+
+
+def build_teachers(c: Config, weights: dict[str, Path]) -> Teachers:
+    return Teachers({name: (ClipEncoder if name == "clip" else VisionEncoder)(getattr(c, name), weights[name])
+                     for name in c.teachers})
+
+
+def load_run(folder: Path, device: str = "cpu") -> tuple[VLM, data.WordTokenizer, Config]:
+    """A finished run's VLM, ready to answer. Strict: every tensor of the file must find its place."""
+    c = load_config(folder / "config.json")
+    tokenizer = data.WordTokenizer(data.read_json(folder / "vocabulary.json"))
+    vlm = build_vlm(c, tokenizer)
+    weights = load_file(folder / "model.safetensors", device)
+    vlm.load_state_dict({k.removeprefix("vlm."): v for k, v in weights.items() if k.startswith("vlm.")})
+    return vlm.to(device).eval(), tokenizer, c
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each stage trains
+
+
+def parts(vlm: VLM, adapters: nn.ModuleDict, teachers: Teachers) -> dict[str, list[nn.Parameter]]:
+    """Every parameter of the run, by the part of the method it belongs to."""
+    experts = {p for layer in mole_layers(vlm.student) for m in (layer.router, layer.lora_A, layer.lora_B) for p in m.parameters()}
+    return {
+        "student backbone": [p for p in vlm.student.parameters() if p not in experts],
+        "student MoLE": [p for p in vlm.student.parameters() if p in experts],
+        "projector": list(vlm.projector.parameters()),
+        "LLM": list(vlm.llm.parameters()),
+        **{f"adapter {name}": list(a.parameters()) for name, a in adapters.items()},
+        **{f"teacher {name}": list(t.parameters()) for name, t in teachers.encoders.items()},
+    }
+
+
+def set_trainable(stage: int, groups: dict[str, list[nn.Parameter]]) -> str:
+    """Freeze and unfreeze for a stage (1: experts, adapters, projector; 2: all but the teachers) and return the table of it."""
+    rows = [f"stage {stage} {'':22}  parameters"]
+    for name, parameters in groups.items():
+        trained = not name.startswith("teacher") and (stage == 2 or name not in ("student backbone", "LLM"))
+        for p in parameters:
+            p.requires_grad_(trained)
+        rows.append(f"  {name:28} {sum(p.numel() for p in parameters):12,}  {'trained' if trained else 'frozen'}")
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss and the loop
+
+
+def loss_terms(c: Config, vlm: VLM, teachers: Teachers, adapters: nn.ModuleDict, batch: dict) -> tuple[torch.Tensor, dict]:
+    """One forward of the whole method: L_total and every number worth logging."""
+    images = batch["images"]
+    visual = vlm.student(images) if images is not None else None                        # V^s (B_img, n, d)
+    logits = vlm(visual, batch["input_ids"], batch["attention_mask"])                   # (B, T, V)
+    L_text = text_loss(logits, batch["labels"])
+    L_kd = L_balance = L_text.new_zeros(())
+    log = {}
+    if images is not None:  # no image, no KD term
+        L_balance = balance_loss(vlm.student)
+        log["experts"] = [expert_shares(layer).tolist() for layer in mole_layers(vlm.student)]
+    if images is not None and c.lambda_kd:
+        outputs = teachers(images)
+        V_t = adapt(outputs, adapters)                                                  # m x (B_img, n, d)
+        w_tok = token_weights(outputs["clip"].cls_scores)                               # (B_img, n)
+        w_tea = teacher_weights(outputs["clip"].cls, V_t, c.kd_alpha)                   # (B_img, m)
+        L_kd, per_teacher = kd_loss(visual, V_t, w_tok, w_tea)
+        log |= {f"kd_{name}": value.item() for name, value in per_teacher.items()}
+        log |= {f"w_{name}": w.item() for name, w in zip(V_t, w_tea.mean(dim=0))}
+    L_total = L_text + c.lambda_kd * L_kd + c.balance_weight * L_balance
+    terms = {"L_text": L_text, "L_kd": L_kd, "L_balance": L_balance, "L_total": L_total}
+    return L_total, {name: term.item() for name, term in terms.items()} | log
+
+
+def run_stage(c: Config, stage: int, vlm: VLM, teachers: Teachers, adapters: nn.ModuleDict, loader, log_file) -> float:
+    """Train one stage; returns its FLOPs (those of its first step times the steps). AdamW without weight decay, cosine, warm-up."""
+    trained = [p for m in (vlm, adapters) for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=getattr(c, f"stage{stage}_lr"), weight_decay=0.0, fused=True)
+    steps = min(len(loader), c.max_steps or len(loader))
+    warmup = max(1, round(c.warmup * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (i + 1) / warmup if i < warmup else
+                                                 0.5 * (1 + math.cos(math.pi * (i - warmup) / max(1, steps - warmup))))
+    vlm.train()
+    bar = tqdm(zip(range(steps), loader), total=steps, desc=f"stage {stage}", mininterval=1)
+    clock, tokens, flops = time.perf_counter(), 0, 0.0
+    for step, batch in bar:
+        counter = FlopCounterMode(display=False)
+        with counter if step == 0 else torch.enable_grad():
+            # --- the method ---
+            batch = {k: v.to(c.device) if v is not None else None for k, v in batch.items()}
+            loss, log = loss_terms(c, vlm, teachers, adapters, batch)
+            # --- plumbing ---
+            for name, value in log.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise InputError(f"{name} is {value} at stage {stage}, step {step}: lower --stage{stage}-lr {getattr(c, f'stage{stage}_lr')}")
+            loss.backward()
+        log["grad_norm"] = nn.utils.clip_grad_norm_(trained, c.grad_clip).item()
+        log["lr"] = schedule.get_last_lr()[0]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        flops = flops or counter.get_total_flops() * steps
+        tokens += int(batch["attention_mask"].sum())
+        if step % c.log_every == 0 or step == steps - 1:
+            log_file.write(json.dumps({"stage": stage, "step": step} | log) + "\n")  # no clock in it: one seed, one log
+            log_file.flush()
+            speed = tokens / (time.perf_counter() - clock)
+            tqdm.write(log_line(stage, step, log) + f"  {speed:.0f} tokens/s")
+    return flops
+
+
+def log_line(stage: int, step: int, log: dict) -> str:
+    numbers = "  ".join(f"{name} {value:.3g}" for name, value in log.items() if isinstance(value, float))
+    experts = "  experts " + " ".join("/".join(f"{100 * s:.0f}" for s in layer) for layer in log["experts"]) if "experts" in log else ""
+    return f"stage {stage} step {step}  {numbers}{experts}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation: exact match of the generated answer, per question type
+
+
+def questions_of(records: list[dict]) -> list[dict]:
+    """One question a row: {record (cut after that question), answer, type}. A later turn keeps the turns before it."""
+    rows = []
+    for record in records:
+        turns = record["conversations"]
+        for i in range(0, len(turns), 2):
+            question = turns[i]["value"].replace("<image>", "").strip()
+            rows.append({"record": {**record, "conversations": turns[:i + 1]}, "question": question,
+                         "answer": normalise(turns[i + 1]["value"]), "type": record.get("type", question)})
+    count = Counter(row["type"] for row in rows)
+    return [row if count[row["type"]] >= 10 else {**row, "type": "other"} for row in rows]  # free questions: too few to rate alone
+
+
+@torch.no_grad()
+def answer(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image) -> list[str]:
+    """The VLM's greedy answer to the last question of each record."""
+    vlm.eval()
+    prompts = data.Conversations(records, get_image, tokenizer, "v1", vlm.student.num_tokens, c.max_length)
+    answers = []
+    for i in tqdm(range(0, len(prompts), c.eval_batch), desc="answer", leave=False):
+        batch = data.collate([prompts[k] for k in range(i, min(i + c.eval_batch, len(prompts)))], tokenizer.pad, side="left")
+        images = batch["images"]
+        visual = vlm.student(images.to(c.device)) if images is not None else None       # (B_img, n, d)
+        ids = vlm.generate(visual, batch["input_ids"].to(c.device), batch["attention_mask"].to(c.device), tokenizer.eos,
+                           c.max_new_tokens)                                            # (B, new)
+        answers += [tokenizer.decode(row) for row in ids.tolist()]
+    return answers
+
+
+def accuracy_per_type(rows: list[dict], answers: list[str]) -> dict[str, float]:
+    """Exact match in %, per question type."""
+    right = {}
+    for row, given in zip(rows, answers):
+        right.setdefault(row["type"], []).append(normalise(given) == row["answer"])
+    return {name: 100 * sum(hits) / len(hits) for name, hits in sorted(right.items())}
+
+
+def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image) -> tuple[dict, list[dict], list[str]]:
+    """Held-out accuracy per type beside its baselines (all in %): the same model on blank images, always the commonest answer of
+    the type, and chance, one over the number of answers of the type."""
+    rows = questions_of(records)
+    questions = [row["record"] for row in rows]
+    answers = answer(c, vlm, tokenizer, questions, get_image)
+    blank = answer(c, vlm, tokenizer, questions, lambda name: torch.zeros(3, c.image_size, c.image_size, dtype=torch.uint8))
+    accuracy = accuracy_per_type(rows, answers)
+    truth = {name: Counter(row["answer"] for row in rows if row["type"] == name) for name in accuracy}
+    result = {
+        "macro_accuracy": sum(accuracy.values()) / len(accuracy),
+        "accuracy": accuracy,
+        "blank_accuracy": accuracy_per_type(rows, blank),
+        "majority_accuracy": {name: 100 * max(t.values()) / t.total() for name, t in truth.items()},
+        "chance_accuracy": {name: 100 / len(t) for name, t in truth.items()},
+    }
+    return result, rows, answers
+
+
+def print_accuracy(result: dict) -> None:
+    print(f"\nheld-out accuracy, %{'':10} model   blank image   majority   chance")
+    for name in result["accuracy"]:
+        print(f"  {name[:26]:26} {result['accuracy'][name]:7.1f} {result['blank_accuracy'][name]:13.1f} "
+              f"{result['majority_accuracy'][name]:10.1f} {result['chance_accuracy'][name]:8.1f}")
+    print(f"  {'macro':26} {result['macro_accuracy']:7.1f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+def save_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Atomic safetensors."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary)
+    temporary.rename(path)
+
+
+def plot_curves(folder: Path) -> None:
+    """curves.png from log.jsonl: the loss terms and each teacher's own loss, both stages end to end."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    offset = max((line["step"] + 1 for line in lines if line["stage"] == 1), default=0)
+    for axis, prefix in zip(axes, ("L_", "kd_")):
+        for name in dict.fromkeys(k for line in lines for k in line if k.startswith(prefix)):
+            points = [(line["step"] + offset * (line["stage"] - 1), line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points), label=name.replace("kd_", "L_kd, "), linewidth=1)
+        axis.axvline(offset, color="grey", linewidth=0.5)
+        axis.set(xlabel="step (stage 1 | stage 2)", yscale="log")
+        axis.legend(fontsize=8)
+    save_figure(figure, folder / "curves.png")
+
+
+def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image) -> None:
+    """samples.png: held-out images with question, answer and the model's answer (green right, red wrong)."""
+    with_image = [i for i, row in enumerate(rows) if "image" in row["record"]]
+    chosen = [with_image[k * (len(with_image) - 1) // 20] for k in range(21)] if with_image else []
+    figure, axes = plt.subplots(3, 7, figsize=(15, 7.5))
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, i in zip(axes.flat, chosen):
+        axis.imshow(get_image(rows[i]["record"]["image"]).permute(1, 2, 0))
+        good = normalise(answers[i]) == rows[i]["answer"]
+        axis.set_title(f"{rows[i]['question'][:40]}\n{rows[i]['answer'][:25]} | {answers[i][:25]}", fontsize=9, color="green" if good else "red")
+    figure.suptitle("held-out images: question, answer | the model's answer")
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path.with_name("tmp-" + path.name), dpi=80)
+    plt.close(figure)
+    path.with_name("tmp-" + path.name).rename(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    start = time.perf_counter()
+    c = parse_config(sys.argv[1:])
+    if c.device == "cuda":
+        raise InputError("--full: not yet; --tiny runs every part of the method")
+    sets = load_sets(c)
+    tokenizer = data.WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
+
+    from tools.pretrain_tiny import stage0  # only the tiny preset makes its own pretrained models
+    stage0_start = time.perf_counter()
+    weights, tflops0 = stage0(c, sets, tokenizer)
+    seconds_stage0 = time.perf_counter() - stage0_start
+
+    torch.manual_seed(c.seed)
+    vlm = build_vlm(c, tokenizer, weights["clip"], weights["llm"]).to(c.device)
+    teachers = build_teachers(c, weights).to(c.device)
+    adapters = build_adapters(teachers, vlm.student.num_tokens, vlm.student.dim).to(c.device)
+    groups = parts(vlm, adapters, teachers)
+
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
+    data.write_json(out / "config.json", dataclasses.asdict(c))
+    data.write_json(out / "versions.json", versions)
+    data.write_json(out / "vocabulary.json", tokenizer.vocabulary)
+    flops = 0.0
+    with open(out / "log.jsonl", "w") as log_file:
+        for stage, name, template in ((1, "pretrain", "plain"), (2, "train", "v1")):
+            print(set_trainable(stage, groups), flush=True)
+            records, get_image = sets[name]
+            if stage == 1:
+                records = [r for r in records if "image" in r]  # nothing to align in pure text
+            dataset = data.Conversations(records, get_image, tokenizer, template, vlm.student.num_tokens, c.max_length)
+            loader = data.make_loader(dataset, getattr(c, f"stage{stage}_batch"), getattr(c, f"stage{stage}_epochs"), c.seed + stage, tokenizer.pad)
+            flops += run_stage(c, stage, vlm, teachers, adapters, loader, log_file)
+    save_weights(out / "model.safetensors", {f"vlm.{k}": v for k, v in vlm.state_dict().items()} |
+                 {f"adapters.{k}": v for k, v in adapters.state_dict().items()})
+
+    result, rows, answers = evaluate(c, vlm, tokenizer, *sets["eval"])
+    plot_curves(out)
+    plot_samples(out / "samples.png", rows, answers, sets["eval"][1])
+    print_accuracy(result)
+    result |= {"seconds": round(time.perf_counter() - start, 1), "seconds_stage0": round(seconds_stage0, 1),
+               "tflops": flops / 1e12, "tflops_stage0": tflops0, "peak_rss_mb": peak_rss_mb(), "seed": c.seed}
+    data.write_json(out / "result.json", result)
+    print("result: " + json.dumps(result))
+
+
+def peak_rss_mb() -> float:
+    """Peak memory of this process and, had it any, of its largest child, in MB."""
+    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+
+
+if __name__ == "__main__":
+    data.run(main)
