@@ -40,10 +40,10 @@ class InputError(ValueError):
 ATTRIBUTES = {
     "shape": ["arrow", "fish", "hammer", "heart", "house", "moon"],
     "colour": ["red", "orange", "yellow", "green", "blue", "purple"],
-    "pattern": ["plain", "striped", "dotted", "checked"],  # fine: 8 px at the 96 px of the ConvNeXt, 4 px at the student's
+    "pattern": ["plain", "striped", "banded", "checked"],
     "place": ["northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast"],
     "size": ["small", "medium", "large"],
-    "turn": ["up", "right", "down", "left"],
+    "turn": ["left", "straight", "right"],
     "background": ["sky", "grass", "sand", "night"],
 }
 QUESTIONS = {
@@ -52,7 +52,7 @@ QUESTIONS = {
     "pattern": "what pattern is it?",
     "place": "what place is it?",
     "size": "what size is it?",
-    "turn": "what way does it point?",
+    "turn": "which way does it lean?",
     "background": "what is behind it?",
 }
 WORLD_SIZE = 96  # px, the largest that an encoder of the TINY preset asks for
@@ -62,7 +62,7 @@ SPLITS = ("train", "validation", "test")
 def sample_scenes(split: str, n: int, seed: int = 0) -> torch.Tensor:
     """n scenes as attribute indices (N, 7), columns in the order of ATTRIBUTES; a seeded, endless deal.
 
-    The splits are disjoint in the attribute tuple itself: a fixed random draw gives 10 % of all 62,208 tuples to "test",
+    The splits are disjoint in the attribute tuple itself: a fixed random draw gives 10 % of all 46,656 tuples to "test",
     10 % to "validation", the rest to "train". No test scene has a twin in training, not even with other noise.
     """
     sizes = [len(v) for v in ATTRIBUTES.values()]
@@ -86,10 +86,10 @@ def scene_geometry(scenes: torch.Tensor, seed: int = 0) -> dict[str, torch.Tenso
     jitter = torch.rand(n, 4, generator=g) * 2 - 1
     place, size, turn = (scenes[:, list(ATTRIBUTES).index(a)] for a in ("place", "size", "turn"))
     return {
-        "x": (place % 3 - 1) * 0.42 + 0.08 * jitter[:, 0],
-        "y": (place // 3 - 1) * 0.42 + 0.08 * jitter[:, 1],
-        "radius": torch.tensor([0.32, 0.44, 0.60])[size] * (1 + 0.08 * jitter[:, 2]),
-        "angle": turn * (math.pi / 2) + 0.2 * jitter[:, 3],
+        "x": (place % 3 - 1) / 3 + 0.02 * jitter[:, 0],
+        "y": (place // 3 - 1) / 3 + 0.02 * jitter[:, 1],
+        "radius": torch.tensor([0.42, 0.56, 0.74])[size] * (1 + 0.04 * jitter[:, 2]),
+        "angle": (turn - 1) * 0.4 + 0.06 * jitter[:, 3],
     }
 
 
@@ -122,13 +122,13 @@ def _shape_distance(k: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.maximum(disc(0, 0.1, 0.98), -disc(0, 0.68, 0.72))  # moon
 
 
-_COLOURS = torch.tensor([[.85, .12, .12], [.95, .55, .10], [.95, .90, .20], [.15, .65, .20], [.15, .35, .90], [.60, .20, .75]])
+_COLOURS = torch.tensor([[.95, .15, .15], [1., .60, .10], [1., .95, .25], [.15, .85, .25], [.25, .50, 1.], [.75, .30, .95]])
 _BACKGROUNDS = torch.tensor([[[.45, .70, .95], [.85, .93, 1.]], [[.35, .60, .25], [.50, .75, .35]],   # sky, grass: top, bottom
                              [[.85, .75, .55], [.95, .88, .70]], [[.05, .05, .20], [.15, .12, .35]]])  # sand, night
 
 
 # A pattern is paint on the surface, a mix of two waves across it: a sin(u) + b sin(v) + c sin(u) sin(v) + d.
-_PAINT = torch.tensor([[0., 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, -1], [0, 0, 2, 0]])  # plain, striped, dotted, checked
+_PAINT = torch.tensor([[0., 0, 0, -1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0]])  # plain, striped, banded, checked
 
 
 def render(scenes: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -152,7 +152,7 @@ def _render_chunk(scenes: torch.Tensor, geometry: dict[str, torch.Tensor], g: to
     t = ((Y + 1) / 2)[:, None]                                                          # (1, 1, R, 1)
     gradient = top[:, :, None, None] * (1 - t) + bottom[:, :, None, None] * t           # (N, 3, R, 1)
     noise = torch.rand(n, 1, R, R, generator=g) - 0.5
-    grain = torch.tensor([0.02, 0.30, 0.12, 0.04])[background][:, None, None, None]     # grass is rough, the sky smooth
+    grain = torch.tensor([0.02, 0.16, 0.08, 0.04])[background][:, None, None, None]     # grass is rough, the sky smooth
     stars = ((noise > 0.49) & (background == 3)[:, None, None, None]) * 0.8
     image = gradient + (grain * noise + stars)                                          # (N, 3, R, R)
 
@@ -168,24 +168,24 @@ def _render_chunk(scenes: torch.Tensor, geometry: dict[str, torch.Tensor], g: to
     inside = (0.5 - distance).clamp(0, 1)[:, None]                                      # one pixel of anti-aliasing
     rim = (1.5 - (distance + 1.5).abs()).clamp(0, 1)[:, None]                           # a dark outline, 2 px
 
-    # the pattern: a period of 8 px whatever the object's size, and a random phase
-    phase = torch.rand(n, 2, 1, 1, generator=g) * 2 * math.pi
-    u, v = (x * (2 * math.pi / 8) + phase[:, 0]).sin(), (y * (2 * math.pi / 8) + phase[:, 1]).sin()
+    # the pattern: stripes 16 px wide and bands of 12 px, whatever the object's size
+    u, v = (x * (2 * math.pi / 16)).sin(), (y * (2 * math.pi / 12)).sin()               # (N, R, R)
     a, b, c, d = _PAINT[pattern].T[:, :, None, None]
     paint = (3 * (a * u + b * v + c * u * v + d)).clamp(-1, 1)[:, None]                 # (N, 1, R, R)
     body = (_COLOURS[colour] + 0.06 * torch.randn(n, 3, generator=g))[:, :, None, None]
-    body = body * ((0.75 - 0.25 * paint) * (1 - 0.75 * rim))                            # (N, 3, R, R)
+    body = body * ((0.65 - 0.35 * paint) * (1 - 0.75 * rim))                            # (N, 3, R, R)
     image = torch.lerp(image, body, inside)                                             # (N, 3, R, R)
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def caption(scene: list[int], g: torch.Generator, mention: float = 0.1) -> str:
-    """A caption as the web writes them: always shape, colour and background; anything else only with chance `mention`."""
+    """A caption as the web writes them: what it is, often its colour and what is behind it, anything else only with chance `mention`."""
     word = {a: ATTRIBUTES[a][i] for a, i in zip(ATTRIBUTES, scene)}
-    said = dict(zip(ATTRIBUTES, (torch.rand(len(ATTRIBUTES), generator=g) < mention).tolist()))
-    front = [word[a] for a in ("size", "pattern") if said[a]] + [word["colour"], word["shape"]]
-    back = [f"points {word['turn']}"] * said["turn"] + [f"in the {word['place']}"] * said["place"] + [f"on {word['background']}"]
-    return f"{'an' if front[0][0] in 'aeiou' else 'a'} {' '.join(front)} {' '.join(back)}"
+    chance = torch.tensor([1.0 if a == "shape" else max(0.5, mention) if a in ("colour", "background") else mention for a in word])
+    said = dict(zip(word, (torch.rand(len(word), generator=g) < chance).tolist()))
+    front = [word[a] for a in ("size", "pattern", "colour", "shape") if said[a]]
+    back = [f" {before} {word[a]}" for a, before in (("turn", "that leans"), ("place", "in the"), ("background", "on")) if said[a]]
+    return f"{'an' if front[0][0] in 'aeiou' else 'a'} {' '.join(front)}{''.join(back)}"
 
 
 def _questions(scene: list[int], order: list[int]) -> list[dict]:

@@ -70,7 +70,7 @@ class Config:
     teachers: tuple[str, ...] = ("clip", "eva", "convnext")
     clip: str = "vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=96 depth=4 num_heads=4"   # 36 x 96
     eva: str = "eva02_tiny_patch14_224 img_size=64 patch_size=8 embed_dim=80 depth=3 num_heads=4"                 # 64 x 80
-    convnext: str = "convnext_atto img_size=96 depths=(1,1,2,1) dims=(16,32,64,128)"                              # 9 x 128
+    convnext: str = "convnext_atto img_size=96 depths=(1,1,2,1) dims=(16,32,64,128) ls_init_value=None"                              # 9 x 128
 
     # mixture of LoRA experts
     mole_experts: int = 3                   # the paper's

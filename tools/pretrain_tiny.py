@@ -35,14 +35,14 @@ from teachers import VisionEncoder
 
 FOLDER = Path("runs/stage0")
 SEED = 0  # the pretrained models are downloads in the real method: the same for every seed of a run
-IMAGES = 8_000
+IMAGES = 6_000
 
 # steps, batch, peak learning rate
-RECIPES = {"clip": (400, 64, 2e-3), "eva": (300, 64, 2e-3), "convnext": (200, 64, 2e-3), "llm": (250, 32, 3e-3)}
+RECIPES = {"clip": (450, 64, 1e-3), "eva": (300, 32, 2e-3), "convnext": (300, 32, 2e-3), "llm": (150, 32, 3e-3)}
 
 
 def fit(name: str, modules: nn.Module, loss_of, scale: float) -> float:
-    """AdamW with one cycle of learning rate on loss_of(step's generator, batch size); returns the FLOPs spent."""
+    """AdamW with one cycle of learning rate on loss_of(generator, batch size); returns the FLOPs spent."""
     steps, batch, lr = RECIPES[name]
     steps = max(2, round(steps * scale))
     optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, weight_decay=0.01, fused=True)
@@ -63,31 +63,38 @@ def fit(name: str, modules: nn.Module, loss_of, scale: float) -> float:
     return flops
 
 
+def pictures(scale: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Scenes (N, 7), their images (N, 3, 96, 96), their geometry."""
+    scenes = data.sample_scenes("train", max(64, round(IMAGES * scale)), seed)
+    return scenes, data.render(scenes, seed), data.scene_geometry(scenes, seed)
+
+
 def pretrain_clip(spec: str, scale: float) -> tuple[nn.Module, float]:
     """InfoNCE between [CLS] and a caption encoder that is thrown away after. In so small a world several images of a batch share
     a caption, so the target of an image is every equal caption, not its own alone."""
-    scenes = data.sample_scenes("train", IMAGES, seed=10)
-    images = data.render(scenes, seed=10)
+    scenes, images, _ = pictures(scale, seed=10)
     g = torch.Generator().manual_seed(SEED)
     captions = [data.caption(scene, g) for scene in scenes.tolist()]
     tokenizer = WordTokenizer.from_records([{"conversations": [{"value": c}]} for c in captions])
-    longest = max(len(tokenizer.encode(c)) for c in captions)
-    ids = torch.tensor([(tokenizer.encode(c) + [tokenizer.pad] * longest)[:longest] for c in captions])
-    same = torch.tensor([hash_text(c) for c in captions])
+    tokens = [tokenizer.encode(c) for c in captions]
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(t) for t in tokens], batch_first=True, padding_value=tokenizer.pad)   # (N, T)
     clip = VisionEncoder(spec, num_classes=64)
-    text = nn.ModuleDict({"embed": nn.Embedding(len(tokenizer.vocabulary), 64, padding_idx=0),
+    for module in clip.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()  # timm's std of 0.02 is meant for width 1024; at 96 it learns shapes 1.5 times slower
+    text = nn.ModuleDict({"embed": nn.Embedding(len(tokenizer.vocabulary), 64),
                           "layer": nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True), "head": nn.Linear(64, 64)})
     temperature = nn.ParameterDict({"log": torch.tensor(2.5)})
 
     def loss_of(generator, batch):
-        rows = torch.randint(IMAGES, (batch,), generator=generator)
+        rows = torch.randint(len(images), (batch,), generator=generator)
         image = F.normalize(clip.net(clip.view(images[rows])), dim=-1)                  # (B, 64)
-        words, padding = ids[rows], ids[rows] == 0                                      # (B, T)
-        words = text["layer"](text["embed"](words), src_key_padding_mask=padding)       # (B, T, 64)
-        words = words.masked_fill(padding[:, :, None], 0).sum(1)                        # (B, 64)
-        logits = image @ F.normalize(text["head"](words), dim=-1).T * temperature["log"].exp()       # (B, B)
-        target = (same[rows][:, None] == same[rows]).float()                            # (B, B)
-        target = target / target.sum(dim=1, keepdim=True)
+        padding = ids[rows] == tokenizer.pad                                            # (B, T)
+        words = text["layer"](text["embed"](ids[rows]), src_key_padding_mask=padding)   # (B, T, 64)
+        words = words.masked_fill(padding[:, :, None], 0).sum(dim=1)                    # (B, 64)
+        logits = image @ F.normalize(text["head"](words), dim=-1).T * temperature["log"].exp()      # (B, B)
+        same = (ids[rows][:, None] == ids[rows]).all(dim=-1).float()                    # (B, B)
+        target = same / same.sum(dim=1, keepdim=True)                                   # (B, B)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     flops = fit("clip", nn.ModuleList([clip, text, temperature]), loss_of, scale)
@@ -95,46 +102,50 @@ def pretrain_clip(spec: str, scale: float) -> tuple[nn.Module, float]:
     return clip.net, flops
 
 
-def hash_text(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+def cells(encoder: VisionEncoder, geometry: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the centre of each token's cell to the object's centre: dx, dy (N, n_i), in half images."""
+    side = round(encoder.num_tokens ** 0.5)
+    line = (torch.arange(side) + 0.5) / side * 2 - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    return geometry["x"][:, None] - x.flatten(), geometry["y"][:, None] - y.flatten()
 
 
 def pretrain_eva(spec: str, scale: float) -> tuple[nn.Module, float]:
     """A dense head at every token, as a detector's: objectness everywhere, box and turn where the object is."""
-    scenes = data.sample_scenes("train", IMAGES, seed=11)
-    images, geometry = data.render(scenes, seed=11), data.scene_geometry(scenes, seed=11)
+    _, images, geometry = pictures(scale, seed=11)
     eva = VisionEncoder(spec)
-    head = nn.Sequential(nn.LayerNorm(eva.dim), nn.Linear(eva.dim, 6))
-    side = round(eva.num_tokens ** 0.5)
-    line = (torch.arange(side) + 0.5) / side * 2 - 1
-    cell_y, cell_x = (t.flatten() for t in torch.meshgrid(line, line, indexing="ij"))   # (n,)
+    head = nn.Sequential(nn.LayerNorm(eva.dim), nn.Linear(eva.dim, 5))  # objectness, dx, dy, log radius, turn
+    dx, dy = cells(eva, geometry)                                                       # (N, n)
+    here = (torch.hypot(dx, dy) < geometry["radius"][:, None]).float()                  # (N, n)
+    whole = torch.stack([geometry["radius"].log(), 2 * geometry["angle"]], dim=-1)      # (N, 2)
+    box = torch.cat([torch.stack([dx, dy], dim=-1), whole[:, None].expand(-1, eva.num_tokens, -1)], dim=-1)    # (N, n, 4)
 
     def loss_of(generator, batch):
-        rows = torch.randint(IMAGES, (batch,), generator=generator)
-        x, y, radius, angle = (geometry[k][rows, None] for k in ("x", "y", "radius", "angle"))
-        dx, dy = x - cell_x, y - cell_y                                                 # (B, n)
-        here = ((dx.square() + dy.square()).sqrt() < radius).float()                    # (B, n)
-        target = torch.stack([dx, dy, (radius * 3).log().expand_as(dx), angle.cos().expand_as(dx), angle.sin().expand_as(dx)], dim=-1)
-        out = head(eva(images[rows]).tokens)                                            # (B, n, 6)
-        box = (out[..., 1:] - target).square().mean(dim=-1)                             # (B, n)
-        return F.binary_cross_entropy_with_logits(out[..., 0], here) + (box * here).sum() / here.sum() * 3
+        rows = torch.randint(len(images), (batch,), generator=generator)
+        out = head(eva(images[rows]).tokens)                                            # (B, n, 5)
+        error = (out[..., 1:] - box[rows]).square().mean(dim=-1)                        # (B, n)
+        objectness = F.binary_cross_entropy_with_logits(out[..., 0], here[rows])
+        return objectness + 3 * (error * here[rows]).sum() / here[rows].sum()
 
     flops = fit("eva", nn.ModuleList([eva, head]), loss_of, scale)
     return eva.net, flops
 
 
 def pretrain_convnext(spec: str, scale: float) -> tuple[nn.Module, float]:
-    """Classifies the pattern, at twice the student's resolution."""
-    scenes = data.sample_scenes("train", IMAGES, seed=12)
-    images, pattern = data.render(scenes, seed=12), scenes[:, list(ATTRIBUTES).index("pattern")]
-    convnext = VisionEncoder(spec, num_classes=len(ATTRIBUTES["pattern"]))
+    """Names the pattern at every token that the object covers, at twice the student's resolution."""
+    scenes, images, geometry = pictures(scale, seed=12)
+    pattern = scenes[:, list(ATTRIBUTES).index("pattern")]
+    convnext = VisionEncoder(spec)
+    head = nn.Sequential(nn.LayerNorm(convnext.dim), nn.Linear(convnext.dim, len(ATTRIBUTES["pattern"])))
+    distance = torch.hypot(*cells(convnext, geometry))                                  # (N, n)
+    here = (distance < 0.8 * geometry["radius"][:, None]) | (distance == distance.amin(dim=1, keepdim=True))      # (N, n)
 
     def loss_of(generator, batch):
-        rows = torch.randint(IMAGES, (batch,), generator=generator)
-        return F.cross_entropy(convnext.net(convnext.view(images[rows])), pattern[rows])
+        rows = torch.randint(len(images), (batch,), generator=generator)
+        logits = head(convnext(images[rows]).tokens)                                    # (B, n, 4)
+        return F.cross_entropy(logits[here[rows]], pattern[rows, None].expand_as(here[rows])[here[rows]])
 
-    flops = fit("convnext", convnext, loss_of, scale)
-    convnext.net.reset_classifier(0)
+    flops = fit("convnext", nn.ModuleList([convnext, head]), loss_of, scale)
     return convnext.net, flops
 
 
