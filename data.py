@@ -44,7 +44,7 @@ ATTRIBUTES = {
     "place": ["northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast"],
     "size": ["small", "medium", "large"],
     "turn": ["left", "straight", "right"],
-    "background": ["sky", "grass", "sand", "night"],
+    "background": ["sky", "grass", "sand", "snow"],
 }
 QUESTIONS = {
     "shape": "what shape is it?",
@@ -86,9 +86,9 @@ def scene_geometry(scenes: torch.Tensor, seed: int = 0) -> dict[str, torch.Tenso
     jitter = torch.rand(n, 4, generator=g) * 2 - 1
     place, size, turn = (scenes[:, list(ATTRIBUTES).index(a)] for a in ("place", "size", "turn"))
     return {
-        "x": (place % 3 - 1) / 3 + 0.02 * jitter[:, 0],
-        "y": (place // 3 - 1) / 3 + 0.02 * jitter[:, 1],
-        "radius": torch.tensor([0.42, 0.56, 0.74])[size] * (1 + 0.04 * jitter[:, 2]),
+        "x": (place % 3 - 1) / 3 + 0.01 * jitter[:, 0],
+        "y": (place // 3 - 1) / 3 + 0.01 * jitter[:, 1],
+        "radius": torch.tensor([0.42, 0.56, 0.74])[size] * (1 + 0.02 * jitter[:, 2]),
         "angle": (turn - 1) * 0.4 + 0.06 * jitter[:, 3],
     }
 
@@ -124,7 +124,7 @@ def _shape_distance(k: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 _COLOURS = torch.tensor([[.95, .15, .15], [1., .60, .10], [1., .95, .25], [.15, .85, .25], [.25, .50, 1.], [.75, .30, .95]])
 _BACKGROUNDS = torch.tensor([[[.45, .70, .95], [.85, .93, 1.]], [[.35, .60, .25], [.50, .75, .35]],   # sky, grass: top, bottom
-                             [[.85, .75, .55], [.95, .88, .70]], [[.05, .05, .20], [.15, .12, .35]]])  # sand, night
+                             [[.85, .75, .55], [.95, .88, .70]], [[.88, .88, .92], [.98, .98, 1.]]])    # sand, snow
 
 
 # A pattern is paint on the surface, a mix of two waves across it: a sin(u) + b sin(v) + c sin(u) sin(v) + d.
@@ -152,9 +152,8 @@ def _render_chunk(scenes: torch.Tensor, geometry: dict[str, torch.Tensor], g: to
     t = ((Y + 1) / 2)[:, None]                                                          # (1, 1, R, 1)
     gradient = top[:, :, None, None] * (1 - t) + bottom[:, :, None, None] * t           # (N, 3, R, 1)
     noise = torch.rand(n, 1, R, R, generator=g) - 0.5
-    grain = torch.tensor([0.02, 0.16, 0.08, 0.04])[background][:, None, None, None]     # grass is rough, the sky smooth
-    stars = ((noise > 0.49) & (background == 3)[:, None, None, None]) * 0.8
-    image = gradient + (grain * noise + stars)                                          # (N, 3, R, R)
+    grain = torch.tensor([0.02, 0.16, 0.08, 0.10])[background][:, None, None, None]     # grass is rough, the sky smooth
+    image = gradient + grain * noise                                                    # (N, 3, R, R)
 
     # the object's own frame: centred, turned, in pixels
     cx, cy, radius, angle = (geometry[k][:, None, None] for k in ("x", "y", "radius", "angle"))

@@ -185,8 +185,9 @@ def stage0(c, sets: dict, tokenizer: WordTokenizer) -> tuple[dict[str, Path], fl
 
     The models know nothing of each other, so they train side by side, one process and one thread each.
     """
-    texts = [data.conversation_ids(r, template, tokenizer, n_image=0)[0]
-             for name, template in (("pretrain", "plain"), ("train", "v1")) for r in sets[name][0]]
+    records = sets["train"][0]
+    pure = [r for r in records if "image" not in r] or records  # an answer about an image that is not shown teaches guessing
+    texts = [data.conversation_ids(r, "v1", tokenizer, n_image=0)[0] for r in pure]
     shape = (len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
     scenes = data.sample_scenes("train", 4)
     world = [data.render(scenes).sum().item(), data.world_records("train", "caption", 4)]
