@@ -46,15 +46,7 @@ ATTRIBUTES = {
     "turn": ["left", "straight", "right"],
     "background": ["sky", "grass", "sand", "snow"],
 }
-QUESTIONS = {
-    "shape": "what shape is it?",
-    "colour": "what colour is it?",
-    "pattern": "what pattern is it?",
-    "place": "what place is it?",
-    "size": "what size is it?",
-    "turn": "which way does it lean?",
-    "background": "what is behind it?",
-}
+QUESTIONS = {attribute: f"what {attribute}?" for attribute in ATTRIBUTES}
 WORLD_SIZE = 96  # px, the largest that an encoder of the TINY preset asks for
 SPLITS = ("train", "validation", "test")
 
@@ -308,9 +300,14 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
+def blank_image(size: int) -> torch.Tensor:
+    """A picture of nothing, uint8 (3, size, size): CLIP's mean colour, zero after normalisation."""
+    return torch.tensor([122, 116, 104], dtype=torch.uint8)[:, None, None].repeat(1, size, size)
+
+
 def load_image(path: Path, size: int) -> torch.Tensor:
     """An image file as uint8 (3, size, size): RGB, padded to a square (so that nothing is cut off and all encoders see one
-    geometry), then resized. The padding is grey, CLIP's mean colour, as in LLaVA."""
+    geometry), then resized. The padding is CLIP's mean colour, as in LLaVA."""
     try:
         with Image.open(path) as file:
             image = TF.pil_to_tensor(file.convert("RGB"))                               # (3, h, w)
@@ -321,9 +318,8 @@ def load_image(path: Path, size: int) -> torch.Tensor:
     _, h, w = image.shape
     side = max(h, w)
     left, top = (side - w) // 2, (side - h) // 2
-    fill = [122, 116, 104]  # CLIP's mean x 255
     if h != w:
-        canvas = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
+        canvas = blank_image(side)
         canvas[:, top:top + h, left:left + w] = image
         image = canvas                                                                  # (3, side, side)
     return TF.resize(image, [size, size], antialias=True)                               # (3, size, size)

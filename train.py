@@ -95,7 +95,7 @@ class Config:
     stage1_epochs: float = 1.0
     stage1_batch: int = 64
     stage1_lr: float = 1e-3
-    stage2_epochs: float = 8.0
+    stage2_epochs: float = 6.0
     stage2_batch: int = 32
     stage2_lr: float = 1.5e-3
     warmup: float = 0.03                    # share of the steps, LLaVA's
@@ -344,7 +344,7 @@ def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image) -> 
     rows = questions_of(records)
     questions = [row["record"] for row in rows]
     answers = answer(c, vlm, tokenizer, questions, get_image)
-    blank = answer(c, vlm, tokenizer, questions, lambda name: torch.zeros(3, c.image_size, c.image_size, dtype=torch.uint8))
+    blank = answer(c, vlm, tokenizer, questions, lambda name: data.blank_image(c.image_size))
     accuracy = accuracy_per_type(rows, answers)
     truth = {name: Counter(row["answer"] for row in rows if row["type"] == name) for name in accuracy}
     result = {

@@ -38,7 +38,7 @@ SEED = 0  # the pretrained models are downloads in the real method: the same for
 IMAGES = 6_000
 
 # steps, batch, peak learning rate
-RECIPES = {"clip": (450, 64, 1e-3), "eva": (300, 32, 2e-3), "convnext": (300, 32, 2e-3), "llm": (150, 32, 3e-3)}
+RECIPES = {"clip": (450, 64, 1e-3), "eva": (300, 32, 2e-3), "convnext": (300, 32, 2e-3), "llm": (250, 32, 3e-3)}
 
 
 def fit(name: str, modules: nn.Module, loss_of, scale: float) -> float:
