@@ -5,7 +5,7 @@
 
 Both sources give the same two things: `records`, a list of LLaVA-format dictionaries
 
-    {"id": "7", "image": "train/7.png", "conversations": [{"from": "human", "value": "<image>\\nwhat shape is it?"},
+    {"id": "7", "image": "train/7.png", "conversations": [{"from": "human", "value": "<image>\\nwhat shape?"},
                                                           {"from": "gpt", "value": "heart"}, ...]}
 
 and `get_image(name)`, a uint8 tensor (3, R, R). From there on a picture of the tiny world and a photograph on disk
@@ -17,12 +17,12 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -228,7 +228,7 @@ def export_world(folder: Path, n_pretrain: int, n_train: int, n_text: int, n_eva
         for image in tqdm(sorted({r["image"] for r in records if "image" in r}), desc=f"export {name}", leave=False):
             path = folder / image
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode_png(get_image(image)).numpy().tobytes())
+            TF.to_pil_image(get_image(image)).save(path)
         write_json(folder / f"{name}.json", records)
 
 
@@ -289,17 +289,6 @@ def read_json(path: Path):
         raise InputError(f"{path}: cannot be read: {e.strerror}") from None
 
 
-def read_records(path: Path) -> list[dict]:
-    """A LLaVA-format JSON list, every row validated. Raises InputError that names the first bad row."""
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise InputError(f"{path}: must be a JSON list of records with at least one row")
-    for row, record in enumerate(records):
-        if fault := record_fault(record):
-            raise InputError(f"{path}: row {row} {fault}; `python data.py check` lists every bad row")
-    return records
-
-
 def blank_image(size: int) -> torch.Tensor:
     """A picture of nothing, uint8 (3, size, size): CLIP's mean colour, zero after normalisation."""
     return torch.tensor([122, 116, 104], dtype=torch.uint8)[:, None, None].repeat(1, size, size)
@@ -330,22 +319,31 @@ def disk_images(folder: Path, size: int):
     return lambda name: load_image(Path(folder) / name, size)
 
 
-def check(path: Path, folder: Path) -> list[str]:
-    """Every fault of a LLaVA-format set, one line each: rows, answers, <image> tokens, missing and corrupt images."""
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise InputError(f"{path}: must be a JSON list of records with at least one row")
-    faults = []
-    for row, record in enumerate(tqdm(records, desc="check", leave=False)):
+def faults(path: Path, folder: Path) -> Iterator[str]:
+    """Every fault of a LLaVA-format set, a line each: rows, answers, <image> tokens, missing and corrupt images."""
+    for row, record in enumerate(tqdm(read_list(path), desc=f"check {path.name}", leave=False)):
         fault = record_fault(record)
         if fault is None and "image" in record:
             try:
                 load_image(folder / record["image"], 16)
             except InputError as e:
-                fault = str(e)
+                fault = f"has a bad image: {e}"
         if fault:
-            faults.append(f"row {row}: {fault}")
-    return faults
+            yield f"{path}: row {row} {fault}"
+
+
+def read_list(path: Path) -> list:
+    records = read_json(path)
+    if not isinstance(records, list) or not records:
+        raise InputError(f"{path}: must be a JSON list of records with at least one row")
+    return records
+
+
+def read_records(path: Path, folder: Path) -> list[dict]:
+    """A LLaVA-format JSON list, every row and image validated before anything is trained: raises InputError for the first fault."""
+    for fault in faults(path, folder):
+        raise InputError(f"{fault}; `python data.py check {path} {folder}` lists every bad row")
+    return read_list(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +390,7 @@ def conversation_ids(record: dict, template: str, tokenizer, n_image: int) -> tu
 
         "plain" (stage 1)   <s><image>a red heart on grass</s>            the human's words are dropped: the image alone must
                                       ^^^^^^^^^^^^^^^^^^^^^^^^            explain the caption
-        "v1" (stage 2)      <s>USER: <image>\\nwhat shape is it? ASSISTANT: heart</s>USER: ... ASSISTANT: ...</s>
+        "v1" (stage 2)      <s>USER: <image>\\nwhat shape? ASSISTANT: heart</s>USER: ... ASSISTANT: ...</s>
                                                                           ^^^^^^^^^^                        ^^^^^^^
 
     `<image>` becomes n_image copies of the image token: the places where the VLM puts the student's tokens.
@@ -475,8 +473,8 @@ def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: in
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="export the tiny world, or check a LLaVA-format set", allow_abbrev=False)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description="export the tiny world, or check a LLaVA-format set")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the tiny world as LLaVA-format JSON and PNG")
     export.add_argument("folder", type=Path)
@@ -486,18 +484,27 @@ def main() -> None:
     checker = commands.add_parser("check", help="report every bad row of a LLaVA-format set")
     checker.add_argument("file", type=Path)
     checker.add_argument("images", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.command == "export":
         export_world(args.folder, args.n_pretrain, args.n_train, args.n_text, args.n_eval)
         print(f"wrote {args.folder}/pretrain.json, train.json, validation.json, test.json and their images")
         return
-    faults = check(args.file, args.images)
-    records = len(read_json(args.file))
-    for fault in faults:
-        print(f"{args.file}: {fault}")
-    print(f"{args.file}: {records} rows, {len(faults)} bad")
-    if faults:
+    found = list(faults(args.file, args.images))
+    for fault in found:
+        print(fault)
+    print(f"{args.file}: {len(read_list(args.file))} rows, {len(found)} bad")
+    if found:
         sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are one line like all others."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists the arguments)")
 
 
 def run(program) -> None:

@@ -17,7 +17,6 @@ import json
 import math
 import platform
 import resource
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -97,7 +96,7 @@ class Config:
     stage1_lr: float = 1e-3
     stage2_epochs: float = 6.0
     stage2_batch: int = 32
-    stage2_lr: float = 1.5e-3
+    stage2_lr: float = 1e-3
     warmup: float = 0.03                    # share of the steps, LLaVA's
     grad_clip: float = 1.0                  # norm; so that one odd batch cannot undo a short run
     max_steps: int = 0                      # stop each stage after so many steps; 0 = run it all
@@ -116,9 +115,9 @@ FULL = dataclasses.replace(
     stage1_epochs=1, stage1_batch=256, stage1_lr=1e-3, stage2_epochs=1, stage2_batch=128, stage2_lr=2e-5)
 
 
-def parse_config(argv: list[str]) -> Config:
-    """Flags from the fields of Config. An unknown flag, or a value of the wrong type, ends the program with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def parse_config(argv: list[str] | None) -> Config:
+    """Flags from the fields of Config. Raises InputError for an unknown flag or a value of the wrong type."""
+    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     preset = parser.add_mutually_exclusive_group(required=True)
     preset.add_argument("--tiny", dest="preset", action="store_const", const=TINY, help="laptop CPU, no download")
     preset.add_argument("--full", dest="preset", action="store_const", const=FULL, help="the real encoders and LLM on GPUs")
@@ -168,9 +167,10 @@ def load_sets(c: Config) -> dict[str, tuple]:
     if not c.data:
         return {"pretrain": data.tiny_world("pretrain", c.n_pretrain), "train": data.tiny_world("train", c.n_train, c.n_text),
                 "eval": data.tiny_world(c.eval_split, c.n_eval)}
-    get_image = data.disk_images(Path(c.image_folder or Path(c.data).parent), c.image_size)
+    folder = Path(c.image_folder or Path(c.data).parent)
+    get_image = data.disk_images(folder, c.image_size)
     paths = {"pretrain": c.pretrain_data or c.data, "train": c.data, "eval": c.eval_data}
-    return {name: (data.read_records(Path(path)), get_image) for name, path in paths.items()}
+    return {name: (data.read_records(Path(path), folder), get_image) for name, path in paths.items()}
 
 
 def build_vlm(c: Config, tokenizer, clip: Path | None = None, llm: Path | None = None) -> VLM:
@@ -357,12 +357,16 @@ def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image) -> 
     return result, rows, answers
 
 
-def print_accuracy(result: dict) -> None:
-    print(f"\nheld-out accuracy, %{'':10} model   blank image   majority   chance")
+def print_result(result: dict, out: Path) -> None:
+    """A table for the reader, then the last line, for programs: `result: ` and one JSON object."""
+    print(f"\nheld-out accuracy, %{'':9} model   blank image   majority   chance")
     for name in result["accuracy"]:
         print(f"  {name[:26]:26} {result['accuracy'][name]:7.1f} {result['blank_accuracy'][name]:13.1f} "
               f"{result['majority_accuracy'][name]:10.1f} {result['chance_accuracy'][name]:8.1f}")
-    print(f"  {'macro':26} {result['macro_accuracy']:7.1f}")
+    print(f"  {'macro':26} {result['macro_accuracy']:7.1f}\n")
+    print(f"{result['seconds']} s, {result['seconds_stage0']} s of them stage 0; {result['tflops']} TFLOPs in the two stages, "
+          f"{result['tflops_stage0']} in stage 0; peak {result['peak_rss_mb']} MB; everything is in {out}/")
+    print("result: " + json.dumps(result))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,9 +420,17 @@ def save_figure(figure, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def build_datasets(c: Config, sets: dict, tokenizer, n_image: int) -> dict[int, data.Conversations]:
+    """Stage 1: captions, prompt "plain"; text alone has nothing to align. Stage 2: conversations, prompt "v1"."""
+    records, get_image = sets["pretrain"]
+    pictured = [r for r in records if "image" in r]
+    return {1: data.Conversations(pictured, get_image, tokenizer, "plain", n_image, c.max_length),
+            2: data.Conversations(*sets["train"], tokenizer, "v1", n_image, c.max_length)}
+
+
+def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
-    c = parse_config(sys.argv[1:])
+    c = parse_config(argv)
     if c.device == "cuda":
         raise InputError("--full: not yet; --tiny runs every part of the method")
     sets = load_sets(c)
@@ -426,47 +438,39 @@ def main() -> None:
 
     from tools.pretrain_tiny import stage0  # only the tiny preset makes its own pretrained models
     stage0_start = time.perf_counter()
-    weights, tflops0 = stage0(c, sets, tokenizer)
+    weights, tflops_stage0 = stage0(c, sets["train"][0], tokenizer)
     seconds_stage0 = time.perf_counter() - stage0_start
 
     torch.manual_seed(c.seed)
     vlm = build_vlm(c, tokenizer, weights["clip"], weights["llm"]).to(c.device)
     teachers = build_teachers(c, weights).to(c.device)
     adapters = build_adapters(teachers, vlm.student.num_tokens, vlm.student.dim).to(c.device)
-    groups = parts(vlm, adapters, teachers)
+    datasets = build_datasets(c, sets, tokenizer, vlm.student.num_tokens)
 
     out = Path(c.out)
-    out.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
     data.write_json(out / "config.json", dataclasses.asdict(c))
-    data.write_json(out / "versions.json", versions)
+    data.write_json(out / "versions.json", {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision, timm)})
     data.write_json(out / "vocabulary.json", tokenizer.vocabulary)
     flops = 0.0
     with open(out / "log.jsonl", "w") as log_file:
-        for stage, name, template in ((1, "pretrain", "plain"), (2, "train", "v1")):
-            print(set_trainable(stage, groups), flush=True)
-            records, get_image = sets[name]
-            if stage == 1:
-                records = [r for r in records if "image" in r]  # nothing to align in pure text
-            dataset = data.Conversations(records, get_image, tokenizer, template, vlm.student.num_tokens, c.max_length)
+        for stage, dataset in datasets.items():
+            print(set_trainable(stage, parts(vlm, adapters, teachers)), flush=True)
             loader = data.make_loader(dataset, getattr(c, f"stage{stage}_batch"), getattr(c, f"stage{stage}_epochs"), c.seed + stage, tokenizer.pad)
             flops += run_stage(c, stage, vlm, teachers, adapters, loader, log_file)
-    save_weights(out / "model.safetensors", {f"vlm.{k}": v for k, v in vlm.state_dict().items()} |
-                 {f"adapters.{k}": v for k, v in adapters.state_dict().items()})
+    save_weights(out / "model.safetensors", nn.ModuleDict({"vlm": vlm, "adapters": adapters}).state_dict())
 
     result, rows, answers = evaluate(c, vlm, tokenizer, *sets["eval"])
     plot_curves(out)
     plot_samples(out / "samples.png", rows, answers, sets["eval"][1])
-    print_accuracy(result)
-    result |= {"seconds": round(time.perf_counter() - start, 1), "seconds_stage0": round(seconds_stage0, 1),
-               "tflops": flops / 1e12, "tflops_stage0": tflops0, "peak_rss_mb": peak_rss_mb(), "seed": c.seed}
+    result |= {"seconds": round(time.perf_counter() - start, 1), "seconds_stage0": round(seconds_stage0, 1), "tflops": round(flops / 1e12, 3),
+               "tflops_stage0": round(tflops_stage0, 3), "peak_rss_mb": round(peak_rss_mb()), "seed": c.seed}
     data.write_json(out / "result.json", result)
-    print("result: " + json.dumps(result))
+    print_result(result, out)
 
 
 def peak_rss_mb() -> float:
-    """Peak memory of this process and, had it any, of its largest child, in MB."""
-    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+    """Peak memory of the largest process of the run, this one or one of stage 0, in MB."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
 
 
 if __name__ == "__main__":

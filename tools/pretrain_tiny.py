@@ -12,6 +12,7 @@ the real one its own skill.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -38,7 +39,7 @@ SEED = 0  # the pretrained models are downloads in the real method: the same for
 IMAGES = 6_000
 
 # steps, batch, peak learning rate
-RECIPES = {"clip": (450, 64, 1e-3), "eva": (300, 32, 2e-3), "convnext": (300, 32, 2e-3), "llm": (250, 32, 3e-3)}
+RECIPES = {"clip": (450, 64, 1e-3), "eva": (350, 32, 2e-3), "convnext": (300, 32, 2e-3), "llm": (250, 32, 3e-3)}
 
 
 def fit(name: str, modules: nn.Module, loss_of, scale: float) -> float:
@@ -82,6 +83,7 @@ def pretrain_clip(spec: str, scale: float) -> tuple[nn.Module, float]:
     for module in clip.modules():
         if isinstance(module, nn.Linear):
             module.reset_parameters()  # timm's std of 0.02 is meant for width 1024; at 96 it learns shapes 1.5 times slower
+    nn.init.normal_(clip.net.pos_embed, std=0.3)  # likewise: at 0.02 a token hardly says where it is
     text = nn.ModuleDict({"embed": nn.Embedding(len(tokenizer.vocabulary), 64),
                           "layer": nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True), "head": nn.Linear(64, 64)})
     temperature = nn.ParameterDict({"log": torch.tensor(2.5)})
@@ -111,21 +113,19 @@ def cells(encoder: VisionEncoder, geometry: dict[str, torch.Tensor]) -> tuple[to
 
 
 def pretrain_eva(spec: str, scale: float) -> tuple[nn.Module, float]:
-    """A dense head at every token, as a detector's: objectness everywhere, box and turn where the object is."""
+    """A dense head at every token, as a detector's: is the object here, and where are its centre, its size, its turn?"""
     _, images, geometry = pictures(scale, seed=11)
     eva = VisionEncoder(spec)
-    head = nn.Sequential(nn.LayerNorm(eva.dim), nn.Linear(eva.dim, 5))  # objectness, dx, dy, log radius, turn
-    dx, dy = cells(eva, geometry)                                                       # (N, n)
-    here = (torch.hypot(dx, dy) < geometry["radius"][:, None]).float()                  # (N, n)
-    whole = torch.stack([geometry["radius"].log(), 2 * geometry["angle"]], dim=-1)      # (N, 2)
-    box = torch.cat([torch.stack([dx, dy], dim=-1), whole[:, None].expand(-1, eva.num_tokens, -1)], dim=-1)    # (N, n, 4)
+    head = nn.Sequential(nn.LayerNorm(eva.dim), nn.Linear(eva.dim, 5))
+    here = (torch.hypot(*cells(eva, geometry)) < geometry["radius"][:, None]).float()   # (N, n)
+    box = torch.stack([geometry["x"], geometry["y"], geometry["radius"].log(), geometry["angle"]], dim=-1)      # (N, 4)
+    box = (box - box.mean(dim=0)) / box.std(dim=0)
 
     def loss_of(generator, batch):
         rows = torch.randint(len(images), (batch,), generator=generator)
         out = head(eva(images[rows]).tokens)                                            # (B, n, 5)
-        error = (out[..., 1:] - box[rows]).square().mean(dim=-1)                        # (B, n)
-        objectness = F.binary_cross_entropy_with_logits(out[..., 0], here[rows])
-        return objectness + 3 * (error * here[rows]).sum() / here[rows].sum()
+        error = (out[..., 1:] - box[rows, None]).square().mean()
+        return error + F.binary_cross_entropy_with_logits(out[..., 0], here[rows])
 
     flops = fit("eva", nn.ModuleList([eva, head]), loss_of, scale)
     return eva.net, flops
@@ -164,6 +164,8 @@ def pretrain_llm(shape: tuple, scale: float, texts: list[list[int]], pad: int) -
     return llm, flops
 
 
+MAKERS = {"clip": pretrain_clip, "eva": pretrain_eva, "convnext": pretrain_convnext, "llm": pretrain_llm}
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -172,20 +174,18 @@ def job(name: str, arguments: tuple, path: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     start = time.perf_counter()
-    makers = {"clip": pretrain_clip, "eva": pretrain_eva, "convnext": pretrain_convnext, "llm": pretrain_llm}
-    net, flops = makers[name](*arguments)
+    net, flops = MAKERS[name](*arguments)
     temporary = path.with_suffix(".tmp")
     save_file(net.state_dict(), temporary, metadata={"tflops": str(flops / 1e12), "seconds": f"{time.perf_counter() - start:.1f}"})
     temporary.rename(path)
 
 
-def stage0(c, sets: dict, tokenizer: WordTokenizer) -> tuple[dict[str, Path], float]:
-    """Paths of the four models' weights, trained now if missing, and the TFLOPs they cost. `sets` is train.py's: the LLM learns the
-    language of the data at hand, the vision encoders always see the tiny world.
+def stage0(c, records: list[dict], tokenizer: WordTokenizer) -> tuple[dict[str, Path], float]:
+    """Paths of the four models' weights, trained now if missing, and the TFLOPs they cost. The LLM learns the language of the
+    conversations at hand (`records`), the vision encoders always see the tiny world.
 
     The models know nothing of each other, so they train side by side, one process and one thread each.
     """
-    records = sets["train"][0]
     pure = [r for r in records if "image" not in r] or records  # an answer about an image that is not shown teaches guessing
     texts = [data.conversation_ids(r, "v1", tokenizer, n_image=0)[0] for r in pure]
     shape = (len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
@@ -195,7 +195,8 @@ def stage0(c, sets: dict, tokenizer: WordTokenizer) -> tuple[dict[str, Path], fl
     arguments["llm"] = (shape, c.stage0_scale, texts, tokenizer.pad)
     paths = {}
     for name, args in arguments.items():
-        made_of = json.dumps([name, args, RECIPES[name], SEED, IMAGES, None if name == "llm" else world])
+        source = inspect.getsource(MAKERS[name]) + inspect.getsource(fit)
+        made_of = json.dumps([source, args, RECIPES[name], SEED, IMAGES, None if name == "llm" else world])
         paths[name] = FOLDER / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:

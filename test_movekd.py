@@ -1,0 +1,648 @@
+"""The claims of this implementation, each proved against the slow obvious form.  No network, no GPU.
+
+    python -m pytest -q test_movekd.py
+"""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
+
+import data
+import train
+from data import ATTRIBUTES, IGNORE, InputError, WordTokenizer
+from kd_loss import kd_loss, teacher_weights, token_weights
+from model import VLM, Student, TinyLLM, text_loss
+from mole import MoLE, balance_loss, expert_shares, mole_layers
+from teachers import ClipEncoder, EncoderAdapter, Teachers, VisionEncoder, adapt, build_adapters, cls_scores
+
+HERE = Path(__file__).parent
+C = train.TINY
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def random_mole(router_grad="straight_through", dropout=0.0) -> MoLE:
+    """A MoLE layer whose experts are not zero: D = 8, E = 3, r = 2."""
+    layer = MoLE(nn.Linear(8, 8), 8, num_experts=3, rank=2, alpha=4.0, dropout=dropout, router_grad=router_grad)
+    nn.init.normal_(layer.lora_B.weight)
+    return layer
+
+
+def save_png(path: Path, image: torch.Tensor) -> None:
+    to_pil_image(image).save(path)
+
+
+def images(n: int) -> torch.Tensor:
+    return data.render(data.sample_scenes("train", n))
+
+
+# --- mole.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_masked_mole_is_a_loop_over_tokens():
+    """One masked LoRA of rank E*r gives each token F(x) + alpha/r B_i A_i x of its own expert i, as a Python loop does."""
+    layer, x = random_mole(), torch.randn(2, 5, 8)
+    slow = torch.empty_like(x)
+    for b in range(2):
+        for j in range(5):
+            i = int(layer.router(x[b, j]).softmax(-1).argmax())
+            A, B = layer.lora_A.weight[2 * i:2 * i + 2], layer.lora_B.weight[:, 2 * i:2 * i + 2]
+            slow[b, j] = layer.ffn(x[b, j]) + 4.0 / 2 * B @ (A @ x[b, j])
+    assert len(set(layer.router(x).argmax(-1).flatten().tolist())) == 3  # all experts are in play
+    torch.testing.assert_close(layer(x), slow)
+
+
+def test_mole_starts_as_the_plain_ffn():
+    """With B = 0, as it is built, MoLE equals the FFN bit for bit, dropout or not."""
+    ffn = nn.Linear(8, 8)
+    layer, x = MoLE(ffn, 8, 3, 2, 4.0, dropout=0.5), torch.randn(2, 5, 8)
+    assert torch.equal(layer(x), ffn(x))
+
+
+def test_straight_through_changes_no_value_and_reaches_the_router():
+    """router_grad "none" leaves the router without gradient, as the paper's formula does; "straight_through" gives it one, and the
+    outputs are equal bit for bit."""
+    plain, through, x = random_mole("none"), random_mole("straight_through"), torch.randn(2, 5, 8)
+    through.load_state_dict(plain.state_dict())
+    assert torch.equal(plain(x), through(x))
+    plain(x).square().sum().backward()
+    through(x).square().sum().backward()
+    assert plain.router.weight.grad is None
+    assert through.router.weight.grad.abs().max() > 0
+
+
+def test_straight_through_gradient_is_that_of_a_soft_mixture():
+    """The router's gradient is the one it would have, at the same output gradient, had every expert been weighted by p."""
+    layer, x, upstream = random_mole(), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    layer(x).backward(upstream)
+    got = layer.router.weight.grad.clone()
+    p = layer.router(x).softmax(-1)
+    experts = torch.stack([x @ layer.lora_A.weight[2 * i:2 * i + 2].T @ layer.lora_B.weight[:, 2 * i:2 * i + 2].T * 2 for i in range(3)], -1)
+    expected, = torch.autograd.grad(((experts * p[:, :, None]).sum(-1) * upstream).sum(), layer.router.weight)
+    torch.testing.assert_close(got, expected)
+
+
+def test_an_expert_without_tokens_still_has_a_gradient():
+    """Every expert is in the graph: one that got no token has gradient 0, not None, so data-parallel ranks stay in step."""
+    layer = random_mole("none")
+    nn.init.zeros_(layer.router.weight)
+    layer.router.bias.data = torch.tensor([1.0, 0.0, 0.0])
+    layer(torch.randn(2, 5, 8)).sum().backward()
+    assert layer.lora_B.weight.grad[:, :2].abs().max() > 0
+    assert torch.equal(layer.lora_B.weight.grad[:, 2:], torch.zeros(8, 4))
+
+
+def test_balance_loss_is_its_formula_per_layer():
+    """Mean over layers of E sum_e share_e mean(p_e), counted by hand; 1 when balanced, E when one expert gets all."""
+    layers = nn.ModuleList([random_mole(), random_mole()])
+    slow = 0.0
+    for layer in layers:
+        layer(torch.randn(2, 5, 8))
+        rows = layer.probs.reshape(-1, 3).tolist()
+        shares = [sum(row.index(max(row)) == e for row in rows) / len(rows) for e in range(3)]
+        slow += 3 * sum(shares[e] * sum(row[e] for row in rows) / len(rows) for e in range(3)) / 2
+    torch.testing.assert_close(balance_loss(layers).item(), slow)
+    one, two = layers
+    one.probs, two.probs = (F.one_hot(torch.full((1, 6), e), 3).float() for e in (0, 2))  # each layer collapsed, to another expert
+    assert balance_loss(layers) == 3
+    one.probs = two.probs = torch.eye(3).repeat(1, 2, 1)
+    assert balance_loss(layers).item() == pytest.approx(1)
+    assert expert_shares(one).tolist() == pytest.approx([1 / 3] * 3)
+
+
+# --- kd_loss.py ------------------------------------------------------------------------------------------------------
+
+
+def test_token_weights_are_the_softmax_over_visual_tokens():
+    """W^tok: per head a softmax over the n visual tokens ([CLS] key left out), then the mean over heads; sums to 1."""
+    scores = torch.randn(2, 3, 5)
+    w = token_weights(scores)
+    for b in range(2):
+        for j in range(4):
+            slow = sum(math.exp(scores[b, h, 1 + j]) / sum(math.exp(scores[b, h, 1 + k]) for k in range(4)) for h in range(3)) / 3
+            assert w[b, j].item() == pytest.approx(slow, rel=1e-5)
+    torch.testing.assert_close(w.sum(1), torch.ones(2))
+
+
+def test_teacher_weights_are_the_mean_cross_attention():
+    """W^tea: CLIP fixed at alpha, the others (1 - alpha) softmax of the mean over tokens of V^cls . V^t_ij / sqrt(d), each product
+    written out; no gradient flows back to the adapters; CLIP alone has weight 1."""
+    cls = torch.randn(2, 8)
+    teachers = {name: torch.randn(2, 4, 8, requires_grad=True) for name in ("clip", "eva", "convnext")}
+    w = teacher_weights(cls, teachers, alpha=0.8)
+    for b in range(2):
+        score = {name: sum(float(cls[b] @ teachers[name].detach()[b, j]) / math.sqrt(8) for j in range(4)) / 4 for name in ("eva", "convnext")}
+        total = sum(math.exp(s) for s in score.values())
+        assert w[b].tolist() == pytest.approx([0.8] + [0.2 * math.exp(s) / total for s in score.values()], rel=1e-5)
+    assert not w.requires_grad
+    assert teacher_weights(cls, {"clip": teachers["clip"]}, alpha=0.8).tolist() == [[1.0], [1.0]]
+
+
+def test_kd_loss_is_the_double_sum():
+    """L_kd = mean over images of sum_i W^tea_i sum_j (W^tok_j + 1/n) mean_d (V^t_ij - V^s_j)^2, written with Python loops."""
+    student, w_tok, w_tea = torch.randn(2, 4, 8), torch.rand(2, 4), torch.rand(2, 3)
+    teachers = {name: torch.randn(2, 4, 8) for name in ("clip", "eva", "convnext")}
+    total, per_teacher = kd_loss(student, teachers, w_tok, w_tea)
+    slow, slow_per = 0.0, {}
+    for i, (name, V) in enumerate(teachers.items()):
+        slow_per[name] = 0.0
+        for b in range(2):
+            for j in range(4):
+                term = (w_tok[b, j] + 1 / 4) * ((V[b, j] - student[b, j]) ** 2).mean()
+                slow += float(w_tea[b, i] * term) / 2
+                slow_per[name] += float(term) / 2
+    assert total.item() == pytest.approx(slow, rel=1e-5)
+    assert {name: value.item() for name, value in per_teacher.items()} == pytest.approx(slow_per, rel=1e-5)
+
+
+def test_uniform_weights_are_plain_mse():
+    """With uniform token weights and one teacher, L_kd is 2 MSE: the token weights and the 1/n each sum to 1."""
+    student, teacher = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    total, _ = kd_loss(student, {"clip": teacher}, torch.full((2, 4), 1 / 4), torch.ones(2, 1))
+    torch.testing.assert_close(total, 2 * F.mse_loss(teacher, student))
+
+
+# --- teachers.py -----------------------------------------------------------------------------------------------------
+
+
+def test_cls_row_is_the_row_of_the_full_attention():
+    """softmax of our [CLS] scores = row 0 of the whole attention matrix of the block that yields hidden layer -2."""
+    clip = ClipEncoder(C.clip).eval()
+    out, attention = clip(images(2)), clip.net.blocks[-1].attn
+    seen = {}
+    hook = attention.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
+    clip(images(2))
+    hook.remove()
+    q, k, _ = attention.qkv(seen["x"]).reshape(2, 37, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    full = (q @ k.transpose(-2, -1) * attention.scale).softmax(-1)                      # (B, h, 1 + n, 1 + n)
+    torch.testing.assert_close(out.cls_scores.softmax(-1), full[:, :, 0], atol=1e-6, rtol=1e-5)
+
+
+def test_clip_tokens_are_hidden_layer_minus_2():
+    """Without its last block, the encoder gives what timm calls the last-but-one intermediate of the whole network."""
+    whole = VisionEncoder(C.clip).eval()
+    clip = ClipEncoder(C.clip).eval()
+    clip.net.load_state_dict({k: v for k, v in whole.net.state_dict().items() if not k.startswith(("blocks.3.", "norm."))})
+    (tokens, prefix), = whole.net.forward_intermediates(whole.view(images(2)), indices=[-2], return_prefix_tokens=True, norm=False,
+                                                        output_fmt="NLC", intermediates_only=True)
+    out = clip(images(2))
+    assert torch.equal(out.tokens, tokens) and torch.equal(out.cls, prefix[:, 0])
+
+
+def test_student_is_transformers_clip():
+    """Our CLIP with the weights of a transformers CLIPVisionModel gives its hidden_states[-2] and its attention row of [CLS]."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=48,
+                                           patch_size=8, hidden_act="quick_gelu", attn_implementation="eager")
+    theirs = transformers.CLIPVisionModel(config).eval()
+    ours = ClipEncoder(C.clip).eval()
+    source = {k.removeprefix("vision_model."): nn.init.normal_(v, std=0.1) if v.is_floating_point() else v for k, v in theirs.state_dict().items()}
+    theirs.load_state_dict({k: source[k.removeprefix("vision_model.")] for k in theirs.state_dict()})
+    e, target = "embeddings.", {}
+    target["cls_token"] = source[e + "class_embedding"].reshape(1, 1, 96)
+    target["pos_embed"] = source[e + "position_embedding.weight"][None]
+    target["patch_embed.proj.weight"] = source[e + "patch_embedding.weight"]
+    for kind in ("weight", "bias"):
+        target[f"norm_pre.{kind}"] = source[f"pre_layrnorm.{kind}"]
+        for i in range(3):
+            layer, block = f"encoder.layers.{i}.", f"blocks.{i}."
+            target[f"{block}attn.qkv.{kind}"] = torch.cat([source[f"{layer}self_attn.{n}_proj.{kind}"] for n in "qkv"])
+            for a, b in (("attn.proj", "self_attn.out_proj"), ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+                target[f"{block}{a}.{kind}"] = source[f"{layer}{b}.{kind}"]
+    ours.net.load_state_dict(target)
+    expected = theirs(ours.view(images(2)), output_hidden_states=True, output_attentions=True)
+    out = ours(images(2))
+    hidden = torch.cat([out.cls[:, None], out.tokens], dim=1)
+    torch.testing.assert_close(hidden, expected.hidden_states[-2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.cls_scores.softmax(-1), expected.attentions[-2][:, :, 0], atol=1e-5, rtol=1e-5)
+
+
+def tiny_teachers() -> Teachers:
+    return Teachers({"clip": ClipEncoder(C.clip), "eva": VisionEncoder(C.eva), "convnext": VisionEncoder(C.convnext)})
+
+
+def test_teachers_differ_and_adapters_bring_them_together():
+    """Teachers differ in width, token count and resolution; every adapter's output has the student's shape, and the declared sizes are
+    the real ones."""
+    teachers = tiny_teachers()
+    outputs = teachers(images(2))
+    shapes = {name: tuple(out.tokens.shape[1:]) for name, out in outputs.items()}
+    assert len({n for n, _ in shapes.values()}) == len({d for _, d in shapes.values()}) == 3
+    assert len({t.image_size for t in teachers.encoders.values()}) == 3
+    for name, t in teachers.encoders.items():
+        assert shapes[name] == (t.num_tokens, t.dim)
+    adapted = adapt(outputs, build_adapters(teachers, *shapes["clip"]))
+    assert [tuple(V.shape) for V in adapted.values()] == [(2, *shapes["clip"])] * 3
+    assert adapted["clip"] is outputs["clip"].tokens
+
+
+def test_convnext_tokens_go_row_by_row():
+    """Token (i, j) of a convolution's (B, C, H, W) map is its column of channels at that place."""
+    convnext = VisionEncoder(C.convnext).eval()
+    features, tokens = convnext.net.forward_features(convnext.view(images(2))), convnext(images(2)).tokens
+    torch.testing.assert_close(tokens[1, 1 * 3 + 2], features[1, :, 1, 2])
+
+
+def test_adapter_is_its_formula():
+    """V^t_kj = sum_i W2_ki GELU(W1 norm(x_i))_j + b2_k: channels first, then tokens."""
+    adapter, x = EncoderAdapter(5, 6, 4, 8), torch.randn(2, 5, 6)
+    z = F.gelu(adapter.channels(F.layer_norm(x, (6,))))
+    slow = torch.stack([sum(adapter.tokens.weight[k, i] * z[:, i] for i in range(5)) + adapter.tokens.bias[k] for k in range(4)], dim=1)
+    torch.testing.assert_close(adapter(x), slow)
+
+
+def test_teachers_are_frozen_whatever_the_caller_does():
+    """No parameter wants a gradient, no output carries one, and train() leaves them in eval mode."""
+    teachers = nn.ModuleList([tiny_teachers()]).train()[0]
+    assert not any(p.requires_grad for p in teachers.parameters()) and not any(m.training for m in teachers.encoders.modules())
+    assert not any(out.tokens.requires_grad for out in teachers(images(1)).values())
+
+
+def test_views_are_one_geometry():
+    """Each encoder's view is the whole square image at its own size: a marked corner stays in that corner, in every view."""
+    picture = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
+    picture[:, :, :24, 72:] = 255
+    for encoder in tiny_teachers().encoders.values():
+        view = encoder.view(picture)[0, 0]
+        s = encoder.image_size
+        assert view.shape == (s, s) and view[s // 8, -s // 8] > view[-s // 8, s // 8] + 1
+
+
+# --- model.py --------------------------------------------------------------------------------------------------------
+
+
+def small_vlm(vocabulary=40) -> VLM:
+    student = Student(C.clip).add_experts(3, 4, 4.0, 0.0, "straight_through")
+    return VLM(student, TinyLLM(vocabulary, dim=32, depth=2, heads=4, hidden=48), WordTokenizer.image).eval()
+
+
+def test_student_starts_as_clip():
+    """At step 0 the student's tokens are the CLIP teacher's, bit for bit: the VLM is exactly LLaVA-1.5."""
+    clip = ClipEncoder(C.clip).eval()
+    student = Student(C.clip).eval()
+    student.load_state_dict(clip.state_dict())
+    student.add_experts(3, 8, 8.0, 0.05, "straight_through").eval()
+    assert len(mole_layers(student)) == len(clip.net.blocks) == 3
+    assert torch.equal(student(images(2)), clip(images(2)).tokens)
+
+
+def test_tiny_llm_is_transformers_llama():
+    """The tiny LLM with a transformers Llama's weights gives its logits."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                                                    num_attention_heads=4, rms_norm_eps=1e-6)).eval()
+    ours = TinyLLM(40, dim=32, depth=2, heads=4, hidden=48)
+    ours.load_state_dict({k.removeprefix("model."): nn.init.normal_(v, std=0.3) for k, v in theirs.state_dict().items()})
+    ids, mask = torch.randint(40, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    torch.testing.assert_close(ours(ours.embed(ids), mask), theirs(ids, attention_mask=mask).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_changes_nothing():
+    """A sample's logits are the same alone, padded on the right and padded on the left."""
+    llm, ids = TinyLLM(40, 32, 2, 4, 48), torch.randint(7, 40, (1, 5))
+    alone = llm(llm.embed(ids), torch.ones(1, 5, dtype=torch.long))
+    for pad in ((0, 3), (3, 0)):
+        mask = F.pad(torch.ones(1, 5, dtype=torch.long), pad)
+        padded = llm(llm.embed(F.pad(ids, pad)), mask)[mask.bool()]
+        torch.testing.assert_close(padded, alone[0], atol=1e-5, rtol=1e-5)
+
+
+def prompts() -> dict:
+    """Three prompts of unequal length, two with an image, left-padded."""
+    ids = [[2] + [4] * 36 + [9, 10, 11], [2, 12, 13], [2, 14] + [4] * 36 + [15]]
+    items = [{"input_ids": row, "labels": row, "image": images(3)[i] if 4 in row else None} for i, row in enumerate(ids)]
+    return {"items": items, "batch": data.collate(items, 0, side="left")}
+
+
+def test_batched_cached_generation_is_single_uncached_generation():
+    """Greedy answers of a left-padded batch with a KV cache = each prompt alone, everything recomputed for every token."""
+    vlm, p = small_vlm(), prompts()
+    for parameter in vlm.llm.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    batch = p["batch"]
+    fast = vlm.generate(vlm.student(batch["images"]), batch["input_ids"], batch["attention_mask"], eos=3, max_new_tokens=6)
+    for row, item in zip(fast, p["items"]):
+        one = data.collate([item], 0)
+        visual, ids = (vlm.student(one["images"]) if one["images"] is not None else None), one["input_ids"]
+        for expected in row.tolist():
+            token = vlm(visual, ids, torch.ones_like(ids))[0, -1].argmax().item()
+            assert token == expected
+            if token == 3:
+                break
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+def test_splice_puts_tokens_where_image_stands():
+    """The k-th image's projected tokens stand in the k-th sample that has <image>, in order; all other places hold word embeddings."""
+    vlm, batch = small_vlm(), prompts()["batch"]
+    visual = vlm.student(batch["images"])
+    x = vlm.splice(batch["input_ids"], visual)
+    k = 0
+    for b, row in enumerate(batch["input_ids"].tolist()):
+        j = 0
+        for t, token in enumerate(row):
+            expected = vlm.projector(visual[k, j]) if token == 4 else vlm.llm.embed_tokens.weight[token]
+            torch.testing.assert_close(x[b, t], expected)
+            j += token == 4
+        k += j > 0
+    with pytest.raises(ValueError, match="72 image tokens in the text, but 36 visual"):
+        vlm.splice(batch["input_ids"], visual[:1])
+
+
+def test_text_loss_is_on_answer_tokens_only():
+    """L_text = mean of -log p(token t+1 | tokens <= t) over the labelled tokens, one by one."""
+    logits, labels = torch.randn(2, 5, 7), torch.tensor([[IGNORE, IGNORE, 3, 4, IGNORE], [IGNORE, 1, IGNORE, IGNORE, 2]])
+    terms = [-logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(1, 5) if labels[b, t] != IGNORE]
+    torch.testing.assert_close(text_loss(logits, labels), torch.stack(terms).mean())
+
+
+# --- data.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_splits_share_no_scene():
+    """No attribute tuple of one split is in another, whatever the seeds."""
+    seen = [{tuple(s) for seed in range(2) for s in data.sample_scenes(split, 2000, seed).tolist()} for split in data.SPLITS]
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+
+
+def test_pictures_show_what_the_scene_says():
+    """The object is where its place says, in its colour: the centre of a plain, large heart has the named colour in all nine places."""
+    column = list(ATTRIBUTES)
+    for place in range(9):
+        for colour in range(6):
+            scene = torch.zeros(1, 7, dtype=torch.long)
+            for name, value in (("shape", 3), ("colour", colour), ("place", place), ("size", 2), ("turn", 1)):
+                scene[0, column.index(name)] = value
+            geometry = data.scene_geometry(scene)
+            x, y = geometry["x"].item(), geometry["y"].item()
+            assert (round(3 * x) + 1, round(3 * y) + 1) == (place % 3, place // 3)
+            pixel = data.render(scene)[0, :, int((y + 1) * 48), int((x + 1) * 48)].float() / 255
+            assert (data._COLOURS - pixel).square().sum(1).argmin() == colour
+
+
+def test_labels_are_the_answers_and_nothing_else():
+    """v1: the loss sees each answer and its </s>, never role names, questions or image tokens; plain: the caption and its </s>, and the
+    human's words are gone."""
+    turns = [("human", "<image>\nwhat shape?"), ("gpt", "heart"), ("human", "what colour?"), ("gpt", "dark red")]
+    record = {"image": "a.png", "conversations": [{"from": f, "value": v} for f, v in turns]}
+    tokenizer = WordTokenizer.from_records([record])
+    ids, labels = data.conversation_ids(record, "v1", tokenizer, n_image=2)
+    assert [tokenizer.vocabulary[i] for i in ids] == (
+        "<s> USER: <image> <image> what shape ? ASSISTANT: heart </s> USER: what colour ? ASSISTANT: dark red </s>".split())
+    assert [i for i, label in enumerate(labels) if label != IGNORE] == [8, 9, 15, 16, 17]
+    assert all(label in (IGNORE, i) for i, label in zip(ids, labels))
+    ids, labels = data.conversation_ids({**record, "conversations": record["conversations"][:2]}, "plain", tokenizer, n_image=2)
+    assert [tokenizer.vocabulary[i] for i in ids] == "<s> <image> <image> heart </s>".split()
+    assert labels == [IGNORE] * 3 + ids[3:]
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    """The same seed gives the same order, another seed or epoch another; an epoch visits each sample once."""
+    dataset = data.Conversations(data.world_records("train", "text", 8), None, WordTokenizer(WordTokenizer.SPECIAL), "v1", 0, 99)
+    orders = [list(data.make_loader(dataset, 2, 2, seed, 0).batch_sampler) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    first, second = sum(orders[0][:4], []), sum(orders[0][4:], [])
+    assert sorted(first) == sorted(second) == list(range(8)) and first != second
+
+
+def test_padding_to_square_keeps_the_whole_image(tmp_path):
+    """A wide image is padded above and below with CLIP's mean colour, never cropped."""
+    wide = torch.full((3, 24, 96), 200, dtype=torch.uint8)
+    save_png(tmp_path / "wide.png", wide)
+    square = data.load_image(tmp_path / "wide.png", 96)
+    assert torch.equal(square[:, 36:60], wide) and torch.equal(square[:, :36], data.blank_image(96)[:, :36])
+
+
+def test_check_reports_every_bad_row(tmp_path, capsys):
+    """`data.py check` names each bad row with its fault, exits with 2, and passes a good set."""
+    save_png(tmp_path / "ok.png", images(1)[0])
+    (tmp_path / "corrupt.png").write_bytes(b"\x89PNG\r\n not a picture")
+    qa = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "that"}]
+    rows = {"good": {"image": "ok.png", "conversations": qa}, "no such image file": {"image": "gone.png", "conversations": qa},
+            "not a readable image": {"image": "corrupt.png", "conversations": qa}, "question without an answer": {"image": "ok.png", "conversations": qa[:1]},
+            'no "image" file': {"conversations": qa}, "0 <image> token": {"image": "ok.png", "conversations": [{"from": "human", "value": "what?"}, qa[1]]},
+            "must take turns": {"image": "ok.png", "conversations": qa[::-1]}, 'no "conversations"': {}, "not an object": 7,
+            "an <image> in an answer": {"image": "ok.png", "conversations": [qa[0], qa[0] | {"from": "gpt"}]}}
+    data.write_json(tmp_path / "set.json", list(rows.values()))
+    with pytest.raises(SystemExit) as end:
+        data.run(lambda: data.main(["check", str(tmp_path / "set.json"), str(tmp_path)]))
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 2 and lines[-1].endswith("10 rows, 9 bad")
+    for row, (fault, line) in enumerate(zip(list(rows)[1:], lines), start=1):
+        assert f"row {row} " in line and fault in line
+    data.write_json(tmp_path / "set.json", [rows["good"]])
+    data.main(["check", str(tmp_path / "set.json"), str(tmp_path)])
+    assert capsys.readouterr().out.endswith("1 rows, 0 bad\n")
+
+
+# --- train.py --------------------------------------------------------------------------------------------------------
+
+
+def test_each_stage_trains_what_the_recipe_says():
+    """Stage 1 trains experts, adapters, projector; stage 2 all but the teachers; and the printed table says so."""
+    teachers, vlm = tiny_teachers(), small_vlm()
+    adapters = build_adapters(teachers, 36, 96)
+    groups = train.parts(vlm, adapters, teachers)
+    assert sum(map(len, groups.values())) == sum(len(list(m.parameters())) for m in (vlm, adapters, teachers))  # none left out, none twice
+    moved = {1: {"student MoLE", "projector", "adapter eva", "adapter convnext"},
+             2: {"student MoLE", "projector", "adapter eva", "adapter convnext", "student backbone", "LLM"}}
+    for stage in (1, 2):
+        table = train.set_trainable(stage, groups)
+        for name, parameters in groups.items():
+            trained = name in moved[stage]
+            assert all(p.requires_grad == trained for p in parameters)
+            row, = (line for line in table.splitlines() if line.startswith(f"  {name} "))
+            assert row.endswith("trained" if trained else "frozen") and f"{sum(p.numel() for p in parameters):,}" in row
+
+
+def whole_method(n_text=0):
+    """Everything loss_terms needs, untrained: two samples with an image and n_text without."""
+    teachers = tiny_teachers()
+    records = data.world_records("train", "chat", 2) + data.world_records("train", "text", n_text)
+    tokenizer = WordTokenizer.from_records(data.world_records("train", "chat", 200) + data.world_records("train", "text", 200))
+    dataset = data.Conversations(records, data.world_images("train", 2), tokenizer, "v1", 36, 999)
+    vlm = small_vlm(len(tokenizer.vocabulary))
+    for layer in mole_layers(vlm.student):
+        nn.init.normal_(layer.lora_B.weight, std=0.1)
+    return vlm, teachers, build_adapters(teachers, 36, 96), data.collate([dataset[i] for i in range(len(dataset))], 0)
+
+
+def test_text_only_samples_have_no_kd_term():
+    """A text-only sample in the batch changes neither L_kd nor L_balance, and a batch of them alone has neither."""
+    vlm, teachers, adapters, batch = whole_method(n_text=1)
+    _, mixed = train.loss_terms(C, vlm, teachers, adapters, batch)
+    _, pictured = train.loss_terms(C, vlm, teachers, adapters, {k: v[:2] if v is not None else v for k, v in batch.items()})
+    assert (mixed["L_kd"], mixed["L_balance"]) == (pictured["L_kd"], pictured["L_balance"]) and mixed["L_text"] != pictured["L_text"]
+    _, alone = train.loss_terms(C, vlm, teachers, adapters, {k: v[2:] for k, v in batch.items() if k != "images"} | {"images": None})
+    assert alone["L_kd"] == alone["L_balance"] == 0 and alone["L_text"] > 0
+
+
+def test_total_loss_and_where_its_gradient_goes():
+    """L_total = L_text + lambda L_kd + w L_balance; the adapters learn from L_kd alone, the teachers from nothing, and with lambda 0 the
+    teachers do not even run."""
+    vlm, teachers, adapters, batch = whole_method()
+    loss, log = train.loss_terms(C, vlm, teachers, adapters, batch)
+    assert log["L_total"] == pytest.approx(log["L_text"] + C.lambda_kd * log["L_kd"] + C.balance_weight * log["L_balance"])
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for m in (vlm, adapters) for n, p in m.named_parameters() if not n.endswith("net.cls_token"))
+    assert all(p.grad is None for p in teachers.parameters())
+    _, without = train.loss_terms(train.dataclasses.replace(C, lambda_kd=0.0), vlm, None, None, batch)
+    assert without["L_kd"] == 0 and without["L_text"] == log["L_text"]
+
+
+def test_accuracy_and_its_baselines():
+    """Exact match after normalising, per type; rare types count as "other"."""
+    record = {"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "Dark red."}]}
+    rows = train.questions_of([record] * 10 + [{**record, "type": "rare"}])
+    assert train.accuracy_per_type(rows, ["dark  red ."] * 5 + ["red"] * 5 + ["dark red."]) == {"other": 100.0, "what?": 50.0}
+
+
+def test_unknown_key_in_a_config_is_an_error(tmp_path):
+    """A config.json with a key that Config lacks is refused by name."""
+    data.write_json(tmp_path / "config.json", {"lambda_kdd": 1})
+    with pytest.raises(InputError, match="lambda_kdd"):
+        train.load_config(tmp_path / "config.json")
+
+
+SHORT = ("--tiny --stage0-scale 0.01 --max-steps 4 --log-every 1 --n-pretrain 128 --n-train 96 --n-text 32 --n-eval 12 "
+         "--stage1-batch 16 --stage2-batch 8").split()
+RESULT_KEYS = ("macro_accuracy accuracy blank_accuracy majority_accuracy chance_accuracy seconds seconds_stage0 tflops "
+               "peak_rss_mb seed").split()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with one short run in it, made as a user makes it: `python train.py --tiny ...` in a process of its own."""
+    folder = tmp_path_factory.mktemp("work")
+    done = subprocess.run([sys.executable, str(HERE / "train.py"), *SHORT], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
+    """`train.py --tiny`: two tables, a log line a step, the result as one JSON object on the last line, and all files of a run."""
+    folder, out = workplace
+    result = json.loads(out.splitlines()[-1].removeprefix("result: "))
+    assert set(RESULT_KEYS) <= set(result) and set(result["accuracy"]) == set(ATTRIBUTES) and result["tflops"] > 0
+    log = [json.loads(line) for line in (folder / "runs/tiny/log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in log] == [(s, i) for s in (1, 2) for i in range(4)]
+    for key in "L_text L_kd L_balance L_total kd_clip kd_eva kd_convnext w_clip w_eva w_convnext experts lr".split():
+        assert any(key in line for line in log), key
+    assert log[0]["kd_clip"] == 0  # the student starts as CLIP
+    for name in ("config.json", "versions.json", "log.jsonl", "model.safetensors", "curves.png", "samples.png", "result.json"):
+        assert (folder / "runs/tiny" / name).stat().st_size > 0
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("tmp-*"))
+
+
+def run_here(monkeypatch, folder, *flags):
+    monkeypatch.chdir(folder)
+    train.main([*SHORT, *flags])
+
+
+def test_one_seed_one_run(workplace, monkeypatch):
+    """The same command again gives the same log and the same weights, byte for byte, whether stage 0 was trained or found."""
+    folder, _ = workplace
+    run_here(monkeypatch, folder, "--out", "runs/again")
+    for name in ("log.jsonl", "model.safetensors", "vocabulary.json"):
+        assert (folder / "runs/again" / name).read_bytes() == (folder / "runs/tiny" / name).read_bytes()
+
+
+def test_exported_world_trains_bit_for_bit_as_the_built_in(workplace, monkeypatch):
+    """From LLaVA-format files on disk: the same records and pixels, hence the same log and weights."""
+    folder, _ = workplace
+    data.main(["export", str(folder / "world"), "--n-pretrain", "128", "--n-train", "96", "--n-text", "32", "--n-eval", "12"])
+    run_here(monkeypatch, folder, "--out", "runs/disk", "--data", "world/train.json", "--eval-data", "world/test.json",
+             "--pretrain-data", "world/pretrain.json", "--image-folder", "world")
+    for name in ("log.jsonl", "model.safetensors"):
+        assert (folder / "runs/disk" / name).read_bytes() == (folder / "runs/tiny" / name).read_bytes()
+
+
+def test_own_words_and_no_captions(workplace, monkeypatch):
+    """A user's own set: other words, no captions, two sizes of image; stage 1 then uses the conversations, the vocabulary is the data's."""
+    folder, _ = workplace
+    (folder / "own").mkdir()
+    for i, shape in enumerate([(3, 40, 60), (3, 80, 50)] * 8):
+        save_png(folder / f"own/{i}.png", torch.full(shape, 100 + 60 * (i % 2), dtype=torch.uint8))
+    rows = [{"id": i, "image": f"{i}.png", "conversations": [{"from": "human", "value": "<image>\nHell oder dunkel?"},
+                                                             {"from": "gpt", "value": ("dunkel", "hell")[i % 2]}]} for i in range(16)]
+    data.write_json(folder / "own/train.json", rows)
+    run_here(monkeypatch, folder, "--out", "runs/own", "--data", "own/train.json", "--eval-data", "own/train.json")
+    assert data.read_json(folder / "runs/own/vocabulary.json") == WordTokenizer.SPECIAL + ["?", "dunkel", "hell", "oder"]
+    assert set(data.read_json(folder / "runs/own/result.json")["accuracy"]) == {"Hell oder dunkel?"}
+
+
+def test_no_kd_is_one_flag(workplace, monkeypatch):
+    """--lambda-kd 0 trains without distillation."""
+    folder, _ = workplace
+    run_here(monkeypatch, folder, "--out", "runs/nokd", "--lambda-kd", "0")
+    log = [json.loads(line) for line in (folder / "runs/nokd/log.jsonl").read_text().splitlines()]
+    assert all(line["L_kd"] == 0 and "kd_eva" not in line for line in log)
+
+
+def test_ask_answers_from_a_run_folder(workplace, monkeypatch, capsys):
+    """tools.ask loads a run strictly and gives the answers that the run's own evaluation gave."""
+    from tools import ask
+    folder, _ = workplace
+    monkeypatch.chdir(folder)
+    ask.main(["runs/tiny", "--n", "84"])
+    lines = capsys.readouterr().out.splitlines()
+    accuracy = data.read_json(folder / "runs/tiny/result.json")["macro_accuracy"]
+    assert len(lines) == 84 and 100 * sum(line.endswith("(right)") for line in lines) / 84 == pytest.approx(accuracy)
+    save_png(folder / "one.png", images(1)[0])
+    ask.main(["runs/tiny", "one.png", "what flavour?"])
+    assert "never seen the word(s) flavour" in capsys.readouterr().err
+
+
+def test_stage0_is_rebuilt_when_what_made_it_changes(workplace, monkeypatch):
+    """Another EVA shape retrains EVA and nothing else."""
+    folder, _ = workplace
+    before = set((folder / "runs/stage0").iterdir())
+    run_here(monkeypatch, folder, "--out", "runs/eva", "--eva", C.eva.replace("depth=3", "depth=2"))
+    new = set((folder / "runs/stage0").iterdir()) - before
+    assert [path.name.split("-")[0] for path in new] == ["eva"]
+
+
+BAD = {
+    "--lamda-kd 0": "--lamda-kd",
+    "--lambda-kd much": "--lambda-kd",
+    "--teachers eva clip": "--teachers",
+    "--data gone.json --eval-data gone.json": "gone.json: no such file",
+    "--data broken.json --eval-data broken.json": "broken.json: not valid JSON",
+    "--data train.json": "--eval-data",
+    "--data answerless.json --eval-data answerless.json": "row 0 has a question without an answer",
+    "--data imageless.json --eval-data imageless.json": 'row 0 has 1 <image> token(s) but no "image" file',
+    "--data missing.json --eval-data missing.json": "gone.png: no such image file",
+    "--data corrupt.json --eval-data corrupt.json": "corrupt.png: not a readable image",
+    "--max-length 20": "--max-length",
+    "--stage2-lr 1e30 --grad-clip 1e30": "is nan at stage 2",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_clear_line(flags, workplace, monkeypatch, capsys):
+    """Exit status 2 and one line that names the file, row or flag; no traceback."""
+    folder, _ = workplace
+    qa = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "that"}]
+    (folder / "broken.json").write_text('[{"id": 1,')
+    (folder / "corrupt.png").write_bytes(b"\x89PNG\r\n not a picture")
+    data.write_json(folder / "answerless.json", [{"conversations": qa[:1], "image": "corrupt.png"}])
+    data.write_json(folder / "imageless.json", [{"conversations": qa}])
+    data.write_json(folder / "missing.json", [{"conversations": qa, "image": "gone.png"}])
+    data.write_json(folder / "corrupt.json", [{"conversations": qa, "image": "corrupt.png"}])
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as end:
+        data.run(lambda: train.main([*SHORT, "--out", "runs/bad", *flags.split()]))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2 and len(errors) == 1 and BAD[flags] in errors[0]
