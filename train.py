@@ -95,7 +95,7 @@ class Config:
     stage1_batch: int = 64
     stage1_lr: float = 1e-3
     stage2_epochs: float = 6.0
-    stage2_batch: int = 32
+    stage2_batch: int = 16
     stage2_lr: float = 1e-3
     warmup: float = 0.03                    # share of the steps, LLaVA's
     grad_clip: float = 1.0                  # norm; so that one odd batch cannot undo a short run
