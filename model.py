@@ -9,6 +9,7 @@ n, d tokens and width of the student.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from data import IGNORE
 from mole import RouterGrad, add_mole
@@ -177,3 +178,13 @@ class VLM(nn.Module):
 def text_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """L_text: the mean next-token cross-entropy over the answer tokens only (labels IGNORE elsewhere).  (B, T, V), (B, T) -> ()"""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, taught the fused attention of the CPU, which it would count as 0."""
+    cpu_attention = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+    }
+    return FlopCounterMode(display=False, custom_mapping=cpu_attention)

@@ -20,7 +20,7 @@ import data
 import train
 from data import ATTRIBUTES, IGNORE, InputError, WordTokenizer
 from kd_loss import kd_loss, teacher_weights, token_weights
-from model import VLM, Student, TinyLLM, text_loss
+from model import VLM, Student, TinyLLM, flop_counter, text_loss
 from mole import MoLE, balance_loss, expert_shares, mole_layers
 from teachers import ClipEncoder, EncoderAdapter, Teachers, VisionEncoder, adapt, build_adapters, cls_scores
 
@@ -366,6 +366,14 @@ def test_text_loss_is_on_answer_tokens_only():
     logits, labels = torch.randn(2, 5, 7), torch.tensor([[IGNORE, IGNORE, 3, 4, IGNORE], [IGNORE, 1, IGNORE, IGNORE, 2]])
     terms = [-logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(1, 5) if labels[b, t] != IGNORE]
     torch.testing.assert_close(text_loss(logits, labels), torch.stack(terms).mean())
+
+
+def test_flop_counter_counts_attention_forward_and_backward():
+    """An attention of B images, h heads, n tokens, width d per head: 2 products of 2 B h n n d FLOPs forward, 5 backward (one recomputed)."""
+    q, k, v = (torch.randn(2, 4, 37, 24, requires_grad=True) for _ in range(3))
+    with flop_counter() as counter:
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 4 * 37 * 37 * 24
 
 
 # --- data.py ---------------------------------------------------------------------------------------------------------

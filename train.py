@@ -29,13 +29,12 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 from data import InputError, normalise
 from kd_loss import kd_loss, teacher_weights, token_weights
-from model import VLM, Student, TinyLLM, text_loss
+from model import VLM, Student, TinyLLM, flop_counter, text_loss
 from mole import RouterGrad, balance_loss, expert_shares, mole_layers
 from teachers import ClipEncoder, Teachers, VisionEncoder, adapt, build_adapters
 
@@ -266,7 +265,7 @@ def run_stage(c: Config, stage: int, vlm: VLM, teachers: Teachers, adapters: nn.
     bar = tqdm(zip(range(steps), loader), total=steps, desc=f"stage {stage}", mininterval=1)
     clock, tokens, flops = time.perf_counter(), 0, 0.0
     for step, batch in bar:
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         with counter if step == 0 else torch.enable_grad():
             # --- the method ---
             batch = {k: v.to(c.device) if v is not None else None for k, v in batch.items()}

@@ -26,12 +26,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 from data import ATTRIBUTES, WordTokenizer
-from model import TinyLLM
+from model import TinyLLM, flop_counter
 from teachers import VisionEncoder
 
 FOLDER = Path("runs/stage0")
@@ -51,7 +50,7 @@ def fit(name: str, modules: nn.Module, loss_of, scale: float) -> float:
     generator, flops = torch.Generator().manual_seed(SEED), 0.0
     modules.train()
     for step in (bar := tqdm(range(steps), desc=f"stage 0: {name}", mininterval=2)):
-        counter = FlopCounterMode(display=False)
+        counter = flop_counter()
         with counter if step == 0 else torch.enable_grad():
             loss = loss_of(generator, batch)
             loss.backward()
@@ -211,3 +210,46 @@ def stage0(c, records: list[dict], tokenizer: WordTokenizer) -> tuple[dict[str, 
 def header(path: Path) -> dict[str, float]:
     with safe_open(path, "pt") as file:
         return {k: float(v) for k, v in file.metadata().items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What does each encoder know?
+
+
+@torch.no_grad()
+def probe(encoder: VisionEncoder, n_train: int = 2000, n_test: int = 500) -> dict[str, float]:
+    """Held-out accuracy (%) of a ridge classifier per attribute on an encoder's pooled tokens, their mean and their maximum over the
+    image: what a reader of token contents, without a map of their places, can tell. Scenes of the validation split."""
+    encoder.eval()
+
+    def features(split: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scenes = data.sample_scenes(split, n, seed=20)
+        tokens = torch.cat([encoder(part).tokens for part in data.render(scenes, seed=20).split(250)])          # (N, n, d)
+        return torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1).double(), scenes                      # (N, 2d)
+
+    x, scenes = features("train", n_train)
+    x_test, scenes_test = features("validation", n_test)
+    mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    gram = x.T @ x + 10.0 * torch.eye(x.shape[1], dtype=x.dtype)
+    accuracy = {}
+    for i, (name, values) in enumerate(ATTRIBUTES.items()):
+        target = F.one_hot(scenes[:, i], len(values)).double() - 1 / len(values)
+        choice = (x_test @ torch.linalg.solve(gram, x.T @ target)).argmax(dim=1)
+        accuracy[name] = 100 * (choice == scenes_test[:, i]).double().mean().item()
+    return accuracy
+
+
+def main(argv: list[str] | None = None) -> None:
+    import train  # here, not above: train.py itself imports this file
+    data.Parser(description=__doc__).parse_args(argv)
+    c = train.TINY
+    sets = train.load_sets(c)
+    paths, _ = stage0(c, sets["train"][0], WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0]))
+    print(f"linear probe, %   {'  '.join(f'{name:>10}' for name in ATTRIBUTES)}")
+    for name, encoder in train.build_teachers(c, paths).encoders.items():
+        print(f"{name:17} {'  '.join(f'{value:10.0f}' for value in probe(encoder).values())}")
+
+
+if __name__ == "__main__":
+    data.run(main)
