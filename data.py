@@ -1,6 +1,6 @@
 """The data: a tiny world to learn in, LLaVA-format files from disk, prompts and label masks, batches.
 
-    python data.py export runs/world                        # the tiny world as LLaVA-format JSON + PNG   (10 s)
+    python data.py export runs/world                        # the tiny world as LLaVA-format JSON + PNG   (20 s)
     python data.py check runs/world/train.json runs/world   # validate such a set, report every bad row   (2 s)
 
 Both sources give the same two things: `records`, a list of LLaVA-format dictionaries
@@ -49,6 +49,12 @@ ATTRIBUTES = {
 QUESTIONS = {attribute: f"what {attribute}?" for attribute in ATTRIBUTES}
 WORLD_SIZE = 96  # px, the largest that an encoder of the TINY preset asks for
 SPLITS = ("train", "validation", "test")
+COUNTS = {  # of `train.py --tiny` and of the export
+    "pretrain": 4000,  # captioned images: plentiful, as LLaVA's 558k captions are
+    "train": 1500,     # images with questions and answers: scarce
+    "text": 500,       # dialogues without an image, as LLaVA's mix has them; the tiny LLM learns its language from these
+    "eval": 300,       # held-out images, seven questions each: a standard error of half a point in all
+}
 
 
 def sample_scenes(split: str, n: int, seed: int = 0) -> torch.Tensor:
@@ -179,39 +185,35 @@ def caption(scene: list[int], g: torch.Generator, mention: float = 0.1) -> str:
     return f"{'an' if front[0][0] in 'aeiou' else 'a'} {' '.join(front)}{''.join(back)}"
 
 
-def _questions(scene: list[int], order: list[int]) -> list[dict]:
-    kinds = [list(ATTRIBUTES)[k] for k in order]
-    turns = [({"from": "human", "value": QUESTIONS[a]},
-              {"from": "gpt", "value": ATTRIBUTES[a][scene[list(ATTRIBUTES).index(a)]]}) for a in kinds]
-    return [turn for pair in turns for turn in pair]
-
-
 def world_records(split: str, kind: str, n: int, seed: int = 0) -> list[dict]:
-    """Records of the tiny world. `kind`: "caption" (stage 1), "chat" (stage 2: all seven questions about one image),
-    "text" (stage 2, without an image: the scene is told in words first, as LLaVA's mix carries pure text), "question" (held out: one
-    question a record, with its type)."""
-    scenes = sample_scenes(split, n, seed).tolist()
+    """Records of the tiny world. `kind`: "caption" (stage 1), "chat" (stage 2: all seven questions about one image, in random order),
+    "text" (stage 2, without an image: the scene is told in words first, as LLaVA's mix carries pure text), "question" (held out:
+    one question a record, with its type)."""
     g = torch.Generator().manual_seed(seed + 3_000_003)
     records = []
-    for i, scene in enumerate(scenes):
-        order = torch.randperm(len(ATTRIBUTES), generator=g).tolist()
-        record = {"id": f"{split}-{kind}-{i}", "image": f"{split}-{seed}/{i}.png"}
+    for i, scene in enumerate(sample_scenes(split, n, seed).tolist()):
+        picture = {"image": f"{split}-{seed}/{i}.png"}
+        asked = [(a, QUESTIONS[a], ATTRIBUTES[a][k]) for a, k in zip(ATTRIBUTES, scene)]
+        shuffled = [asked[j] for j in torch.randperm(len(asked), generator=g).tolist()]
+        name = f"{split}-{kind}-{i}"
         if kind == "caption":
-            turns = [{"from": "human", "value": "describe the image.\n<image>"}, {"from": "gpt", "value": caption(scene, g)}]
+            records.append({"id": name, **picture, "conversations": _turns([("describe the image.\n<image>", caption(scene, g))])})
+        elif kind == "chat":
+            records.append({"id": name, **picture, "conversations": _turns([(q, a) for _, q, a in shuffled], "<image>")})
+        elif kind == "text":
+            told = caption(scene, g, mention=1.0) + "."
+            records.append({"id": name, "conversations": _turns([(q, a) for _, q, a in shuffled], told)})
         else:
-            turns = _questions(scene, order)
-            turns[0]["value"] = "<image>\n" + turns[0]["value"]
-        if kind == "text":
-            del record["image"]
-            turns[0]["value"] = turns[0]["value"].replace("<image>", caption(scene, g, mention=1.0) + ".")
-        if kind == "question":
-            for a, q in zip(ATTRIBUTES, range(0, 2 * len(ATTRIBUTES), 2)):
-                human, gpt = _questions(scene, list(range(len(ATTRIBUTES))))[q:q + 2]
-                human["value"] = "<image>\n" + human["value"]
-                records.append({**record, "id": f"{record['id']}-{a}", "type": a, "conversations": [human, gpt]})
-        else:
-            records.append({**record, "conversations": turns})
+            records += [{"id": f"{name}-{t}", **picture, "type": t, "conversations": _turns([(q, a)], "<image>")} for t, q, a in asked]
     return records
+
+
+def _turns(pairs: list[tuple[str, str]], before: str = "") -> list[dict]:
+    """(question, answer) pairs as LLaVA's turns, with `before` on a line of its own before the first question."""
+    turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
+    if before:
+        turns[0]["value"] = f"{before}\n{turns[0]['value']}"
+    return turns
 
 
 def world_images(split: str, n: int, seed: int = 0):
@@ -222,8 +224,8 @@ def world_images(split: str, n: int, seed: int = 0):
 
 def export_world(folder: Path, n_pretrain: int, n_train: int, n_text: int, n_eval: int) -> None:
     """Write the very records and pixels that `train.py --tiny` trains on as LLaVA-format JSON + PNG under `folder`."""
-    sets = {"pretrain": tiny_world("pretrain", n_pretrain, 0), "train": tiny_world("train", n_train, n_text),
-            "test": tiny_world("test", n_eval, 0), "validation": tiny_world("validation", n_eval, 0)}
+    sets = {"pretrain": tiny_world("pretrain", n_pretrain), "train": tiny_world("train", n_train, n_text),
+            "test": tiny_world("test", n_eval), "validation": tiny_world("validation", n_eval)}
     for name, (records, get_image) in sets.items():
         for image in tqdm(sorted({r["image"] for r in records if "image" in r}), desc=f"export {name}", leave=False):
             path = folder / image
@@ -478,9 +480,8 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write the tiny world as LLaVA-format JSON and PNG")
     export.add_argument("folder", type=Path)
-    for name, n, text in (("pretrain", 4000, "captioned images of stage 1"), ("train", 1500, "images of stage 2"),
-                          ("text", 500, "dialogues without an image in stage 2"), ("eval", 300, "held-out images")):
-        export.add_argument(f"--n-{name}", type=int, default=n, help=f"{text} (default {n}, as in train.py --tiny)")
+    for name, n in COUNTS.items():
+        export.add_argument(f"--n-{name}", type=int, default=n, help=f"default {n}, as in train.py --tiny")
     checker = commands.add_parser("check", help="report every bad row of a LLaVA-format set")
     checker.add_argument("file", type=Path)
     checker.add_argument("images", type=Path)

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from data import InputError, normalise
+from data import COUNTS, InputError, normalise
 from kd_loss import kd_loss, teacher_weights, token_weights
 from model import VLM, Student, TinyLLM, flop_counter, text_loss
 from mole import RouterGrad, balance_loss, expert_shares, mole_layers
@@ -57,10 +57,10 @@ class Config:
     pretrain_data: str = ""                 # stage 1 captions; without it stage 1 uses `data`
     image_folder: str = ""                  # what the "image" of a record is relative to; default: the folder of `data`
     eval_split: Literal["test", "validation"] = "test"  # of the tiny world; tune on validation, so that test stays unread
-    n_pretrain: int = 4000                  # captioned images: plentiful, as 558k captions are
-    n_train: int = 1500                     # images with questions and answers: scarce
-    n_text: int = 500                       # dialogues without an image, as LLaVA's mix has them
-    n_eval: int = 300                       # held-out images, seven questions each: standard error below 1 point in all
+    n_pretrain: int = COUNTS["pretrain"]   # how much of the tiny world; reasons in data.py
+    n_train: int = COUNTS["train"]
+    n_text: int = COUNTS["text"]
+    n_eval: int = COUNTS["eval"]
     image_size: int = 96                    # px of the loader's square image: the largest that an encoder asks for
     max_length: int = 2048                  # tokens of a conversation, image included; LLaVA's limit
 
@@ -89,19 +89,19 @@ class Config:
     lm_hidden: int = 256                    # SwiGLU's inner width, 8/3 of lm_dim
 
     # stages
-    stage0_scale: float = 1.0               # multiplies the steps of each stage-0 pretraining
-    stage1_epochs: float = 1.0
-    stage1_batch: int = 64
-    stage1_lr: float = 1e-3
-    stage2_epochs: float = 6.0
-    stage2_batch: int = 16
-    stage2_lr: float = 1e-3
+    stage0_scale: float = 1.0               # multiplies the steps of each stage-0 pretraining; small for a smoke run
+    stage1_epochs: float = 1.0              # LLaVA's
+    stage1_batch: int = 64                  # four times stage 2's: captions are short
+    stage1_lr: float = 1e-3                 # LLaVA's
+    stage2_epochs: float = 6.0              # LLaVA's is 1, of 665k conversations; here there are 2,000
+    stage2_batch: int = 16                  # small: at these sizes steps matter more than smooth gradients
+    stage2_lr: float = 1e-3                 # a 7B LLM wants 2e-5; at width 96 that would not move
     warmup: float = 0.03                    # share of the steps, LLaVA's
     grad_clip: float = 1.0                  # norm; so that one odd batch cannot undo a short run
     max_steps: int = 0                      # stop each stage after so many steps; 0 = run it all
     log_every: int = 10                     # steps
-    max_new_tokens: int = 16                # of a generated answer
-    eval_batch: int = 256
+    max_new_tokens: int = 16                # of a generated answer; an endless one must end
+    eval_batch: int = 256                   # questions answered at once
 
 
 TINY = Config()
@@ -128,6 +128,8 @@ def parse_config(argv: list[str] | None) -> Config:
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"default {field.default!r}", **kind)
     flags = vars(parser.parse_args(argv))
     preset, file = flags.pop("preset"), flags.pop("config")
+    if preset is FULL:
+        raise InputError("--full: not yet; --tiny runs every part of the method")
     config = dataclasses.replace(load_config(Path(file)) if file else preset, **flags)
     config.teachers = tuple(config.teachers)
     check_config(config)
@@ -390,19 +392,20 @@ def plot_curves(folder: Path) -> None:
             axis.plot(*zip(*points), label=name.replace("kd_", "L_kd, "), linewidth=1)
         axis.axvline(offset, color="grey", linewidth=0.5)
         axis.set(xlabel="step (stage 1 | stage 2)", yscale="log")
-        axis.legend(fontsize=8)
+        if axis.lines[1:]:  # without distillation there is no teacher to draw
+            axis.legend(fontsize=8)
     save_figure(figure, folder / "curves.png")
 
 
 def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image) -> None:
     """samples.png: held-out images with question, answer and the model's answer (green right, red wrong)."""
     with_image = [i for i, row in enumerate(rows) if "image" in row["record"]]
-    chosen = [with_image[k * (len(with_image) - 1) // 20] for k in range(21)] if with_image else []
+    order = torch.randperm(len(with_image), generator=torch.Generator().manual_seed(0)).tolist()
     figure, axes = plt.subplots(3, 7, figsize=(15, 7.5))
     for axis in axes.flat:
         axis.axis("off")
-    for axis, i in zip(axes.flat, chosen):
-        axis.imshow(get_image(rows[i]["record"]["image"]).permute(1, 2, 0))
+    for axis, i in zip(axes.flat, (with_image[k] for k in order)):
+        axis.imshow(get_image(rows[i]["record"]["image"]).permute(1, 2, 0).numpy())
         good = normalise(answers[i]) == rows[i]["answer"]
         axis.set_title(f"{rows[i]['question'][:40]}\n{rows[i]['answer'][:25]} | {answers[i][:25]}", fontsize=9, color="green" if good else "red")
     figure.suptitle("held-out images: question, answer | the model's answer")
@@ -423,6 +426,8 @@ def build_datasets(c: Config, sets: dict, tokenizer, n_image: int) -> dict[int, 
     """Stage 1: captions, prompt "plain"; text alone has nothing to align. Stage 2: conversations, prompt "v1"."""
     records, get_image = sets["pretrain"]
     pictured = [r for r in records if "image" in r]
+    if not pictured:
+        raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has nothing to align")
     return {1: data.Conversations(pictured, get_image, tokenizer, "plain", n_image, c.max_length),
             2: data.Conversations(*sets["train"], tokenizer, "v1", n_image, c.max_length)}
 
@@ -430,8 +435,6 @@ def build_datasets(c: Config, sets: dict, tokenizer, n_image: int) -> dict[int, 
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     c = parse_config(argv)
-    if c.device == "cuda":
-        raise InputError("--full: not yet; --tiny runs every part of the method")
     sets = load_sets(c)
     tokenizer = data.WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
 
