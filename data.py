@@ -461,15 +461,14 @@ def collate(items: list[dict], pad: int, side: str = "right") -> dict[str, torch
     }
 
 
-def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: int, pad: int, workers: int = 0) -> DataLoader:
+def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: int, pad: int) -> DataLoader:
     """Shuffled batches; the order is a function of (seed, epoch) alone. A last, smaller batch of an epoch is dropped."""
     per_epoch = max(1, len(dataset) // batch_size)
     batches = []
     for epoch in range(math.ceil(epochs)):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed * 1_000 + epoch)).tolist()
         batches += [order[i * batch_size:(i + 1) * batch_size] for i in range(per_epoch)]
-    return DataLoader(dataset, batch_sampler=batches[:max(1, round(epochs * per_epoch))], num_workers=workers,
-                      collate_fn=lambda items: collate(items, pad))
+    return DataLoader(dataset, batch_sampler=batches[:max(1, round(epochs * per_epoch))], collate_fn=lambda items: collate(items, pad))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

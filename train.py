@@ -19,6 +19,7 @@ import platform
 import resource
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -36,7 +37,7 @@ from data import COUNTS, InputError, normalise
 from kd_loss import kd_loss, teacher_weights, token_weights
 from model import VLM, Student, TinyLLM, flop_counter, text_loss
 from mole import RouterGrad, balance_loss, expert_shares, mole_layers
-from teachers import ClipEncoder, Teachers, VisionEncoder, adapt, build_adapters
+from teachers import ClipEncoder, Teachers, VisionEncoder, adapt, build_adapters, parse_spec
 
 matplotlib.use("Agg")  # files only, so a node without a screen will do
 import matplotlib.pyplot as plt  # noqa: E402
@@ -104,6 +105,7 @@ class Config:
     eval_batch: int = 256                   # questions answered at once
 
 
+ENCODERS = ("clip", "eva", "convnext")  # the fields of Config that specify one
 TINY = Config()
 FULL = dataclasses.replace(
     TINY, out="runs/full", device="cuda", image_size=1024,
@@ -137,24 +139,34 @@ def parse_config(argv: list[str] | None) -> Config:
 
 
 def load_config(path: Path) -> Config:
+    """The Config of a JSON file; missing keys take TINY's value. Raises InputError for a key that Config lacks."""
     values = data.read_json(path)
-    known = {field.name for field in dataclasses.fields(Config)}
-    if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
-        raise InputError(f"{path}: unknown key {unknown[0]!r}; a config has the keys of Config in train.py"
-                         if isinstance(values, dict) else f"{path}: is not a JSON object")
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: is not a JSON object")
+    if unknown := sorted(set(values) - {field.name for field in dataclasses.fields(Config)}):
+        raise InputError(f"{path}: unknown key {unknown[0]!r}; a config has the keys of Config in train.py")
     return Config(**values)
 
 
 def check_config(c: Config) -> None:
     """Combinations that cannot run: one line that names the flag and the mend."""
-    known = ("clip", "eva", "convnext")
-    if c.teachers[0] != "clip" or not set(c.teachers) <= set(known) or len(set(c.teachers)) < len(c.teachers):
-        raise InputError(f"--teachers {' '.join(c.teachers)}: must start with clip and be among {' '.join(known)}, each once")
+    if c.teachers[0] != "clip" or not set(c.teachers) <= set(ENCODERS) or len(set(c.teachers)) < len(c.teachers):
+        raise InputError(f"--teachers {' '.join(c.teachers)}: must start with clip and be among {' '.join(ENCODERS)}, each once")
     if bool(c.data) != bool(c.eval_data):
         raise InputError("--data and --eval-data go together: name a training set and a held-out set")
     if c.pretrain_data and not c.data:
         raise InputError("--pretrain-data needs --data and --eval-data")
-    for name in ("stage1_batch", "stage2_batch", "log_every", "eval_batch", "mole_experts", "mole_rank", "max_new_tokens"):
+    for name in ENCODERS:
+        try:
+            model, *_ = parse_spec(getattr(c, name))
+        except (ValueError, KeyError, SyntaxError):
+            raise InputError(f"--{name} {getattr(c, name)!r}: must read 'TIMM_NAME img_size=PIXELS key=value ...'") from None
+        if not timm.is_model(model):
+            raise InputError(f"--{name} {model}: timm has no such model; timm.list_models() names them")
+    if not 0 <= c.kd_alpha <= 1:
+        raise InputError(f"--kd-alpha {c.kd_alpha}: CLIP's share of the teacher weights must be between 0 and 1")
+    for name in ("n_pretrain", "n_train", "n_eval", "stage1_batch", "stage2_batch", "log_every", "eval_batch", "mole_experts",
+                 "mole_rank", "max_new_tokens"):
         if getattr(c, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
 
@@ -192,6 +204,8 @@ def build_teachers(c: Config, weights: dict[str, Path]) -> Teachers:
 def load_run(folder: Path, device: str = "cpu") -> tuple[VLM, data.WordTokenizer, Config]:
     """A finished run's VLM, ready to answer. Strict: every tensor of the file must find its place."""
     c = load_config(folder / "config.json")
+    if not (folder / "model.safetensors").exists():
+        raise InputError(f"{folder}: holds no model.safetensors; the run has not finished")
     tokenizer = data.WordTokenizer(data.read_json(folder / "vocabulary.json"))
     vlm = build_vlm(c, tokenizer)
     weights = load_file(folder / "model.safetensors", device)
@@ -267,16 +281,16 @@ def run_stage(c: Config, stage: int, vlm: VLM, teachers: Teachers, adapters: nn.
     bar = tqdm(zip(range(steps), loader), total=steps, desc=f"stage {stage}", mininterval=1)
     clock, tokens, flops = time.perf_counter(), 0, 0.0
     for step, batch in bar:
+        batch = {k: v.to(c.device) if v is not None else None for k, v in batch.items()}
         counter = flop_counter()
-        with counter if step == 0 else torch.enable_grad():
+        with counter if step == 0 else nullcontext():
             # --- the method ---
-            batch = {k: v.to(c.device) if v is not None else None for k, v in batch.items()}
             loss, log = loss_terms(c, vlm, teachers, adapters, batch)
-            # --- plumbing ---
-            for name, value in log.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise InputError(f"{name} is {value} at stage {stage}, step {step}: lower --stage{stage}-lr {getattr(c, f'stage{stage}_lr')}")
             loss.backward()
+        # --- plumbing ---
+        for name, value in log.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{name} is {value} at stage {stage}, step {step}: lower --stage{stage}-lr {getattr(c, f'stage{stage}_lr')}")
         log["grad_norm"] = nn.utils.clip_grad_norm_(trained, c.grad_clip).item()
         log["lr"] = schedule.get_last_lr()[0]
         optimizer.step()

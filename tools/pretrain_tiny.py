@@ -16,8 +16,8 @@ import inspect
 import json
 import os
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def fit(name: str, modules: nn.Module, loss_of, scale: float) -> float:
     modules.train()
     for step in (bar := tqdm(range(steps), desc=f"stage 0: {name}", mininterval=2)):
         counter = flop_counter()
-        with counter if step == 0 else torch.enable_grad():
+        with counter if step == 0 else nullcontext():
             loss = loss_of(generator, batch)
             loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
@@ -169,13 +169,12 @@ MAKERS = {"clip": pretrain_clip, "eva": pretrain_eva, "convnext": pretrain_convn
 
 
 def job(name: str, arguments: tuple, path: Path) -> None:
-    """Train one model on one thread and write its weights, with seconds and FLOPs in the header; runs in a process of its own."""
+    """Train one model on one thread and write its weights, with the FLOPs in the file's header; runs in a process of its own."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    start = time.perf_counter()
     net, flops = MAKERS[name](*arguments)
-    temporary = path.with_suffix(".tmp")
-    save_file(net.state_dict(), temporary, metadata={"tflops": str(flops / 1e12), "seconds": f"{time.perf_counter() - start:.1f}"})
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may find it missing at once
+    save_file(net.state_dict(), temporary, metadata={"tflops": str(flops / 1e12)})
     temporary.rename(path)
 
 
@@ -194,7 +193,7 @@ def stage0(c, records: list[dict], tokenizer: WordTokenizer) -> tuple[dict[str, 
     arguments["llm"] = (shape, c.stage0_scale, texts, tokenizer.pad)
     paths = {}
     for name, args in arguments.items():
-        source = inspect.getsource(MAKERS[name]) + inspect.getsource(fit)
+        source = [inspect.getsource(function) for function in (MAKERS[name], fit, pictures, cells)]
         made_of = json.dumps([source, args, RECIPES[name], SEED, IMAGES, None if name == "llm" else world])
         paths[name] = FOLDER / f"{name}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.safetensors"
     missing = [name for name, path in paths.items() if not path.exists()]
@@ -204,12 +203,12 @@ def stage0(c, records: list[dict], tokenizer: WordTokenizer) -> tuple[dict[str, 
         with ProcessPoolExecutor(min(len(missing), os.cpu_count()), mp_context=get_context("spawn")) as pool:
             for future in [pool.submit(job, name, arguments[name], paths[name]) for name in missing]:
                 future.result()
-    return paths, sum(header(path)["tflops"] for path in paths.values())
+    return paths, sum(tflops(path) for path in paths.values())
 
 
-def header(path: Path) -> dict[str, float]:
+def tflops(path: Path) -> float:
     with safe_open(path, "pt") as file:
-        return {k: float(v) for k, v in file.metadata().items()}
+        return float(file.metadata()["tflops"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
