@@ -281,6 +281,7 @@ def record_fault(record) -> str | None:
 
 
 def read_json(path: Path):
+    """The value of a JSON file. Raises InputError if it is missing, unreadable or not JSON."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:

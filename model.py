@@ -80,6 +80,8 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """x + Attention(norm(x)), then x + SwiGLU(norm(x)).  (B, T, D) -> (B, T, D)"""
+
     def __init__(self, dim: int, heads: int, hidden: int):
         super().__init__()
         self.input_layernorm, self.self_attn = nn.RMSNorm(dim, eps=1e-6), Attention(dim, heads)
@@ -167,7 +169,7 @@ class VLM(nn.Module):
             token = self.llm(x, attention_mask, cache)[:, -1].argmax(dim=-1)            # (B,)
             token = token.masked_fill(done, eos)                                        # (B,)
             answer.append(token)
-            done = done | (token == eos)
+            done = done | (token == eos)                                                # (B,)
             if done.all():
                 break
             x = self.llm.embed(token[:, None])                                          # (B, 1, D)

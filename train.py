@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-import matplotlib
 import timm
 import torch
 import torchvision
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -39,18 +39,17 @@ from model import VLM, Student, TinyLLM, flop_counter, text_loss
 from mole import RouterGrad, balance_loss, expert_shares, mole_layers
 from teachers import ClipEncoder, Teachers, VisionEncoder, adapt, build_adapters, parse_spec
 
-matplotlib.use("Agg")  # files only, so a node without a screen will do
-import matplotlib.pyplot as plt  # noqa: E402
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Config: every field is a flag (--lambda-kd 0), is saved in the run's config.json, and has its reason beside it
 
 
 @dataclass
 class Config:
+    """One run. The defaults are the TINY preset; FULL below changes names and numbers, never the code that runs."""
+
     out: str = "runs/tiny"                  # the run folder
     seed: int = 0                           # sets everything random in a run: new weights, order, dropout
-    device: str = "cpu"                     # a tiny model is faster on a CPU than its launches are on a GPU
+    device: str = "cpu"                     # TINY is made for a laptop's
 
     # data: "" means the built-in tiny world
     data: str = ""                          # stage 2, LLaVA-format JSON
@@ -398,7 +397,8 @@ def save_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def plot_curves(folder: Path) -> None:
     """curves.png from log.jsonl: the loss terms and each teacher's own loss, both stages end to end."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6))
+    figure = Figure(figsize=(11, 3.6), layout="tight")
+    axes = figure.subplots(1, 2)
     offset = max((line["step"] + 1 for line in lines if line["stage"] == 1), default=0)
     for axis, prefix in zip(axes, ("L_", "kd_")):
         for name in dict.fromkeys(k for line in lines for k in line if k.startswith(prefix)):
@@ -415,7 +415,8 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image) ->
     """samples.png: held-out images with question, answer and the model's answer (green right, red wrong)."""
     with_image = [i for i, row in enumerate(rows) if "image" in row["record"]]
     order = torch.randperm(len(with_image), generator=torch.Generator().manual_seed(0)).tolist()
-    figure, axes = plt.subplots(3, 7, figsize=(15, 7.5))
+    figure = Figure(figsize=(15, 7.5), layout="tight")
+    axes = figure.subplots(3, 7)
     for axis in axes.flat:
         axis.axis("off")
     for axis, i in zip(axes.flat, (with_image[k] for k in order)):
@@ -426,11 +427,10 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image) ->
     save_figure(figure, path)
 
 
-def save_figure(figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path.with_name("tmp-" + path.name), dpi=80)
-    plt.close(figure)
-    path.with_name("tmp-" + path.name).rename(path)
+def save_figure(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=80, format="png")
+    temporary.rename(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,6 +447,7 @@ def build_datasets(c: Config, sets: dict, tokenizer, n_image: int) -> dict[int, 
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Data, stage 0, stage 1, stage 2, evaluation: a whole run and its folder."""
     start = time.perf_counter()
     c = parse_config(argv)
     sets = load_sets(c)
