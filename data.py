@@ -389,36 +389,31 @@ def normalise(answer: str) -> str:
 
 
 def conversation_ids(record: dict, template: str, tokenizer, n_image: int) -> tuple[list[int], list[int]]:
-    """Token ids and labels (T,), built piece by piece so that the mask is exact by construction. ^ marks what the loss sees:
+    r"""Token ids and labels (T,), built piece by piece so that the mask is exact by construction. ^ marks what the loss sees:
 
-        "plain" (stage 1)   <s><image>a red heart on grass</s>            the human's words are dropped: the image alone must
-                                      ^^^^^^^^^^^^^^^^^^^^^^^^            explain the caption
-        "v1" (stage 2)      <s>USER: <image>\\nwhat shape? ASSISTANT: heart</s>USER: ... ASSISTANT: ...</s>
-                                                                          ^^^^^^^^^^                        ^^^^^^^
+        "plain" (captions)         <s><image>a red heart on grass</s>
+                                             ^^^^^^^^^^^^^^^^^^^^^^^^
+        "v1" (conversations)       <s>USER: <image>\nwhat shape? ASSISTANT: heart</s>USER: what colour? ASSISTANT: red</s>
+                                                                            ^^^^^^^^^                              ^^^^^^^
 
-    `<image>` becomes n_image copies of the image token: the places where the VLM puts the student's tokens.
-    A conversation that ends with a human turn (a question to be answered) ends after "ASSISTANT:".
+    "plain" drops the human's words: the image alone must explain the caption. `<image>` becomes n_image copies of the image token: the
+    places where the VLM puts the student's tokens. A conversation that ends with a question ends after "ASSISTANT:".
     """
     ids, labels = [tokenizer.bos], [IGNORE]
 
-    def add(text: str, learn: bool) -> None:
-        for i, part in enumerate(text.split("<image>")):
-            new = [tokenizer.image] * (n_image if i else 0)
-            ids.extend(new)
-            labels.extend([IGNORE] * len(new))
-            new = tokenizer.encode(part) if part.strip() else []
-            ids.extend(new)
-            labels.extend(new if learn else [IGNORE] * len(new))
+    def add(new: list[int], learn: bool) -> None:
+        ids.extend(new)
+        labels.extend(new if learn else [IGNORE] * len(new))
 
-    for i, turn in enumerate(record["conversations"]):
+    for turn in record["conversations"]:
         if turn["from"] == "gpt":
-            add(turn["value"], learn=True)
-            ids.append(tokenizer.eos)
-            labels.append(tokenizer.eos)
-        elif template == "plain":
-            add("<image>" if "<image>" in turn["value"] else turn["value"], learn=False)
-        else:
-            add(f"USER: {turn['value']} ASSISTANT:", learn=False)
+            add(tokenizer.encode(turn["value"]) + [tokenizer.eos], learn=True)
+            continue
+        said = turn["value"] if template == "v1" else "<image>" * turn["value"].count("<image>")
+        before, *after = (f"USER: {said} ASSISTANT:" if template == "v1" else said).split("<image>")
+        add(tokenizer.encode(before), learn=False)
+        for part in after:
+            add([tokenizer.image] * n_image + tokenizer.encode(part), learn=False)
     return ids, labels
 
 

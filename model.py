@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from data import IGNORE
+from data import IGNORE, InputError
 from mole import RouterGrad, add_mole
 from teachers import ClipEncoder
 
@@ -148,7 +148,7 @@ class VLM(nn.Module):
         places = input_ids == self.image_token                                          # (B, T)
         given = 0 if visual is None else visual.shape[0] * visual.shape[1]
         if given != places.sum():
-            raise ValueError(f"{int(places.sum())} image tokens in the text, but {given} visual tokens: "
+            raise InputError(f"{int(places.sum())} image tokens in the text, but {given} visual tokens: "
                              "each <image> needs one image, and each image one <image>")
         if visual is None:
             return x                                                                    # (B, T, D)

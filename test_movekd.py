@@ -357,7 +357,7 @@ def test_splice_puts_tokens_where_image_stands():
             torch.testing.assert_close(x[b, t], expected)
             j += token == 4
         k += j > 0
-    with pytest.raises(ValueError, match="72 image tokens in the text, but 36 visual"):
+    with pytest.raises(InputError, match="72 image tokens in the text, but 36 visual"):
         vlm.splice(batch["input_ids"], visual[:1])
 
 

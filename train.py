@@ -437,12 +437,14 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def build_datasets(c: Config, sets: dict, tokenizer, n_image: int) -> dict[int, data.Conversations]:
-    """Stage 1: captions, prompt "plain"; text alone has nothing to align. Stage 2: conversations, prompt "v1"."""
+    """Stage 1: captions, prompt "plain", or for want of captions conversations; text alone has nothing to align.
+    Stage 2: conversations, prompt "v1"."""
     records, get_image = sets["pretrain"]
     pictured = [r for r in records if "image" in r]
     if not pictured:
         raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has nothing to align")
-    return {1: data.Conversations(pictured, get_image, tokenizer, "plain", n_image, c.max_length),
+    captions = not c.data or c.pretrain_data
+    return {1: data.Conversations(pictured, get_image, tokenizer, "plain" if captions else "v1", n_image, c.max_length),
             2: data.Conversations(*sets["train"], tokenizer, "v1", n_image, c.max_length)}
 
 
