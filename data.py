@@ -1,7 +1,7 @@
 """The data: a tiny world to learn in, LLaVA-format files from disk, prompts and label masks, batches.
 
     python data.py export runs/world                        # the tiny world as LLaVA-format JSON + PNG   (20 s)
-    python data.py check runs/world/train.json runs/world   # validate such a set, report every bad row   (2 s)
+    python data.py check runs/world/train.json runs/world   # validate such a set, report every bad row   (5 s)
 
 Both sources give the same two things: `records`, a list of LLaVA-format dictionaries
 
