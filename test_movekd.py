@@ -578,17 +578,18 @@ def test_exported_world_trains_bit_for_bit_as_the_built_in(workplace, monkeypatc
 
 
 def test_own_words_and_no_captions(workplace, monkeypatch):
-    """A user's own set: other words, no captions, two sizes of image; stage 1 then uses the conversations, the vocabulary is the data's."""
+    """A user's own set: other words and signs, no captions, two sizes of image; stage 1 then asks the conversations' questions, and the
+    vocabulary is the data's."""
     folder, _ = workplace
     (folder / "own").mkdir()
     for i, shape in enumerate([(3, 40, 60), (3, 80, 50)] * 8):
         save_png(folder / f"own/{i}.png", torch.full(shape, 100 + 60 * (i % 2), dtype=torch.uint8))
-    rows = [{"id": i, "image": f"{i}.png", "conversations": [{"from": "human", "value": "<image>\nHell oder dunkel?"},
+    rows = [{"id": i, "image": f"{i}.png", "conversations": [{"from": "human", "value": "<image>\nHell $_{$ oder dunkel?"},
                                                              {"from": "gpt", "value": ("dunkel", "hell")[i % 2]}]} for i in range(16)]
     data.write_json(folder / "own/train.json", rows)
     run_here(monkeypatch, folder, "--out", "runs/own", "--data", "own/train.json", "--eval-data", "own/train.json")
-    assert data.read_json(folder / "runs/own/vocabulary.json") == WordTokenizer.SPECIAL + ["?", "dunkel", "hell", "oder"]
-    assert set(data.read_json(folder / "runs/own/result.json")["accuracy"]) == {"Hell oder dunkel?"}
+    assert data.read_json(folder / "runs/own/vocabulary.json") == WordTokenizer.SPECIAL + ["$", "?", "_", "dunkel", "hell", "oder", "{"]
+    assert set(data.read_json(folder / "runs/own/result.json")["accuracy"]) == {"Hell $_{$ oder dunkel?"}
 
 
 def test_no_kd_is_one_flag(workplace, monkeypatch):

@@ -422,7 +422,8 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image) ->
     for axis, i in zip(axes.flat, (with_image[k] for k in order)):
         axis.imshow(get_image(rows[i]["record"]["image"]).permute(1, 2, 0).numpy())
         good = normalise(answers[i]) == rows[i]["answer"]
-        axis.set_title(f"{rows[i]['question'][:40]}\n{rows[i]['answer'][:25]} | {answers[i][:25]}", fontsize=9, color="green" if good else "red")
+        axis.set_title(f"{rows[i]['question'][:40]}\n{rows[i]['answer'][:25]} | {answers[i][:25]}", fontsize=9, parse_math=False,
+                       color="green" if good else "red")
     figure.suptitle("held-out images: question, answer | the model's answer")
     save_figure(figure, path)
 
