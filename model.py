@@ -102,7 +102,7 @@ class TinyLLM(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, hidden) for _ in range(depth))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.lm_head = nn.Linear(dim, vocab_size, bias=False)
-        nn.init.normal_(self.embed_tokens.weight, std=0.3)  # Llama's 0.02 is for width 4096; at 96 look-up then stays at chance
+        nn.init.normal_(self.embed_tokens.weight, std=0.3)  # Llama's 0.02 is for width 4096; here look-up in context then comes late
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(ids)                                                   # (B, T, D)
