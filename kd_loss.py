@@ -1,6 +1,6 @@
 """The distillation loss of MoVE-KD: token weights, teacher weights, weighted MSE.  Pure functions; no model is seen here.
 
-    L_kd = sum_i W^tea_i  sum_j (W^tok_j + 1/n)  MSE(V^t_ij, V^s_j)                                    paper, section 3.4
+    L_kd = sum_i W^tea_i  sum_j (W^tok_j + 1/n)  MSE(V^t_ij, V^s_j)                                    paper, KD loss
 
 Letters: B images, m teachers (CLIP first), n student tokens, d student width, h attention heads of CLIP.
 V^s (B, n, d) are the student's tokens, V^t_i (B, n, d) teacher i's tokens as its encoder adapter maps them.

@@ -1,4 +1,4 @@
-"""Mixture of LoRA experts (MoLE) in the student's feed-forward networks.  Paper, section 3.3:
+"""Mixture of LoRA experts (MoLE) in the student's feed-forward networks.  Paper, mixture of LoRA experts:
 
     F*(x) = F(x) + E_i(x),    i = argmax_e softmax(f(x))_e
 
@@ -72,7 +72,7 @@ def expert_shares(layer: MoLE) -> torch.Tensor:
 
 
 def balance_loss(model: nn.Module) -> torch.Tensor:
-    """Load balance over the experts (Switch Transformer, eq. 4), the mean over layers of
+    """Load balance over the experts (as in the Switch Transformer), the mean over layers of
 
         L_balance = E * sum_e share_e * mean_tokens(p_e)
 

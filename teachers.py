@@ -102,7 +102,7 @@ class ClipEncoder(VisionEncoder):
 def cls_scores(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The [CLS] row of one block's attention before the softmax, all that W^tok needs.  (B, 1 + n, D) -> (B, h, 1 + n)
 
-        (V^cls W^Q) (V^res_j W^K)^T / sqrt(d_head)                                                      paper, section 3.4
+        (V^cls W^Q) (V^res_j W^K)^T / sqrt(d_head)                                                      paper, token weight
 
     One query, so no (1 + n) x (1 + n) map ever exists, and the block itself keeps its fused attention.
     x is the block's input: `attentions[-2]` of the released code is the attention of the block that produces `hidden_states[-2]`.
@@ -132,7 +132,7 @@ class Teachers(nn.Module):
 
 
 class EncoderAdapter(nn.Module):
-    """A two-layer MLP from a teacher's space to the student's: (B, n_i, d_i) -> (B, n, d).    paper, section 3.2
+    """A two-layer MLP from a teacher's space to the student's: (B, n_i, d_i) -> (B, n, d).    paper, encoder adapter
 
         V^t_i = W_2 GELU(W_1 V_i)      W_1 mixes channels d_i -> d, W_2 mixes tokens n_i -> n (as the released code does)
 
