@@ -41,12 +41,12 @@ class VisionEncoder(nn.Module):
     One image, many views, in a batch on the device; and one geometry, so that token (i, j) of two encoders looks at one place.
     """
 
-    def __init__(self, spec: str, weights: Path | None = None, pretrained: bool = False, **head):
+    def __init__(self, spec: str, weights: Path | None = None, **head):
         super().__init__()
         name, self.image_size, options = parse_spec(spec)
         if not name.startswith("convnext"):  # convolutions take any size and have no such argument
             options["img_size"] = self.image_size
-        self.net = timm.create_model(name, pretrained=pretrained, **{"num_classes": 0, **options, **head})
+        self.net = timm.create_model(name, **{"num_classes": 0, **options, **head})
         data = resolve_model_data_config(self.net)
         self.interpolation = TF.InterpolationMode(data["interpolation"])
         self.mean, self.std = data["mean"], data["std"]
@@ -84,8 +84,8 @@ class ClipEncoder(VisionEncoder):
     The last block is taken off once its weights are loaded: it would be 1/24 of the work for a result nobody reads.
     """
 
-    def __init__(self, spec: str, weights: Path | None = None, pretrained: bool = False):
-        super().__init__(spec, weights, pretrained)
+    def __init__(self, spec: str, weights: Path | None = None):
+        super().__init__(spec, weights)
         self.net.blocks = self.net.blocks[:-1]
         self.net.norm = nn.Identity()
 
@@ -137,7 +137,7 @@ class EncoderAdapter(nn.Module):
         V^t_i = W_2 GELU(W_1 V_i)      W_1 mixes channels d_i -> d, W_2 mixes tokens n_i -> n (as the released code does)
 
     so that unequal widths and unequal token counts are both met. Trained by L_kd only, thrown away after training.
-    The parameter-free norm in front is ours: raw features of EVA and ConvNeXt differ tenfold in scale.
+    The parameter-free norm in front is ours: teachers' raw features differ in scale.
     """
 
     def __init__(self, tokens_in: int, dim_in: int, tokens_out: int, dim_out: int):

@@ -200,16 +200,16 @@ def build_teachers(c: Config, weights: dict[str, Path]) -> Teachers:
                      for name in c.teachers})
 
 
-def load_run(folder: Path, device: str = "cpu") -> tuple[VLM, data.WordTokenizer, Config]:
+def load_run(folder: Path) -> tuple[VLM, data.WordTokenizer, Config]:
     """A finished run's VLM, ready to answer. Strict: every tensor of the file must find its place."""
     c = load_config(folder / "config.json")
     if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder}: holds no model.safetensors; the run has not finished")
     tokenizer = data.WordTokenizer(data.read_json(folder / "vocabulary.json"))
     vlm = build_vlm(c, tokenizer)
-    weights = load_file(folder / "model.safetensors", device)
+    weights = load_file(folder / "model.safetensors")
     vlm.load_state_dict({k.removeprefix("vlm."): v for k, v in weights.items() if k.startswith("vlm.")})
-    return vlm.to(device).eval(), tokenizer, c
+    return vlm.to(c.device).eval(), tokenizer, c
 
 
 # ---------------------------------------------------------------------------------------------------------------------
