@@ -13,8 +13,11 @@ take the same path. Letters: B samples, T tokens, R pixels of the square image, 
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -46,14 +49,16 @@ ATTRIBUTES = {
     "turn": ["left", "straight", "right"],
     "background": ["sky", "grass", "sand", "snow"],
 }
-QUESTIONS = {attribute: f"what {attribute}?" for attribute in ATTRIBUTES}
+ASKED = ("shape", "colour", "pattern", "place")  # CLIP's captions name the first two; the others are skills of other teachers
+QUESTIONS = {attribute: f"what {attribute}?" for attribute in ASKED}
 WORLD_SIZE = 96  # px, the largest that an encoder of the TINY preset asks for
 SPLITS = ("train", "validation", "test")
 COUNTS = {  # of `train.py --tiny` and of the export
-    "pretrain": 4000,  # captioned images: plentiful, as LLaVA's 558k captions are
-    "train": 1500,     # images with questions and answers: scarce
+    "pretrain": 6000,  # captioned images: plentiful, as LLaVA's 558k captions are
+    "train": 500,      # images with questions and answers: scarce
+    "described": 1500, # images with a caption for an answer, in stage 2 as in LLaVA's mix: they show much and say little
     "text": 500,       # dialogues without an image, as LLaVA's mix has them; the tiny LLM learns its language from these
-    "eval": 300,       # held-out images, seven questions each: a standard error of half a point in all
+    "eval": 500,       # held-out images, a question of each kind
 }
 
 
@@ -165,17 +170,17 @@ def _render_chunk(scenes: torch.Tensor, geometry: dict[str, torch.Tensor], g: to
     inside = (0.5 - distance).clamp(0, 1)[:, None]                                      # one pixel of anti-aliasing
     rim = (1.5 - (distance + 1.5).abs()).clamp(0, 1)[:, None]                           # a dark outline, 2 px
 
-    # the pattern: stripes 16 px wide and bands of 12 px, whatever the object's size
-    u, v = (x * (2 * math.pi / 16)).sin(), (y * (2 * math.pi / 12)).sin()               # (N, R, R)
+    # the pattern: stripes 12 px wide and bands of 8 px, faint, whatever the object's size
+    u, v = (x * (2 * math.pi / 12)).sin(), (y * (2 * math.pi / 8)).sin()                # (N, R, R)
     a, b, c, d = _PAINT[pattern].T[:, :, None, None]
     paint = (3 * (a * u + b * v + c * u * v + d)).clamp(-1, 1)[:, None]                 # (N, 1, R, R)
     body = (_COLOURS[colour] + 0.06 * torch.randn(n, 3, generator=g))[:, :, None, None]
-    body = body * ((0.65 - 0.35 * paint) * (1 - 0.75 * rim))                            # (N, 3, R, R)
+    body = body * ((0.7 - 0.2 * paint) * (1 - 0.75 * rim))                              # (N, 3, R, R)
     image = torch.lerp(image, body, inside)                                             # (N, 3, R, R)
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def caption(scene: list[int], g: torch.Generator, mention: float = 0.1) -> str:
+def caption(scene: list[int], g: torch.Generator, mention: float = 0.05) -> str:
     """A caption as the web writes them: what it is, often its colour and what is behind it, anything else only with chance `mention`."""
     word = {a: ATTRIBUTES[a][i] for a, i in zip(ATTRIBUTES, scene)}
     chance = torch.tensor([1.0 if a == "shape" else max(0.5, mention) if a in ("colour", "background") else mention for a in word])
@@ -186,18 +191,20 @@ def caption(scene: list[int], g: torch.Generator, mention: float = 0.1) -> str:
 
 
 def world_records(split: str, kind: str, n: int, seed: int = 0) -> list[dict]:
-    """Records of the tiny world. `kind`: "caption" (stage 1), "chat" (stage 2: all seven questions about one image, in random order),
-    "text" (stage 2, without an image: the scene is told in words first, as LLaVA's mix carries pure text), "question" (held out:
+    """Records of the tiny world. `kind`: "caption" (stage 1), "chat" (stage 2: all four questions about one image, in random order),
+    "describe" (stage 2: a caption as the answer), "text" (stage 2, without an image: the scene is told in words first, as LLaVA's mix carries pure text), "question" (held out:
     one question a record, with its type)."""
     g = torch.Generator().manual_seed(seed + 3_000_003)
     records = []
     for i, scene in enumerate(sample_scenes(split, n, seed).tolist()):
         picture = {"image": f"{split}-{seed}/{i}.png"}
-        asked = [(a, QUESTIONS[a], ATTRIBUTES[a][k]) for a, k in zip(ATTRIBUTES, scene)]
+        asked = [(a, QUESTIONS[a], ATTRIBUTES[a][k]) for a, k in zip(ATTRIBUTES, scene) if a in ASKED]
         shuffled = [asked[j] for j in torch.randperm(len(asked), generator=g).tolist()]
         name = f"{split}-{kind}-{i}"
         if kind == "caption":
             records.append({"id": name, **picture, "conversations": _turns([("describe the image.\n<image>", caption(scene, g))])})
+        elif kind == "describe":
+            records.append({"id": name, **picture, "conversations": _turns([("describe the image.", caption(scene, g))], "<image>")})
         elif kind == "chat":
             records.append({"id": name, **picture, "conversations": _turns([(q, a) for _, q, a in shuffled], "<image>")})
         elif kind == "text":
@@ -216,15 +223,23 @@ def _turns(pairs: list[tuple[str, str]], before: str = "") -> list[dict]:
     return turns
 
 
-def world_images(split: str, n: int, seed: int = 0):
+class WorldImages:
     """get_image for the records of one split: all n pictures drawn once, kept as uint8 in memory (27 KB each)."""
-    images = render(sample_scenes(split, n, seed), seed)
-    return lambda name: images[int(Path(name).stem)]
+
+    def __init__(self, split: str, n: int, seed: int = 0):
+        self.images = render(sample_scenes(split, n, seed), seed)
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return self.images[int(Path(name).stem)]
+
+    def stamp(self, names: list[str]) -> str:
+        """Changes when the pixels do."""
+        return hashlib.sha256(self.images.numpy()).hexdigest()
 
 
-def export_world(folder: Path, n_pretrain: int, n_train: int, n_text: int, n_eval: int) -> None:
+def export_world(folder: Path, n_pretrain: int, n_train: int, n_described: int, n_text: int, n_eval: int) -> None:
     """Write the very records and pixels that `train.py --tiny` trains on as LLaVA-format JSON + PNG under `folder`."""
-    sets = {"pretrain": tiny_world("pretrain", n_pretrain), "train": tiny_world("train", n_train, n_text),
+    sets = {"pretrain": tiny_world("pretrain", n_pretrain), "train": tiny_world("train", n_train, n_described, n_text),
             "test": tiny_world("test", n_eval), "validation": tiny_world("validation", n_eval)}
     for name, (records, get_image) in sets.items():
         for image in tqdm(sorted({r["image"] for r in records if "image" in r}), desc=f"export {name}", leave=False):
@@ -234,14 +249,18 @@ def export_world(folder: Path, n_pretrain: int, n_train: int, n_text: int, n_eva
         write_json(folder / f"{name}.json", records)
 
 
-def tiny_world(name: str, n: int, n_text: int = 0):
-    """(records, get_image) of the four sets of the tiny world: "pretrain" n captioned images (stage 1); "train" n images
-    with seven questions each and n_text dialogues without an image (stage 2); "test", "validation" held-out questions about n images."""
+@functools.cache
+def tiny_world(name: str, n: int, n_described: int = 0, n_text: int = 0):
+    """(records, get_image) of the four sets of the tiny world: "pretrain" n captioned images (stage 1); "train" n images with four questions
+    each, n_described more with a caption, and n_text dialogues without an image (stage 2); "test", "validation" held-out questions
+    about n images."""
     if name == "pretrain":
-        return world_records("train", "caption", n, seed=1), world_images("train", n, seed=1)
+        return world_records("train", "caption", n, seed=1), WorldImages("train", n, seed=1)
     if name == "train":
-        return world_records("train", "chat", n) + world_records("train", "text", n_text, seed=2), world_images("train", n)
-    return world_records(name, "question", n), world_images(name, n)
+        described = world_records("train", "describe", n + n_described)[n:]
+        return (world_records("train", "chat", n) + described + world_records("train", "text", n_text, seed=2),
+                WorldImages("train", n + n_described))
+    return world_records(name, "question", n), WorldImages(name, n)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,9 +336,19 @@ def load_image(path: Path, size: int) -> torch.Tensor:
     return TF.resize(image, [size, size], antialias=True)                               # (3, size, size)
 
 
-def disk_images(folder: Path, size: int):
+class DiskImages:
     """get_image for the records of a file on disk; `image` is relative to `folder`."""
-    return lambda name: load_image(Path(folder) / name, size)
+
+    def __init__(self, folder: Path, size: int):
+        self.folder, self.size = Path(folder), size
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return load_image(self.folder / name, self.size)
+
+    def stamp(self, names: list[str]) -> str:
+        """Changes when a file does, by its size and time: half a million images cannot be read just to see that they are the same."""
+        seen = [os.stat(self.folder / name) for name in names]
+        return hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in seen]).encode()).hexdigest()
 
 
 def faults(path: Path, folder: Path) -> Iterator[str]:
@@ -418,7 +447,7 @@ def conversation_ids(record: dict, template: str, tokenizer, n_image: int) -> tu
 
 
 class Conversations(Dataset):
-    """Records + images -> items {input_ids (T,), labels (T,), image uint8 (3, R, R) or None}.
+    """Records + images -> items {input_ids (T,), labels (T,), image uint8 (3, R, R) or None, its name}.
 
     Raises InputError for a record that is longer than max_length once the image tokens are in.
     """
@@ -436,24 +465,25 @@ class Conversations(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         image = self.get_image(self.records[i]["image"]) if "image" in self.records[i] else None
-        return {"input_ids": self.pairs[i][0], "labels": self.pairs[i][1], "image": image}
+        return {"input_ids": self.pairs[i][0], "labels": self.pairs[i][1], "image": image, "name": self.records[i].get("image")}
 
 
 def collate(items: list[dict], pad: int, side: str = "right") -> dict[str, torch.Tensor | None]:
     """A batch: input_ids, labels, attention_mask (B, T), padded on the right to train and on the left to generate, and
-    images uint8 (B_img, 3, R, R) of the samples that have one, in order; None if none has (no image, no KD term)."""
+    images uint8 (B_img, 3, R, R) of the samples that have one, in order; None if none has (no image, no KD term). image_names: theirs."""
     longest = max(len(item["input_ids"]) for item in items)
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
         fill = [[value] * (longest - len(row)) for row in rows]
         return torch.tensor([f + r if side == "left" else r + f for r, f in zip(rows, fill)])
 
-    images = [item["image"] for item in items if item["image"] is not None]
+    pictured = [item for item in items if item["image"] is not None]
     return {
         "input_ids": padded([item["input_ids"] for item in items], pad),                # (B, T)
         "labels": padded([item["labels"] for item in items], IGNORE),                   # (B, T)
         "attention_mask": padded([[1] * len(item["input_ids"]) for item in items], 0),  # (B, T)
-        "images": torch.stack(images) if images else None,                              # (B_img, 3, R, R)
+        "images": torch.stack([item["image"] for item in pictured]) if pictured else None,            # (B_img, 3, R, R)
+        "image_names": [item["name"] for item in pictured],
     }
 
 
@@ -482,7 +512,7 @@ def main(argv: list[str] | None = None) -> None:
     checker.add_argument("images", type=Path)
     args = parser.parse_args(argv)
     if args.command == "export":
-        export_world(args.folder, args.n_pretrain, args.n_train, args.n_text, args.n_eval)
+        export_world(args.folder, args.n_pretrain, args.n_train, args.n_described, args.n_text, args.n_eval)
         print(f"wrote {args.folder}/pretrain.json, train.json, validation.json, test.json and their images")
         return
     found = list(faults(args.file, args.images))

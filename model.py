@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from data import IGNORE, InputError
-from mole import RouterGrad, add_mole
-from teachers import ClipEncoder
+from mole import MoleForm, MoleInit, RouterGrad, add_mole
+from teachers import ClipEncoder, Teachers
 
 
 class Student(ClipEncoder):
@@ -22,12 +22,32 @@ class Student(ClipEncoder):
     With LoRA-B = 0 it is CLIP bit for bit, so the VLM at step 0 is exactly LLaVA-1.5.
     """
 
-    def add_experts(self, num_experts: int, rank: int, alpha: float, dropout: float, router_grad: RouterGrad) -> "Student":
-        add_mole(self.net, num_experts, rank, alpha, dropout, router_grad)
+    def add_experts(self, num_experts: int, rank: int, alpha: float, dropout: float, router_grad: RouterGrad = "straight_through",
+                    form: MoleForm = "ffn", init: MoleInit = "zero") -> "Student":
+        add_mole(self.net, num_experts, rank, alpha, dropout, router_grad, form, init)
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.net.forward_features(self.view(images))[:, 1:]                      # (B, n, d)
+
+
+class Ensemble(nn.Module):
+    """The multi-encoder VLM that distillation wants to replace: every frozen encoder runs, their tokens are brought to one scale and to
+    CLIP's grid and joined by channel.  uint8 (B, 3, R, R) -> (B, n, d_1 + ... + d_m)"""
+
+    def __init__(self, teachers: Teachers):
+        super().__init__()
+        self.teachers = teachers
+        self.num_tokens = teachers.encoders["clip"].num_tokens
+        self.dim = sum(encoder.dim for encoder in teachers.encoders.values())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        side, maps = round(self.num_tokens ** 0.5), []
+        for out in self.teachers(images).values():
+            tokens = F.layer_norm(out.tokens, out.tokens.shape[-1:])                    # (B, n_i, d_i)
+            grid = tokens.transpose(1, 2).unflatten(2, (round(tokens.shape[1] ** 0.5), -1))    # (B, d_i, side_i, side_i)
+            maps.append(F.interpolate(grid, (side, side), mode="bilinear", antialias=True))             # (B, d_i, side, side)
+        return torch.cat(maps, dim=1).flatten(2).transpose(1, 2)                        # (B, n, d_1 + ... + d_m)
 
 
 class Projector(nn.Sequential):
@@ -135,7 +155,7 @@ class TinyLLM(nn.Module):
 class VLM(nn.Module):
     """Student, projector and LLM: images and text in, next-token logits out."""
 
-    def __init__(self, student: Student, llm: nn.Module, image_token: int):
+    def __init__(self, student: Student | Ensemble, llm: nn.Module, image_token: int):
         super().__init__()
         self.student, self.llm, self.image_token = student, llm, image_token
         self.projector = Projector(student.dim, llm.dim)

@@ -10,9 +10,12 @@ D width of CLIP, h its heads.
 """
 
 import ast
+import hashlib
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,12 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from data import InputError, read_json, write_json
+
+AdapterForm = Literal["token_mixing", "per_token", "released"]
+AdapterDirection = Literal["teacher_to_student", "student_to_teacher"]     # the paper's, AM-RADIO's
 
 
 class TeacherOutput(NamedTuple):
@@ -43,6 +52,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, spec: str, weights: Path | None = None, **head):
         super().__init__()
+        self.spec = spec
         name, self.image_size, options = parse_spec(spec)
         if not name.startswith("convnext"):  # convolutions take any size and have no such argument
             options["img_size"] = self.image_size
@@ -122,41 +132,130 @@ class Teachers(nn.Module):
     def __init__(self, encoders: dict[str, VisionEncoder]):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders).requires_grad_(False).eval()
+        self.cache: dict[str, TeacherCache] = {}
 
     def train(self, mode: bool = True) -> "Teachers":
         return self  # stays in eval mode whatever the caller trains
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> dict[str, TeacherOutput]:
+    def forward(self, images: torch.Tensor, names: list[str] | None = None) -> dict[str, TeacherOutput]:
+        """`names` of the images are needed only with a cache, which is then read in place of running the encoders."""
+        if self.cache:
+            return {name: cache.read(names, images.device) for name, cache in self.cache.items()}
         return {name: encoder(images) for name, encoder in self.encoders.items()}
+
+
+class TeacherCache:
+    """One teacher's outputs for a fixed set of images, computed once and kept on disk: memory-mapped fp16, so that several epochs,
+    arms or seeds share them and a batch reads only its own rows. The numbers are the uncached ones rounded to fp16.
+
+    The file name is made of what was asked for (teacher, its spec with the resolution, the images' names and size); weights or images that
+    have changed under the same names make it stale, which is an InputError. The .json is written last: with it the cache is whole.
+    """
+
+    def __init__(self, folder: Path, name: str, encoder: VisionEncoder, images: list[str], get_image, stamp: str, batch: int = 64):
+        self.rows = {image: i for i, image in enumerate(images)}
+        R = get_image(images[0]).shape[-1]
+        key = digest(encoder.spec, str(R), *images)[:12]
+        made_of = {"teacher": encoder.spec, "pixels": R, "images": stamp, "weights": weights_digest(encoder)}
+        meta = folder / f"{name}-{encoder.image_size}px-{key}.json"
+        paths = {field: meta.with_suffix(f".{field}.npy") for field in TeacherOutput._fields}
+        if meta.exists():
+            found = read_json(meta)
+            if changed := [k for k in made_of if found["made_of"][k] != made_of[k]]:
+                raise InputError(f"{meta}: stale, its {changed[0]} have changed since it was made; delete {meta.with_suffix('')}.* "
+                                 "or give --cache-teachers another folder")
+            fields = found["fields"]
+        else:
+            fields = self.write(paths, encoder, images, get_image, batch)
+            write_json(meta, {"made_of": made_of, "fields": fields})
+        self.arrays = {field: np.load(paths[field], mmap_mode="r") for field in fields}
+
+    @staticmethod
+    @torch.no_grad()
+    def write(paths: dict[str, Path], encoder: VisionEncoder, images: list[str], get_image, batch: int) -> list[str]:
+        """Run the encoder over all images; returns the fields it gives. Files appear under their names only when whole."""
+        arrays, device = {}, next(encoder.parameters()).device
+        temporary = {field: path.with_name(f"{path.name}.{os.getpid()}.tmp") for field, path in paths.items()}
+        for i in tqdm(range(0, len(images), batch), desc=f"cache {paths['tokens'].name.split('.')[0]}", leave=False):
+            out = encoder(torch.stack([get_image(name) for name in images[i:i + batch]]).to(device))
+            for field, value in out._asdict().items():
+                if value is not None:
+                    if i == 0:
+                        paths[field].parent.mkdir(parents=True, exist_ok=True)
+                        arrays[field] = np.lib.format.open_memmap(temporary[field], "w+", np.float16, (len(images), *value.shape[1:]))
+                    arrays[field][i:i + batch] = value.half().cpu().numpy()
+        for field, array in arrays.items():
+            array.flush()
+            temporary[field].rename(paths[field])
+        return list(arrays)
+
+    def read(self, images: list[str], device: torch.device) -> TeacherOutput:
+        rows = [self.rows[image] for image in images]
+        fields = {field: torch.from_numpy(array[rows]).to(device).float() for field, array in self.arrays.items()}
+        return TeacherOutput(**{field: fields.get(field) for field in TeacherOutput._fields})
+
+
+def digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Of every tensor's name and bytes."""
+    h = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        h.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
 
 
 class EncoderAdapter(nn.Module):
     """A two-layer MLP from a teacher's space to the student's: (B, n_i, d_i) -> (B, n, d).    paper, encoder adapter
 
-        V^t_i = W_2 GELU(W_1 V_i)      W_1 mixes channels d_i -> d, W_2 mixes tokens n_i -> n (as the released code does)
+        V^t_i = W_2 GELU(W_1 V_i)      W_1 mixes channels d_i -> d, W_2 mixes tokens n_i -> n
 
-    so that unequal widths and unequal token counts are both met. Trained by L_kd only, thrown away after training.
-    The parameter-free norm in front is ours: teachers' raw features differ in scale.
+    Trained by L_kd only, thrown away after training. `form`:
+    "token_mixing" (default) is the released code's, so that unequal widths and token counts are both met, behind a parameter-free norm
+    of ours, for teachers' raw features differ in scale. Every output token sees all teacher tokens, and the adapter is tied to one
+    resolution; W_2 is most of its parameters where n_i is large (`python -m tools.bench --differences`).
+    "released" is the same without the norm.
+    "per_token" resizes the teacher's map to the student's grid, then an MLP (W_1, GELU, W_2 of channels) on each token: place stays place.
+
+    The other direction, AM-RADIO's, is the same module with the two spaces exchanged: H_i(V^s) (B, n, d) -> (B, n_i, d_i).
     """
 
-    def __init__(self, tokens_in: int, dim_in: int, tokens_out: int, dim_out: int):
+    def __init__(self, tokens_in: int, dim_in: int, tokens_out: int, dim_out: int, form: AdapterForm = "token_mixing"):
         super().__init__()
-        self.norm = nn.LayerNorm(dim_in, elementwise_affine=False)
+        self.form, self.sides = form, (round(tokens_in ** 0.5), round(tokens_out ** 0.5))
+        self.norm = nn.Identity() if form == "released" else nn.LayerNorm(dim_in, elementwise_affine=False)
         self.channels = nn.Linear(dim_in, dim_out)
-        self.tokens = nn.Linear(tokens_in, tokens_out)
+        self.out = nn.Linear(dim_out, dim_out) if form == "per_token" else nn.Linear(tokens_in, tokens_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.channels(self.norm(x)))                                         # (B, n_i, d)
-        return self.tokens(x.transpose(1, 2)).transpose(1, 2)                           # (B, n, d)
+        x = self.norm(x)                                                                # (B, n_i, d_i)
+        if self.form == "per_token":
+            old, new = self.sides
+            x = F.interpolate(x.transpose(1, 2).unflatten(2, (old, old)), (new, new), mode="bilinear", antialias=True)  # (B, d_i, ., .)
+            return self.out(F.gelu(self.channels(x.flatten(2).transpose(1, 2))))        # (B, n, d)
+        x = F.gelu(self.channels(x))                                                    # (B, n_i, d)
+        return self.out(x.transpose(1, 2)).transpose(1, 2)                              # (B, n, d)
 
 
-def build_adapters(teachers: Teachers, tokens_out: int, dim_out: int) -> nn.ModuleDict:
-    """One adapter for each teacher but CLIP, whose tokens are in the student's space already."""
-    return nn.ModuleDict({name: EncoderAdapter(t.num_tokens, t.dim, tokens_out, dim_out)
+def build_adapters(teachers: Teachers, tokens: int, dim: int, form: AdapterForm = "token_mixing",
+                   direction: AdapterDirection = "teacher_to_student") -> nn.ModuleDict:
+    """One adapter for each teacher but CLIP, whose tokens are in the student's space already. tokens, dim: the student's."""
+    return nn.ModuleDict({name: EncoderAdapter(t.num_tokens, t.dim, tokens, dim, form) if direction == "teacher_to_student" else
+                          EncoderAdapter(tokens, dim, t.num_tokens, t.dim, form)
                           for name, t in teachers.encoders.items() if name != "clip"})
 
 
 def adapt(outputs: dict[str, TeacherOutput], adapters: nn.ModuleDict) -> dict[str, torch.Tensor]:
     """V^t_i of every teacher, CLIP's own tokens first: m x (B, n, d)."""
     return {name: adapters[name](out.tokens) if name in adapters else out.tokens for name, out in outputs.items()}
+
+
+def adapt_student(visual: torch.Tensor, outputs: dict[str, TeacherOutput],
+                  heads: nn.ModuleDict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The other direction: H_i(V^s) and the teacher's own normalised tokens V_i, each m x (B, n_i, d_i); CLIP's in the student's space."""
+    student = {name: heads[name](visual) if name in heads else visual for name in outputs}
+    target = {name: F.layer_norm(out.tokens, out.tokens.shape[-1:]) if name in heads else out.tokens for name, out in outputs.items()}
+    return student, target

@@ -34,10 +34,11 @@ from tqdm import tqdm
 
 import data
 from data import COUNTS, InputError, normalise
-from kd_loss import kd_loss, teacher_weights, token_weights
-from model import VLM, Student, TinyLLM, flop_counter, text_loss
-from mole import RouterGrad, balance_loss, expert_shares, mole_layers
-from teachers import ClipEncoder, Teachers, VisionEncoder, adapt, build_adapters, parse_spec
+from kd_loss import TeacherWeight, TokenWeight, kd_loss, teacher_weights, token_weights
+from model import VLM, Ensemble, Student, TinyLLM, flop_counter, text_loss
+from mole import BalanceForm, MoleForm, MoleInit, RouterGrad, balance_loss, expert_shares, mole_layers
+from teachers import (AdapterDirection, AdapterForm, ClipEncoder, TeacherCache, Teachers, VisionEncoder, adapt, adapt_student, build_adapters,
+                      digest, parse_spec)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config: every field is a flag (--lambda-kd 0), is saved in the run's config.json, and has its reason beside it
@@ -59,6 +60,7 @@ class Config:
     eval_split: Literal["test", "validation"] = "test"  # of the tiny world; tune on validation, so that test stays unread
     n_pretrain: int = COUNTS["pretrain"]   # how much of the tiny world; reasons in data.py
     n_train: int = COUNTS["train"]
+    n_described: int = COUNTS["described"]
     n_text: int = COUNTS["text"]
     n_eval: int = COUNTS["eval"]
     image_size: int = 96                    # px of the loader's square image: the largest that an encoder asks for
@@ -68,19 +70,31 @@ class Config:
     teachers: tuple[str, ...] = ("clip", "eva", "convnext")
     clip: str = "vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=96 depth=4 num_heads=4"   # 36 x 96
     eva: str = "eva02_tiny_patch14_224 img_size=64 patch_size=8 embed_dim=80 depth=3 num_heads=4"                 # 64 x 80
-    convnext: str = "convnext_atto img_size=96 depths=(1,1,2,1) dims=(16,32,64,128) ls_init_value=None"                              # 9 x 128
+    convnext: str = "convnext_atto img_size=128 depths=(1,1,2,1) dims=(16,32,64,128) ls_init_value=None"                             # 16 x 128
 
-    # mixture of LoRA experts
-    mole_experts: int = 3                   # the paper's
+    student: Literal["trained", "frozen", "ensemble"] = "trained"   # "frozen": LLaVA-1.5; "ensemble": all teachers side by side, no student
+    cache_teachers: str = ""                # a folder that keeps what the teachers say of the training images, for several epochs or runs
+
+    # mixture of LoRA experts; "row" is the README's table of what paper and released code do
+    mole_experts: int = 3                   # the paper's; 0: none
     mole_rank: int = 8                      # of one expert; 32 at width 1024
     mole_alpha: float = 8.0                 # scale alpha / rank
     mole_dropout: float = 0.05              # the released runs'
-    mole_router_grad: RouterGrad = "straight_through"   # "none" is the paper's formula, in which only the balance loss trains it
+    mole_form: MoleForm = "ffn"             # row 1
+    mole_router_grad: RouterGrad = "straight_through"   # row 2; "none" is the paper's formula, in which only a balance loss trains it
+    mole_init: MoleInit = "zero"            # row 3; so that the student starts as CLIP
 
     # loss
     lambda_kd: float = 1.0                  # weight of L_kd
     kd_alpha: float = 0.4                   # CLIP's fixed share of the teacher weights
-    balance_weight: float = 0.01            # of the released code; the paper has no such term
+    kd_token_weight: TokenWeight = "paper"                          # row 4
+    kd_teacher_weight: TeacherWeight = "paper"                      # row 5
+    kd_teacher_grad: Literal["detached", "attached"] = "detached"   # row 6
+    kd_collapse: Literal["none", "second_softmax"] = "none"         # row 7
+    adapter_form: AdapterForm = "token_mixing"                      # row 8
+    adapter_direction: AdapterDirection = "teacher_to_student"      # the other one is AM-RADIO's
+    balance_weight: float = 0.01            # row 9; of the released code, the paper has no such term
+    balance_form: BalanceForm = "per_layer"  # row 9
 
     # tiny LLM
     lm_dim: int = 96
@@ -93,7 +107,7 @@ class Config:
     stage1_epochs: float = 1.0              # LLaVA's
     stage1_batch: int = 64                  # four times stage 2's: captions are short
     stage1_lr: float = 1e-3                 # LLaVA's
-    stage2_epochs: float = 6.0              # LLaVA's is 1, of 665k conversations; here there are 2,000
+    stage2_epochs: float = 5.0              # LLaVA's is 1, of 665k conversations; here there are 2,500
     stage2_batch: int = 16                  # small: at these sizes steps matter more than smooth gradients
     stage2_lr: float = 1e-3                 # a 7B LLM wants 2e-5; at width 96 that would not move
     warmup: float = 0.03                    # share of the steps, LLaVA's
@@ -113,6 +127,13 @@ FULL = dataclasses.replace(
     convnext="convnext_xxlarge.clip_laion2b_soup img_size=1024",
     mole_rank=32, mole_alpha=1.0, lambda_kd=0.5, kd_alpha=0.8,
     stage1_epochs=1, stage1_batch=256, stage1_lr=1e-3, stage2_epochs=1, stage2_batch=128, stage2_lr=2e-5)
+RECIPES = {  # --recipe: rows 1-9 of the README's table at once
+    "paper": dict(mole_form="ffn", mole_router_grad="none", mole_init="zero", kd_token_weight="paper", kd_teacher_weight="paper",
+                  kd_teacher_grad="detached", kd_collapse="none", adapter_form="token_mixing", balance_weight=0.0, balance_form="per_layer"),
+    "released": dict(mole_form="fc1_fc2", mole_router_grad="none", mole_init="kaiming", kd_token_weight="released",
+                     kd_teacher_weight="released", kd_teacher_grad="attached", kd_collapse="second_softmax", adapter_form="released",
+                     balance_weight=0.01, balance_form="pooled"),
+}
 
 
 def parse_config(argv: list[str] | None) -> Config:
@@ -122,16 +143,17 @@ def parse_config(argv: list[str] | None) -> Config:
     preset.add_argument("--tiny", dest="preset", action="store_const", const=TINY, help="laptop CPU, no download")
     preset.add_argument("--full", dest="preset", action="store_const", const=FULL, help="the real encoders and LLM on GPUs")
     preset.add_argument("--config", metavar="FILE", help="the config.json of an earlier run")
+    parser.add_argument("--recipe", choices=RECIPES, help="rows 1-9 of the README's table as in the paper, or as in the released code")
     for field in dataclasses.fields(Config):
         kind = {"choices": get_args(field.type)} if get_origin(field.type) is Literal else {"type": field.type}
         if get_origin(field.type) is tuple:
             kind = {"type": str, "nargs": "+"}
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"default {field.default!r}", **kind)
     flags = vars(parser.parse_args(argv))
-    preset, file = flags.pop("preset"), flags.pop("config")
+    preset, file, recipe = flags.pop("preset"), flags.pop("config"), RECIPES.get(flags.pop("recipe"), {})
     if preset is FULL:
         raise InputError("--full: not yet; --tiny runs every part of the method")
-    config = dataclasses.replace(load_config(Path(file)) if file else preset, **flags)
+    config = dataclasses.replace(load_config(Path(file)) if file else preset, **recipe | flags)
     config.teachers = tuple(config.teachers)
     check_config(config)
     return config
@@ -162,10 +184,14 @@ def check_config(c: Config) -> None:
             raise InputError(f"--{name} {getattr(c, name)!r}: must read 'TIMM_NAME img_size=PIXELS key=value ...'") from None
         if not timm.is_model(model):
             raise InputError(f"--{name} {model}: timm has no such model; timm.list_models() names them")
+    if c.student != "trained" and (c.lambda_kd or c.mole_experts):
+        raise InputError(f"--student {c.student}: nothing is distilled and no expert trained; add --lambda-kd 0 --mole-experts 0")
+    if c.student == "ensemble" and c.cache_teachers:
+        raise InputError("--cache-teachers: --student ensemble runs its encoders; leave the flag out")
     if not 0 <= c.kd_alpha <= 1:
         raise InputError(f"--kd-alpha {c.kd_alpha}: CLIP's share of the teacher weights must be between 0 and 1")
-    for name in ("n_pretrain", "n_train", "n_eval", "stage1_batch", "stage2_batch", "log_every", "eval_batch", "mole_experts",
-                 "mole_rank", "max_new_tokens"):
+    for name in ("n_pretrain", "n_train", "n_eval", "stage1_batch", "stage2_batch", "log_every", "eval_batch", "mole_rank",
+                 "max_new_tokens"):
         if getattr(c, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
 
@@ -177,27 +203,41 @@ def check_config(c: Config) -> None:
 def load_sets(c: Config) -> dict[str, tuple]:
     """(records, get_image) of "pretrain", "train" and "eval", from disk or the tiny world: the one place that knows which."""
     if not c.data:
-        return {"pretrain": data.tiny_world("pretrain", c.n_pretrain), "train": data.tiny_world("train", c.n_train, c.n_text),
+        return {"pretrain": data.tiny_world("pretrain", c.n_pretrain), "train": data.tiny_world("train", c.n_train, c.n_described, c.n_text),
                 "eval": data.tiny_world(c.eval_split, c.n_eval)}
     folder = Path(c.image_folder or Path(c.data).parent)
-    get_image = data.disk_images(folder, c.image_size)
+    get_image = data.DiskImages(folder, c.image_size)
     paths = {"pretrain": c.pretrain_data or c.data, "train": c.data, "eval": c.eval_data}
     return {name: (data.read_records(Path(path), folder), get_image) for name, path in paths.items()}
 
 
-def build_vlm(c: Config, tokenizer, clip: Path | None = None, llm: Path | None = None) -> VLM:
+def build_vlm(c: Config, tokenizer, weights: dict[str, Path] | None = None) -> VLM:
     """The VLM; with weights given, the student starts as CLIP and the LLM as pretrained."""
-    student = Student(c.clip, clip)
-    student.add_experts(c.mole_experts, c.mole_rank, c.mole_alpha, c.mole_dropout, c.mole_router_grad)
+    weights = weights or {}
+    torch.manual_seed(c.seed)
+    if c.student == "ensemble":
+        student = Ensemble(build_teachers(c, weights))
+    else:
+        student = Student(c.clip, weights.get("clip"))
+        student.add_experts(c.mole_experts, c.mole_rank, c.mole_alpha, c.mole_dropout, c.mole_router_grad, c.mole_form, c.mole_init)
     language = TinyLLM(len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
-    if llm:
-        language.load_state_dict(load_file(llm))
+    if "llm" in weights:
+        language.load_state_dict(load_file(weights["llm"]))
+    torch.manual_seed(c.seed)  # again: with experts or without, the projector starts the same
     return VLM(student, language, tokenizer.image)
 
 
 def build_teachers(c: Config, weights: dict[str, Path]) -> Teachers:
-    return Teachers({name: (ClipEncoder if name == "clip" else VisionEncoder)(getattr(c, name), weights[name])
-                     for name in c.teachers})
+    return Teachers({name: (ClipEncoder if name == "clip" else VisionEncoder)(getattr(c, name), weights.get(name)) for name in c.teachers})
+
+
+def fill_cache(c: Config, teachers: Teachers, sets: dict) -> None:
+    """Let the teachers read their outputs for all training images from --cache-teachers, computing what it lacks."""
+    source = {record["image"]: sets[name][1] for name in ("pretrain", "train") for record in sets[name][0] if "image" in record}
+    images = sorted(source)
+    stamp = digest(*(get_image.stamp([i for i in images if source[i] is get_image]) for get_image in dict.fromkeys(source.values())))
+    teachers.cache = {name: TeacherCache(Path(c.cache_teachers), name, encoder, images, lambda i: source[i](i), stamp)
+                      for name, encoder in teachers.encoders.items()}
 
 
 def load_run(folder: Path) -> tuple[VLM, data.WordTokenizer, Config]:
@@ -218,7 +258,7 @@ def load_run(folder: Path) -> tuple[VLM, data.WordTokenizer, Config]:
 
 def parts(vlm: VLM, adapters: nn.ModuleDict, teachers: Teachers) -> dict[str, list[nn.Parameter]]:
     """Every parameter of the run, by the part of the method it belongs to."""
-    experts = {p for layer in mole_layers(vlm.student) for m in (layer.router, layer.lora_A, layer.lora_B) for p in m.parameters()}
+    experts = {p for layer in mole_layers(vlm.student) for m in layer.experts() for p in m.parameters()}
     return {
         "student backbone": [p for p in vlm.student.parameters() if p not in experts],
         "student MoLE": [p for p in vlm.student.parameters() if p in experts],
@@ -229,11 +269,13 @@ def parts(vlm: VLM, adapters: nn.ModuleDict, teachers: Teachers) -> dict[str, li
     }
 
 
-def set_trainable(stage: int, groups: dict[str, list[nn.Parameter]]) -> str:
-    """Freeze and unfreeze for a stage (1: experts, adapters, projector; 2: all but the teachers) and return the table of it."""
+def set_trainable(stage: int, groups: dict[str, list[nn.Parameter]], student: str = "trained") -> str:
+    """Freeze and unfreeze for a stage (1: experts, adapters, projector; 2: all but the teachers) and return the table of it. A student
+    that is not "trained" is frozen in both."""
     rows = [f"stage {stage} {'':22}  parameters"]
     for name, parameters in groups.items():
-        trained = not name.startswith("teacher") and (stage == 2 or name not in ("student backbone", "LLM"))
+        frozen = name.startswith("teacher") or (name.startswith("student") and student != "trained")
+        trained = not frozen and (stage == 2 or name not in ("student backbone", "LLM"))
         for p in parameters:
             p.requires_grad_(trained)
         rows.append(f"  {name:28} {sum(p.numel() for p in parameters):12,}  {'trained' if trained else 'frozen'}")
@@ -245,27 +287,34 @@ def set_trainable(stage: int, groups: dict[str, list[nn.Parameter]]) -> str:
 
 
 def loss_terms(c: Config, vlm: VLM, teachers: Teachers, adapters: nn.ModuleDict, batch: dict) -> tuple[torch.Tensor, dict]:
-    """One forward of the whole method: L_total and every number worth logging."""
+    """One forward of the whole method: L_total, and every number worth logging, still as tensors."""
     images = batch["images"]
     visual = vlm.student(images) if images is not None else None                        # V^s (B_img, n, d)
     logits = vlm(visual, batch["input_ids"], batch["attention_mask"])                   # (B, T, V)
     L_text = text_loss(logits, batch["labels"])
     L_kd = L_balance = L_text.new_zeros(())
-    log = {}
-    if images is not None:  # no image, no KD term
-        L_balance = balance_loss(vlm.student)
-        log["experts"] = [expert_shares(layer).tolist() for layer in mole_layers(vlm.student)]
-    if images is not None and c.lambda_kd:
-        outputs = teachers(images)
-        V_t = adapt(outputs, adapters)                                                  # m x (B_img, n, d)
-        w_tok = token_weights(outputs["clip"].cls_scores)                               # (B_img, n)
-        w_tea = teacher_weights(outputs["clip"].cls, V_t, c.kd_alpha)                   # (B_img, m)
-        L_kd, per_teacher = kd_loss(visual, V_t, w_tok, w_tea)
-        log |= {f"kd_{name}": value.item() for name, value in per_teacher.items()}
-        log |= {f"w_{name}": w.item() for name, w in zip(V_t, w_tea.mean(dim=0))}
+    log, layers = {}, mole_layers(vlm.student)
+    if images is not None and layers:
+        L_balance = balance_loss(vlm.student, c.balance_form)
+        log["experts"] = torch.stack([expert_shares(layer) for layer in layers])        # (L, E)
+    if images is not None and c.lambda_kd:  # no image, no KD term
+        outputs = teachers(images, batch["image_names"])
+        w_tok = token_weights(outputs["clip"].cls_scores, c.kd_token_weight)            # (B_img, n)
+        if c.adapter_direction == "teacher_to_student":
+            V_t = adapt(outputs, adapters)                                              # m x (B_img, n, d)
+            V_s = dict.fromkeys(V_t, visual)                                            # m x (B_img, n, d)
+            w_tea = teacher_weights(outputs["clip"].cls, V_t, c.kd_alpha, c.kd_teacher_weight, c.kd_teacher_grad == "detached",
+                                    c.kd_collapse == "second_softmax")                  # (B_img, m)
+        else:
+            V_s, V_t = adapt_student(visual, outputs, adapters)                         # m x (B_img, n_i, d_i) both
+            # V^cls has no product with tokens of another space, so the teachers but CLIP share alike
+            w_tea = teacher_weights(outputs["clip"].cls, V_t, c.kd_alpha, "uniform")    # (B_img, m)
+        L_kd, per_teacher = kd_loss(V_s, V_t, w_tok, w_tea)
+        log |= {f"kd_{name}": value for name, value in per_teacher.items()}
+        log |= {f"w_{name}": w for name, w in zip(V_t, w_tea.detach().mean(dim=0))}
     L_total = L_text + c.lambda_kd * L_kd + c.balance_weight * L_balance
     terms = {"L_text": L_text, "L_kd": L_kd, "L_balance": L_balance, "L_total": L_total}
-    return L_total, {name: term.item() for name, term in terms.items()} | log
+    return L_total, {name: term.detach() for name, term in terms.items()} | log
 
 
 def run_stage(c: Config, stage: int, vlm: VLM, teachers: Teachers, adapters: nn.ModuleDict, loader, log_file) -> float:
@@ -280,17 +329,17 @@ def run_stage(c: Config, stage: int, vlm: VLM, teachers: Teachers, adapters: nn.
     bar = tqdm(zip(range(steps), loader), total=steps, desc=f"stage {stage}", mininterval=1)
     clock, tokens, flops = time.perf_counter(), 0, 0.0
     for step, batch in bar:
-        batch = {k: v.to(c.device) if v is not None else None for k, v in batch.items()}
+        batch = {k: v.to(c.device) if torch.is_tensor(v) else v for k, v in batch.items()}
         counter = flop_counter()
         with counter if step == 0 else nullcontext():
             # --- the method ---
             loss, log = loss_terms(c, vlm, teachers, adapters, batch)
             loss.backward()
         # --- plumbing ---
-        for name, value in log.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{name} is {value} at stage {stage}, step {step}: lower --stage{stage}-lr {getattr(c, f'stage{stage}_lr')}")
-        log["grad_norm"] = nn.utils.clip_grad_norm_(trained, c.grad_clip).item()
+        if not math.isfinite(loss):
+            name = next(name for name, term in log.items() if not term.isfinite().all())
+            raise InputError(f"{name} is {log[name].item()} at stage {stage}, step {step}: lower --stage{stage}-lr {getattr(c, f'stage{stage}_lr')}")
+        log["grad_norm"] = nn.utils.clip_grad_norm_(trained, c.grad_clip)
         log["lr"] = schedule.get_last_lr()[0]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -298,6 +347,7 @@ def run_stage(c: Config, stage: int, vlm: VLM, teachers: Teachers, adapters: nn.
         flops = flops or counter.get_total_flops() * steps
         tokens += int(batch["attention_mask"].sum())
         if step % c.log_every == 0 or step == steps - 1:
+            log = {name: value.tolist() if torch.is_tensor(value) else value for name, value in log.items()}
             log_file.write(json.dumps({"stage": stage, "step": step} | log) + "\n")  # no clock in it: one seed, one log
             log_file.flush()
             speed = tokens / (time.perf_counter() - clock)
@@ -461,20 +511,23 @@ def main(argv: list[str] | None = None) -> None:
     weights, tflops_stage0 = stage0(c, sets["train"][0], tokenizer)
     seconds_stage0 = time.perf_counter() - stage0_start
 
-    torch.manual_seed(c.seed)
-    vlm = build_vlm(c, tokenizer, weights["clip"], weights["llm"]).to(c.device)
+    vlm = build_vlm(c, tokenizer, weights).to(c.device)
     teachers = build_teachers(c, weights).to(c.device)
-    adapters = build_adapters(teachers, vlm.student.num_tokens, vlm.student.dim).to(c.device)
+    torch.manual_seed(c.seed)
+    if c.cache_teachers and c.lambda_kd:
+        fill_cache(c, teachers, sets)
+    adapters = build_adapters(teachers, vlm.student.num_tokens, vlm.student.dim, c.adapter_form, c.adapter_direction).to(c.device)
     datasets = build_datasets(c, sets, tokenizer, vlm.student.num_tokens)
 
     out = Path(c.out)
+    (out / "result.json").unlink(missing_ok=True)  # of an earlier run here: the result is written last, and says that this run is whole
     data.write_json(out / "config.json", dataclasses.asdict(c))
     data.write_json(out / "versions.json", {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision, timm)})
     data.write_json(out / "vocabulary.json", tokenizer.vocabulary)
     flops = 0.0
     with open(out / "log.jsonl", "w") as log_file:
         for stage, dataset in datasets.items():
-            print(set_trainable(stage, parts(vlm, adapters, teachers)), flush=True)
+            print(set_trainable(stage, parts(vlm, adapters, teachers), c.student), flush=True)
             loader = data.make_loader(dataset, getattr(c, f"stage{stage}_batch"), getattr(c, f"stage{stage}_epochs"), c.seed + stage, tokenizer.pad)
             flops += run_stage(c, stage, vlm, teachers, adapters, loader, log_file)
     save_weights(out / "model.safetensors", nn.ModuleDict({"vlm": vlm, "adapters": adapters}).state_dict())

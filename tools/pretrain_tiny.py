@@ -11,6 +11,7 @@ the real one its own skill.
 `train.py --tiny` calls stage0() and finds the files from then on; each file's name carries a hash of all that made it.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -38,7 +39,7 @@ SEED = 0  # the pretrained models are downloads in the real method: the same for
 IMAGES = 6_000
 
 # steps, batch, peak learning rate
-RECIPES = {"clip": (450, 64, 1e-3), "eva": (350, 32, 2e-3), "convnext": (300, 32, 2e-3), "llm": (250, 32, 3e-3)}
+RECIPES = {"clip": (450, 64, 1e-3), "eva": (350, 32, 2e-3), "convnext": (500, 32, 2e-3), "llm": (250, 32, 3e-3)}
 
 
 def fit(name: str, modules: nn.Module, loss_of, scale: float) -> float:
@@ -215,15 +216,22 @@ def tflops(path: Path) -> float:
 # What does each encoder know?
 
 
+@functools.cache
+def probe_images(split: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scenes = data.sample_scenes(split, n, seed=20)
+    return data.render(scenes, seed=20), scenes
+
+
 @torch.no_grad()
-def probe(encoder: VisionEncoder, n_train: int = 2000, n_test: int = 500) -> dict[str, float]:
+def probe(encoder: nn.Module, n_train: int = 2000, n_test: int = 500) -> dict[str, float]:
     """Held-out accuracy (%) of a ridge classifier per attribute on an encoder's pooled tokens, their mean and their maximum over the
     image: what a reader of token contents, without a map of their places, can tell. Scenes of the validation split."""
     encoder.eval()
 
     def features(split: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scenes = data.sample_scenes(split, n, seed=20)
-        tokens = torch.cat([encoder(part).tokens for part in data.render(scenes, seed=20).split(250)])          # (N, n, d)
+        images, scenes = probe_images(split, n)
+        tokens = [encoder(part) for part in images.split(250)]
+        tokens = torch.cat([t if torch.is_tensor(t) else t.tokens for t in tokens])     # (N, n, d)
         return torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1).double(), scenes                      # (N, 2d)
 
     x, scenes = features("train", n_train)
