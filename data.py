@@ -55,8 +55,8 @@ WORLD_SIZE = 96  # px, the largest that an encoder of the TINY preset asks for
 SPLITS = ("train", "validation", "test")
 COUNTS = {  # of `train.py --tiny` and of the export
     "pretrain": 6000,  # captioned images: plentiful, as LLaVA's 558k captions are
-    "train": 500,      # images with questions and answers: scarce
-    "described": 1500, # images with a caption for an answer, in stage 2 as in LLaVA's mix: they show much and say little
+    "train": 1000,     # images with questions and answers: scarce
+    "described": 1000, # images with a caption for an answer, in stage 2 as in LLaVA's mix: they show much and say little
     "text": 500,       # dialogues without an image, as LLaVA's mix has them; the tiny LLM learns its language from these
     "eval": 500,       # held-out images, a question of each kind
 }

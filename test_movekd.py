@@ -361,7 +361,7 @@ def test_convnext_tokens_go_row_by_row():
     """Token (i, j) of a convolution's (B, C, H, W) map is its column of channels at that place."""
     convnext = VisionEncoder(C.convnext).eval()
     features, tokens = convnext.net.forward_features(convnext.view(images(2))), convnext(images(2)).tokens
-    torch.testing.assert_close(tokens[1, 1 * 3 + 2], features[1, :, 1, 2])
+    torch.testing.assert_close(tokens[1, 1 * 4 + 2], features[1, :, 1, 2])
 
 
 def test_adapter_is_its_formula():
@@ -492,7 +492,7 @@ def test_padding_changes_nothing():
 def prompts() -> dict:
     """Three prompts of unequal length, two with an image, left-padded."""
     ids = [[2] + [4] * 36 + [9, 10, 11], [2, 12, 13], [2, 14] + [4] * 36 + [15]]
-    items = [{"input_ids": row, "labels": row, "image": images(3)[i] if 4 in row else None} for i, row in enumerate(ids)]
+    items = [{"input_ids": row, "labels": row, "image": images(3)[i] if 4 in row else None, "name": str(i)} for i, row in enumerate(ids)]
     return {"items": items, "batch": data.collate(items, 0, side="left")}
 
 

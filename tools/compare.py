@@ -11,6 +11,7 @@ images; run seed by seed, two processes of one thread each. A run that has its r
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,7 +27,8 @@ import data
 import train
 from data import ASKED
 from model import flop_counter
-from tools.pretrain_tiny import probe, stage0
+from teachers import VisionEncoder
+from tools.pretrain_tiny import PROBE, explained, pooled, probe, probe_images, stage0
 
 ARMS = {  # name: (what it is, flags of train.py)
     "llava": ("LLaVA-1.5: frozen CLIP", "--student frozen --lambda-kd 0 --mole-experts 0"),
@@ -39,7 +41,7 @@ ARMS = {  # name: (what it is, flags of train.py)
     "clip-convnext": ("MoVE-KD, teachers CLIP + ConvNeXt", "--teachers clip convnext"),
     "student-to-teacher": ("heads student -> teacher (AM-RADIO)", "--adapter-direction student_to_teacher"),
     "ensemble": ("multi-encoder VLM, nothing distilled", "--student ensemble --lambda-kd 0 --mole-experts 0"),
-    "released": ("MoVE-KD, released code's arithmetic", "--recipe released"),
+    "released": ("MoVE-KD, released code's arithmetic", "--recipe released --mole-alpha 0.25"),  # alpha / rank 1/32, theirs
 }
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 0.975, 1-9 degrees of freedom
 
@@ -47,8 +49,22 @@ T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  #
 # Runs
 
 
-def run_arm(argv: list[str]) -> None:
-    """One run of train.py on one thread, its output in the run's folder, then the probe of its student."""
+@functools.cache
+def seen_by(name: str, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """A teacher's pooled tokens of the probe's images; once a process."""
+    teacher = VisionEncoder(getattr(train.TINY, name), path)
+    return tuple(pooled(teacher, probe_images(split, n)[0]) for split, n in PROBE.items())
+
+
+def eye(student, weights: dict[str, Path]) -> dict[str, float]:
+    """What the student's V^s holds, whatever the LLM makes of it, all in %: the probe of each attribute, and how much of what each
+    teacher but CLIP sees."""
+    held = {f"of {name}": explained(student, seen_by(name, weights[name])) for name in ("eva", "convnext")}
+    return {name: value for name, value in probe(student).items() if name in ASKED} | held
+
+
+def run_arm(argv: list[str], weights: dict[str, Path]) -> None:
+    """One run of train.py on one thread, its output in the run's folder, then what its student holds."""
     torch.set_num_threads(1)
     c = train.parse_config(argv)
     out = Path(c.out)
@@ -56,14 +72,15 @@ def run_arm(argv: list[str]) -> None:
     with open(out / "output.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         train.main(argv)
         vlm, _, _ = train.load_run(out)
-        data.write_json(out / "probe.json", probe(vlm.student))
+        if c.student != "ensemble":
+            data.write_json(out / "eye.json", eye(vlm.student, weights))
 
 
 def finished(argv: list[str]) -> bool:
     """Is this very run, same flags, done to the end?"""
     c = train.parse_config(argv)
     out = Path(c.out)
-    if not (out / "probe.json").exists() or not (out / "result.json").exists():
+    if not (out / "result.json").exists() or not (c.student == "ensemble" or (out / "eye.json").exists()):
         return False
     return dataclasses.asdict(train.load_config(out / "config.json")) == dataclasses.asdict(c)
 
@@ -101,15 +118,15 @@ def encoder_cost(encoder) -> tuple[float, int]:
 
 
 def collect(runs: dict[tuple[str, int], list[str]]) -> dict[str, dict[str, list]]:
-    """{arm: {"macro": [one a seed], "accuracy": [dict a seed], "probe": [dict a seed]}} of finished runs."""
+    """{arm: {"macro": [one a seed], "accuracy": [dict a seed], "eye": [dict a seed, if it has a student]}} of finished runs."""
     results: dict = {}
     for (arm, _), argv in runs.items():
         out = Path(train.parse_config(argv).out)
         result = data.read_json(out / "result.json")
-        entry = results.setdefault(arm, {"macro": [], "accuracy": [], "probe": []})
+        entry = results.setdefault(arm, {"macro": [], "accuracy": [], "eye": []})
         entry["macro"].append(result["macro_accuracy"])
         entry["accuracy"].append(result["accuracy"])
-        entry["probe"].append(data.read_json(out / "probe.json"))
+        entry["eye"] += [data.read_json(out / "eye.json")] if (out / "eye.json").exists() else []
     return results
 
 
@@ -125,10 +142,11 @@ def table(results: dict, costs: dict[str, tuple[float, float]], start: dict[str,
         difference = show(paired(r["macro"], base), "+") if base and arm != "no-kd" else ""
         lines.append(f"| {ARMS[arm][0]} (`{arm}`) | {show(interval(r['macro']))} | {difference} | {' | '.join(per_type)} | "
                      f"{costs[arm][0]:.2f}x | {costs[arm][1]:.2f}x |")
-    lines += ["", "Linear probe on V^s, pooled, in %: what the eye holds, whatever the LLM makes of it.", "",
-              f"| V^s | {' | '.join(types)} |", "|" + "---|" * (len(types) + 1), f"| CLIP, before | {' | '.join(f'{start[t]:.0f}' for t in types)} |"]
-    lines += [f"| `{arm}` | {' | '.join(show(interval([probed[t] for probed in r['probe']])) for t in types)} |"
-              for arm, r in results.items() if arm not in ("llava", "ensemble")]
+    lines += ["", "What V^s holds, in %, whatever the LLM makes of it: a linear probe on the pooled tokens per attribute, and the share of each "
+              "teacher's pooled tokens that is linear in the student's.", "",
+              f"| V^s | {' | '.join(start)} |", "|" + "---|" * (len(start) + 1), f"| CLIP, before | {' | '.join(f'{v:.0f}' for v in start.values())} |"]
+    lines += [f"| `{arm}` | {' | '.join(show(interval([held[k] for held in r['eye']])) for k in start)} |"
+              for arm, r in results.items() if r["eye"] and arm != "llava"]
     return "\n".join(lines + [""] + reading(results)) + "\n"
 
 
@@ -198,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     missing = [flags for flags in runs.values() if not finished(flags)]
     with tqdm(total=len(runs), initial=len(runs) - len(missing), desc="arms x seeds") as bar, \
             ProcessPoolExecutor(max(1, min(os.cpu_count(), len(missing))), mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(run_arm, flags) for flags in missing]):
+        for future in as_completed([pool.submit(run_arm, flags, weights) for flags in missing]):
             future.result()
             bar.update()
 
@@ -206,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
             for arm in {"llava", *args.arms}}
     costs = {arm: [of_arm / of_clip for of_arm, of_clip in zip(encoder_cost(eye), encoder_cost(eyes["llava"]))] for arm, eye in eyes.items()}
     results = collect(runs)
-    report = table(results, costs, probe(eyes["llava"]), args.seeds)
+    report = table(results, costs, eye(eyes["llava"], weights), args.seeds)
     (args.out / "table.md").write_text(report)
     plot(results, args.out / "compare.png")
     print(report)

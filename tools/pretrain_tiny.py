@@ -216,6 +216,9 @@ def tflops(path: Path) -> float:
 # What does each encoder know?
 
 
+PROBE = {"train": 2000, "validation": 500}  # images to fit on, images to test on
+
+
 @functools.cache
 def probe_images(split: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     scenes = data.sample_scenes(split, n, seed=20)
@@ -223,28 +226,42 @@ def probe_images(split: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def probe(encoder: nn.Module, n_train: int = 2000, n_test: int = 500) -> dict[str, float]:
-    """Held-out accuracy (%) of a ridge classifier per attribute on an encoder's pooled tokens, their mean and their maximum over the
-    image: what a reader of token contents, without a map of their places, can tell. Scenes of the validation split."""
-    encoder.eval()
+def pooled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Mean and maximum of an encoder's tokens over the image: (N, 3, R, R) -> (N, 2d)"""
+    tokens = [encoder.eval()(part) for part in images.split(250)]
+    tokens = torch.cat([t if torch.is_tensor(t) else t.tokens for t in tokens])         # (N, n, d)
+    return torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1).double()          # (N, 2d)
 
-    def features(split: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images, scenes = probe_images(split, n)
-        tokens = [encoder(part) for part in images.split(250)]
-        tokens = torch.cat([t if torch.is_tensor(t) else t.tokens for t in tokens])     # (N, n, d)
-        return torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1).double(), scenes                      # (N, 2d)
 
-    x, scenes = features("train", n_train)
-    x_test, scenes_test = features("validation", n_test)
+def ridge(x: torch.Tensor, y: torch.Tensor, x_test: torch.Tensor) -> torch.Tensor:
+    """Linear prediction of y (N, k) from standardised x (N, f), for x_test (M, f) -> (M, k)"""
     mean, std = x.mean(dim=0), x.std(dim=0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     gram = x.T @ x + 10.0 * torch.eye(x.shape[1], dtype=x.dtype)
+    return x_test @ torch.linalg.solve(gram, x.T @ (y - y.mean(dim=0))) + y.mean(dim=0)
+
+
+def probe(encoder: nn.Module) -> dict[str, float]:
+    """Held-out accuracy (%) of a linear classifier per attribute on an encoder's pooled tokens: what a reader of token contents, without
+    a map of their places, can tell. Scenes of the validation split."""
+    (images, scenes), (images_test, scenes_test) = (probe_images(split, n) for split, n in PROBE.items())
+    x, x_test = pooled(encoder, images), pooled(encoder, images_test)
     accuracy = {}
     for i, (name, values) in enumerate(ATTRIBUTES.items()):
-        target = F.one_hot(scenes[:, i], len(values)).double() - 1 / len(values)
-        choice = (x_test @ torch.linalg.solve(gram, x.T @ target)).argmax(dim=1)
+        choice = ridge(x, F.one_hot(scenes[:, i], len(values)).double(), x_test).argmax(dim=1)
         accuracy[name] = 100 * (choice == scenes_test[:, i]).double().mean().item()
     return accuracy
+
+
+def explained(encoder: nn.Module, teacher: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Share (%) of the variance of a teacher's pooled tokens, given for the probe's training and test images, that is linear in the
+    encoder's own: does it hold what the teacher sees?"""
+    y, y_test = teacher
+    mean, std = y.mean(dim=0), y.std(dim=0) + 1e-6
+    y, y_test = (y - mean) / std, (y_test - mean) / std
+    x, x_test = (pooled(encoder, probe_images(split, n)[0]) for split, n in PROBE.items())
+    error = y_test - ridge(x, y, x_test)
+    return 100 * (1 - error.square().mean() / (y_test - y_test.mean(dim=0)).square().mean()).item()
 
 
 def main(argv: list[str] | None = None) -> None:
