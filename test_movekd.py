@@ -788,6 +788,23 @@ def test_cached_teachers_train_the_same(workplace, monkeypatch):
         assert b["L_total"] == pytest.approx(a["L_total"], rel=1e-3) and b["kd_eva"] == pytest.approx(a["kd_eva"], rel=2e-3)
 
 
+def test_compiled_is_the_same(monkeypatch):
+    """torch.compile leaves the losses and gradients of the whole method as they are (traced by dynamo and AOT autograd, without its
+    code generator, which would need a C++ compiler here)."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        vlm, teachers, adapters, batch = whole_method()
+        if compiled:
+            for encoder in (vlm.student, *teachers.encoders.values()):
+                encoder.compile(backend="aot_eager")
+        loss, log = train.loss_terms(C, vlm, teachers, adapters, batch)
+        loss.backward()
+        results.append((log["L_total"], log["experts"], vlm.student.net.blocks[0].mlp.router.weight.grad))
+    for eager, traced in zip(*results):
+        torch.testing.assert_close(eager, traced)
+
+
 def test_ask_answers_from_a_run_folder(workplace, monkeypatch, capsys):
     """tools.ask loads a run strictly and gives the answers that the run's own evaluation gave."""
     from tools import ask

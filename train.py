@@ -73,6 +73,7 @@ class Config:
     convnext: str = "convnext_atto img_size=128 depths=(1,1,2,1) dims=(16,32,64,128) ls_init_value=None"                             # 16 x 128
 
     student: Literal["trained", "frozen", "ensemble"] = "trained"   # "frozen": LLaVA-1.5; "ensemble": all teachers side by side, no student
+    compile: Literal["off", "on"] = "off"   # torch.compile of student and teachers; "on" may help on CUDA (tools.bench measures it), never needed
     cache_teachers: str = ""                # a folder that keeps what the teachers say of the training images, for several epochs or runs
 
     # mixture of LoRA experts; "row" is the README's table of what paper and released code do
@@ -518,6 +519,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(c.seed)
     if c.cache_teachers and c.lambda_kd:
         fill_cache(c, teachers, sets)
+    if c.compile == "on":
+        for encoder in (vlm.student, *teachers.encoders.values()):
+            encoder.compile()
     adapters = build_adapters(teachers, vlm.student.num_tokens, vlm.student.dim, c.adapter_form, c.adapter_direction).to(c.device)
     datasets = build_datasets(c, sets, tokenizer, vlm.student.num_tokens)
 
