@@ -388,6 +388,7 @@ class WordTokenizer:
 
     SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:"]
     pad, unk, bos, eos, image = range(5)
+    system = space = ""  # no instruction before the first question, no space before an answer: words are split anyway
     _pattern = re.compile("|".join(SPECIAL) + r"|\w+|[^\w\s]")
 
     def __init__(self, vocabulary: list[str]):
@@ -412,6 +413,35 @@ class WordTokenizer:
         return " ".join(words[:words.index("</s>")] if "</s>" in words else words)
 
 
+class PretrainedTokenizer:
+    """The tokenizer of a real LLM, a folder or a name on the hub, behind the names that WordTokenizer has. Vicuna's instruction comes
+    before the first question."""
+
+    image = -200  # no word: VLM.splice puts the image's tokens there
+    system = ("A chat between a curious user and an artificial intelligence assistant. "
+              "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
+
+    def __init__(self, name: str):
+        from transformers import AutoTokenizer
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, ImportError) as e:
+            raise InputError(f"--llm {name}: its tokenizer cannot be loaded ({type(e).__name__}); name a folder that holds tokenizer.json or "
+                             "tokenizer.model (this one needs sentencepiece), or a model of the hub if it can be reached") from None
+        self.eos = self.tokenizer.eos_token_id
+        self.bos = self.eos if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        self.pad = self.eos  # never seen: the attention mask hides it, its label is IGNORE
+        # each piece is encoded by itself, so that the mask is exact; a sentencepiece model starts every piece with a space of its own
+        self.space = "" if self.tokenizer.tokenize("a")[0].startswith("\u2581") else " "
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text up to the end-of-sentence token."""
+        return self.tokenizer.decode(ids[:ids.index(self.eos)] if self.eos in ids else ids).strip()
+
+
 def normalise(answer: str) -> str:
     """Answers are compared by exact match of this: lower case, words and marks joined by one space."""
     return " ".join(WordTokenizer.words(answer.lower()))
@@ -425,6 +455,7 @@ def conversation_ids(record: dict, template: str, tokenizer, n_image: int) -> tu
         "v1" (conversations)       <s>USER: <image>\nwhat shape? ASSISTANT: heart</s>USER: what colour? ASSISTANT: red</s>
                                                                             ^^^^^^^^^                              ^^^^^^^
 
+    A real LLM has Vicuna's instruction before the first USER: and a space before each answer.
     "plain" drops the human's words: the image alone must explain the caption. `<image>` becomes n_image copies of the image token: the
     places where the VLM puts the student's tokens. A conversation that ends with a question ends after "ASSISTANT:".
     """
@@ -436,10 +467,15 @@ def conversation_ids(record: dict, template: str, tokenizer, n_image: int) -> tu
 
     for turn in record["conversations"]:
         if turn["from"] == "gpt":
-            add(tokenizer.encode(turn["value"]) + [tokenizer.eos], learn=True)
+            space = tokenizer.space if template == "v1" else ""
+            add(tokenizer.encode(space + turn["value"]) + [tokenizer.eos], learn=True)
             continue
-        said = turn["value"] if template == "v1" else "<image>" * turn["value"].count("<image>")
-        before, *after = (f"USER: {said} ASSISTANT:" if template == "v1" else said).split("<image>")
+        image = "<image>" * turn["value"].count("<image>")
+        said = image
+        if template == "v1":  # the image first, wherever the question has it, as LLaVA
+            question = turn["value"].replace("<image>", "").strip()
+            said = f"{tokenizer.system if turn is record['conversations'][0] else ''}USER: {image + chr(10) if image else ''}{question} ASSISTANT:"
+        before, *after = said.split("<image>")
         add(tokenizer.encode(before), learn=False)
         for part in after:
             add([tokenizer.image] * n_image + tokenizer.encode(part), learn=False)

@@ -113,7 +113,7 @@ class DecoderLayer(nn.Module):
 
 
 class TinyLLM(nn.Module):
-    """Two doors, as the real LLM has: `embed(ids)` and `forward(inputs_embeds, attention_mask)`."""
+    """Two doors, as the real LLM below has: `embed(ids)` and `forward(inputs_embeds, attention_mask)`."""
 
     def __init__(self, vocab_size: int, dim: int, depth: int, heads: int, hidden: int):
         super().__init__()
@@ -127,11 +127,14 @@ class TinyLLM(nn.Module):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(ids)                                                   # (B, T, D)
 
+    def new_cache(self) -> list:
+        return [[] for _ in self.layers]
+
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, cache: list | None = None) -> torch.Tensor:
         """(B, T, D), (B, T_all) -> logits (B, T, V). `cache` holds one list a layer: empty before the prompt, keys and values
         after; attention_mask then covers the past too. Padding may stand on either side: positions count real tokens."""
         T, T_all = inputs_embeds.shape[1], attention_mask.shape[1]
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -T:]             # (B, T)
+        positions = token_positions(attention_mask)[:, -T:]                             # (B, T)
         rotary = self.rotary(positions)                                                 # 2 x (B, 1, T, D/h)
         causal = torch.ones(T, T_all, dtype=torch.bool, device=positions.device).tril(T_all - T)      # (T, T_all)
         mask = causal & attention_mask[:, None, None, :].bool()                         # (B, 1, T, T_all)
@@ -149,6 +152,37 @@ class TinyLLM(nn.Module):
         return angle.cos(), angle.sin()
 
 
+def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count real tokens, whichever side the padding is on: (B, T) -> (B, T)"""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)                              # (B, T)
+
+
+class PretrainedLLM(nn.Module):
+    """Any causal LM of transformers (Vicuna, SmolLM2, ...) behind the same two doors. `name`: a folder, or a name on the hub."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        except (OSError, ValueError) as e:
+            raise InputError(f"--llm {name}: cannot be loaded ({type(e).__name__}); name a folder that holds config.json, *.safetensors and the "
+                             "tokenizer's files, or a model of the hub if it can be reached") from None
+        self.dim = self.model.config.hidden_size
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model.get_input_embeddings()(ids)                                   # (B, T, D)
+
+    def new_cache(self):
+        from transformers import DynamicCache
+        return DynamicCache()
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, cache=None) -> torch.Tensor:
+        positions = token_positions(attention_mask)[:, -inputs_embeds.shape[1]:]        # (B, T)
+        return self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=positions, past_key_values=cache,
+                          use_cache=cache is not None).logits                           # (B, T, V)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -164,8 +198,8 @@ class VLM(nn.Module):
         """Word embeddings with the projected student tokens in the places of the image token.  (B, T), (B_img, n, d) -> (B, T, D)
 
         `visual` holds the images of the batch in order; a text-only sample simply has no such place."""
-        x = self.llm.embed(input_ids)                                                   # (B, T, D)
         places = input_ids == self.image_token                                          # (B, T)
+        x = self.llm.embed(input_ids.masked_fill(places, 0))  # the image token need not be a word     (B, T, D)
         given = 0 if visual is None else visual.shape[0] * visual.shape[1]
         if given != places.sum():
             raise InputError(f"{int(places.sum())} image tokens in the text, but {given} visual tokens: "
@@ -182,7 +216,7 @@ class VLM(nn.Module):
                  max_new_tokens: int) -> torch.Tensor:
         """Greedy answers to left-padded prompts: (B, T) -> new ids (B, <= max_new_tokens), eos after a sample's end. The cache
         keeps each layer's keys and values, so that a new token costs one token's work."""
-        cache = [[] for _ in self.llm.layers]
+        cache = self.llm.new_cache()
         x, answer = self.splice(input_ids, visual), []                                  # (B, T, D)
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):

@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -21,7 +23,7 @@ import data
 import train
 from data import ASKED, ATTRIBUTES, IGNORE, InputError, WordTokenizer
 from kd_loss import kd_loss, on_grid, teacher_weights, token_weights
-from model import VLM, Ensemble, Student, TinyLLM, flop_counter, text_loss
+from model import VLM, Ensemble, PretrainedLLM, Student, TinyLLM, flop_counter, text_loss
 from mole import MoLE, balance_loss, expert_shares, mole_layers
 from teachers import (ClipEncoder, EncoderAdapter, TeacherCache, TeacherOutput, Teachers, VisionEncoder, adapt, adapt_student,
                       build_adapters)
@@ -489,6 +491,57 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(padded, alone[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    """A small random Llama and its tokenizer (a word a token) as transformers saves them."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    records = data.world_records("train", "chat", 50) + data.world_records("train", "caption", 50)
+    words = ["<unk>", "<s>", "</s>", *sorted({w for r in records for t in r["conversations"] for w in re.findall(r"\w+|[^\w\s]", t["value"])}),
+             *"A chat between".split(), "USER", "ASSISTANT", ":"]
+    model = tokenizers.models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = tmp_path_factory.mktemp("llama")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    config = transformers.LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, initializer_range=0.3)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_pretrained_llm_is_transformers_own(llama_folder):
+    """A causal LM from a folder behind our two doors: the logits and the loss are transformers' own, padding on either side changes
+    nothing, batched cached generation inside the VLM equals transformers' generate, and a folder that is not there is one clear line."""
+    transformers = pytest.importorskip("transformers")
+    theirs, ids = transformers.LlamaForCausalLM.from_pretrained(llama_folder).eval(), torch.randint(5, 40, (2, 6))
+    vlm = VLM(Student(C.clip), PretrainedLLM(str(llama_folder)), image_token=-200).eval()
+    mask = torch.ones_like(ids)
+    logits = vlm(None, ids, mask)
+    torch.testing.assert_close(logits, theirs(ids).logits)
+    torch.testing.assert_close(text_loss(logits, ids), theirs(ids, labels=ids).loss)
+    left = vlm(None, F.pad(ids, (2, 0)), F.pad(mask, (2, 0)))[:, 2:]
+    torch.testing.assert_close(left, logits, atol=1e-5, rtol=1e-5)
+    expected = theirs.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 6:]
+    assert vlm.generate(None, F.pad(ids, (2, 0)), F.pad(mask, (2, 0)), eos=-1, max_new_tokens=5).tolist() == expected.tolist()
+    with pytest.raises(InputError, match="--llm nowhere/at-all: cannot be loaded"):
+        PretrainedLLM("nowhere/at-all")
+
+
+def test_real_prompt_is_llavas(llama_folder):
+    """With a pretrained tokenizer the v1 prompt is LLaVA's text, Vicuna's instruction before it, the image first wherever the question has it,
+    and the loss sees the answers alone."""
+    tokenizer = data.PretrainedTokenizer(str(llama_folder))
+    turns = [("human", "what shape?\n<image>"), ("gpt", "heart"), ("human", "what colour?"), ("gpt", "red")]
+    record = {"image": "a.png", "conversations": [{"from": f, "value": v} for f, v in turns]}
+    ids, labels = data.conversation_ids(record, "v1", tokenizer, n_image=2)
+    whole = tokenizer.encode(data.PretrainedTokenizer.system + "USER: ")
+    assert ids[:len(whole) + 3] == [tokenizer.bos, *whole, -200, -200]
+    said = tokenizer.tokenizer.convert_ids_to_tokens(ids[len(whole) + 3:])
+    assert said == "what shape ? ASSISTANT : heart </s> USER : what colour ? ASSISTANT : red </s>".split()
+    assert [i for i in labels if i != IGNORE] == tokenizer.encode("heart") + [tokenizer.eos] + tokenizer.encode("red") + [tokenizer.eos]
+
+
 def prompts() -> dict:
     """Three prompts of unequal length, two with an image, left-padded."""
     ids = [[2] + [4] * 36 + [9, 10, 11], [2, 12, 13], [2, 14] + [4] * 36 + [15]]
@@ -762,6 +815,17 @@ def test_own_words_and_no_captions(workplace, monkeypatch):
     assert set(data.read_json(folder / "runs/own/result.json")["accuracy"]) == {"Hell $_{$ oder dunkel?"}
 
 
+def test_a_real_llm_trains_and_answers(workplace, llama_folder, monkeypatch, capsys):
+    """`--llm FOLDER` puts any causal LM of transformers in the tiny LLM's place: both stages, evaluation, and tools.ask on the result."""
+    from tools import ask
+    folder, _ = workplace
+    run_here(monkeypatch, folder, "--out", "runs/llama", "--llm", str(llama_folder))
+    assert "llm.model.lm_head.weight" in "".join(load_file(folder / "runs/llama/model.safetensors"))
+    capsys.readouterr()
+    ask.main(["runs/llama", "--n", "4"])
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
 def test_no_kd_is_one_flag(workplace, monkeypatch):
     """--lambda-kd 0 trains without distillation."""
     folder, _ = workplace
@@ -913,6 +977,7 @@ BAD = {
     "--eva eva02_tiny_patch14_224": "--eva",
     "--full": "--full",
     "--recipe mine": "--recipe",
+    "--llm nowhere": "--llm nowhere",
     "--student frozen": "--lambda-kd 0 --mole-experts 0",
     "--stage2-lr 1e30 --grad-clip 1e30": "is nan at stage 2",
 }

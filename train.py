@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 from data import COUNTS, InputError, normalise
 from kd_loss import TeacherWeight, TokenWeight, kd_loss, teacher_weights, token_weights
-from model import VLM, Ensemble, Student, TinyLLM, flop_counter, text_loss
+from model import VLM, Ensemble, PretrainedLLM, Student, TinyLLM, flop_counter, text_loss
 from mole import BalanceForm, MoleForm, MoleInit, RouterGrad, balance_loss, expert_shares, mole_layers
 from teachers import (AdapterDirection, AdapterForm, ClipEncoder, TeacherCache, Teachers, VisionEncoder, adapt, adapt_student, build_adapters,
                       digest, parse_spec)
@@ -97,7 +97,8 @@ class Config:
     balance_weight: float = 0.01            # row 9; of the released code, the paper has no such term
     balance_form: BalanceForm = "per_layer"  # row 9
 
-    # tiny LLM
+    # LLM
+    llm: str = ""                           # a folder or hub name of any causal LM of transformers; "": the tiny one, sized by lm_
     lm_dim: int = 96
     lm_depth: int = 3
     lm_heads: int = 4
@@ -223,9 +224,12 @@ def build_vlm(c: Config, tokenizer, weights: dict[str, Path] | None = None) -> V
     else:
         student = Student(c.clip, weights.get("clip"))
         student.add_experts(c.mole_experts, c.mole_rank, c.mole_alpha, c.mole_dropout, c.mole_router_grad, c.mole_form, c.mole_init)
-    language = TinyLLM(len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
-    if "llm" in weights:
-        language.load_state_dict(load_file(weights["llm"]))
+    if c.llm:
+        language = PretrainedLLM(c.llm)
+    else:
+        language = TinyLLM(len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
+        if "llm" in weights:
+            language.load_state_dict(load_file(weights["llm"]))
     torch.manual_seed(c.seed)  # again: with experts or without, the projector starts the same
     return VLM(student, language, tokenizer.image)
 
@@ -243,12 +247,12 @@ def fill_cache(c: Config, teachers: Teachers, sets: dict) -> None:
                       for name, encoder in teachers.encoders.items()}
 
 
-def load_run(folder: Path) -> tuple[VLM, data.WordTokenizer, Config]:
+def load_run(folder: Path) -> tuple[VLM, data.WordTokenizer | data.PretrainedTokenizer, Config]:
     """A finished run's VLM, ready to answer. Strict: every tensor of the file must find its place."""
     c = load_config(folder / "config.json")
     if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder}: holds no model.safetensors; the run has not finished")
-    tokenizer = data.WordTokenizer(data.read_json(folder / "vocabulary.json"))
+    tokenizer = data.PretrainedTokenizer(c.llm) if c.llm else data.WordTokenizer(data.read_json(folder / "vocabulary.json"))
     vlm = build_vlm(c, tokenizer)
     weights = load_file(folder / "model.safetensors")
     vlm.load_state_dict({k.removeprefix("vlm."): v for k, v in weights.items() if k.startswith("vlm.")})
@@ -507,7 +511,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     c = parse_config(argv)
     sets = load_sets(c)
-    tokenizer = data.WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
+    tokenizer = data.PretrainedTokenizer(c.llm) if c.llm else data.WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
 
     from tools.pretrain_tiny import stage0  # only the tiny preset makes its own pretrained models
     stage0_start = time.perf_counter()
@@ -529,7 +533,8 @@ def main(argv: list[str] | None = None) -> None:
     (out / "result.json").unlink(missing_ok=True)  # of an earlier run here: the result is written last, and says that this run is whole
     data.write_json(out / "config.json", dataclasses.asdict(c))
     data.write_json(out / "versions.json", {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision, timm)})
-    data.write_json(out / "vocabulary.json", tokenizer.vocabulary)
+    if not c.llm:
+        data.write_json(out / "vocabulary.json", tokenizer.vocabulary)
     flops = 0.0
     with open(out / "log.jsonl", "w") as log_file:
         for stage, dataset in datasets.items():

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f'a question is missing: python -m tools.ask {args.run} {args.image} "what colour?"')
     vlm, tokenizer, c = train.load_run(args.run)
     if args.image:
-        if unknown := [w for w in WordTokenizer.words(args.question) if w not in tokenizer.ids]:
+        if not c.llm and (unknown := [w for w in WordTokenizer.words(args.question) if w not in tokenizer.ids]):
             print(f"note: the run has never seen the word(s) {', '.join(unknown)}", file=sys.stderr)
         record = {"image": str(args.image), "conversations": [{"from": "human", "value": f"<image>\n{args.question}"}]}
         print(train.answer(c, vlm, tokenizer, [record], lambda name: load_image(Path(name), c.image_size))[0])

@@ -180,18 +180,19 @@ def job(name: str, arguments: tuple, path: Path) -> None:
 
 
 def stage0(c, records: list[dict], tokenizer: WordTokenizer) -> tuple[dict[str, Path], float]:
-    """Paths of the four models' weights, trained now if missing, and the TFLOPs they cost. The LLM learns the language of the
+    """Paths of the four models' weights (three if the LLM is given), trained now if missing, and the TFLOPs they cost. The LLM learns the language of the
     conversations at hand (`records`), the vision encoders always see the tiny world.
 
     The models know nothing of each other, so they train side by side, one process and one thread each.
     """
-    pure = [r for r in records if "image" not in r] or records  # an answer about an image that is not shown teaches guessing
-    texts = [data.conversation_ids(r, "v1", tokenizer, n_image=0)[0] for r in pure]
-    shape = (len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
     scenes = data.sample_scenes("train", 4)
     world = [data.render(scenes).sum().item(), data.world_records("train", "caption", 4)]
     arguments = {name: (getattr(c, name), c.stage0_scale) for name in ("clip", "eva", "convnext")}
-    arguments["llm"] = (shape, c.stage0_scale, texts, tokenizer.pad)
+    if not c.llm:
+        pure = [r for r in records if "image" not in r] or records  # an answer about an image that is not shown teaches guessing
+        texts = [data.conversation_ids(r, "v1", tokenizer, n_image=0)[0] for r in pure]
+        shape = (len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
+        arguments["llm"] = (shape, c.stage0_scale, texts, tokenizer.pad)
     paths = {}
     for name, args in arguments.items():
         source = [inspect.getsource(function) for function in (MAKERS[name], fit, pictures, cells)]
