@@ -27,7 +27,7 @@ from model import VLM, Ensemble, PretrainedLLM, Student, TinyLLM, flop_counter, 
 from mole import MoLE, balance_loss, expert_shares, mole_layers
 from teachers import (ClipEncoder, EncoderAdapter, TeacherCache, TeacherOutput, Teachers, VisionEncoder, adapt, adapt_student,
                       build_adapters)
-from tools import compare
+from tools import bench, compare
 
 HERE = Path(__file__).parent
 C = train.TINY
@@ -933,6 +933,14 @@ def test_ensemble_joins_all_encoders_by_channel():
     torch.testing.assert_close(tokens[..., :96], F.layer_norm(teachers(x)["clip"].tokens, (96,)))
     corner = F.layer_norm(teachers(x)["convnext"].tokens[:, 0], (128,))  # bilinear from 5 x 5 to 6 x 6: the corner stays the corner
     torch.testing.assert_close(tokens[:, 0, 176:], corner)
+
+
+def test_trained_adapters_let_go_of_what_only_the_teacher_sees():
+    """The README's explanation, in its smallest case: with adapters teacher -> student the teacher's own signal enters the student and is
+    gone at the minimum of L_kd; with heads student -> teacher it stays."""
+    paper, radio = bench.direction(True), bench.direction(False)
+    assert max(paper.values()) > 0.5 and paper[3000] < 0.05
+    assert radio[3000] > 0.95
 
 
 def test_interval_and_paired_difference():

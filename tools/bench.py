@@ -3,6 +3,7 @@
     python -m tools.bench                   # fast forms, at tiny and at ViT-L/14-336 shapes; cost against size
     python -m tools.bench --shapes tiny     # without the large ones
     python -m tools.bench --differences     # what follows where paper and released code differ
+    python -m tools.bench --direction       # why the direction of the adapters matters, in the smallest case
     python -m tools.bench --profile         # where a step of train.py --tiny spends its time
 
 Times are medians of interleaved repeats, forward and backward where something is trained; compare ratios, not milliseconds. Memory is the peak
@@ -575,12 +576,47 @@ def differences() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Why the direction of the adapters matters: the smallest case, no network but the adapter
+
+
+def direction(teacher_to_student: bool, marks: tuple[int, ...] = (0, 30, 100, 300, 1000, 3000)) -> dict[int, float]:
+    """How much of what only the teacher sees is linear in the student (R^2), after so many steps.
+
+    512 images have a signal x that CLIP and the teacher see, and a signal y that the teacher alone sees. The student is a free vector an
+    image, so nothing limits it; it starts as CLIP's and follows L_kd, as does the adapter, one Linear:
+
+        teacher -> student   0.4 |s - clip|^2 + 0.6 |A(t) - s|^2        the paper's
+        student -> teacher   0.4 |s - clip|^2 + 0.6 |A(s) - t|^2        AM-RADIO's
+
+    In the first, y in s only costs: A could predict it, but the CLIP term pulls it out, and s without y is as easy to predict. It comes in
+    while the adapter is still random and leaves as the adapter learns. In the second, the teacher's term cannot fall without it.
+    """
+    torch.manual_seed(0)
+    x, y = torch.randn(512, 4), torch.randn(512, 4)
+    clip, teacher = x @ torch.randn(4, 8), torch.cat([x, y], dim=1) @ torch.randn(8, 8)
+    teacher = (teacher - teacher.mean(dim=0)) / teacher.std(dim=0)
+    s, A, held = clip.clone().requires_grad_(), nn.Linear(8, 8), {}
+    optimizer = torch.optim.Adam([s, *A.parameters()], lr=1e-2)
+    for step in range(max(marks) + 1):
+        if step in marks:
+            z, centered = s.detach() - s.detach().mean(dim=0), y - y.mean(dim=0)
+            left = centered - z @ torch.linalg.lstsq(z, centered).solution
+            held[step] = 1 - (left.square().sum() / centered.square().sum()).item()
+        error = A(teacher) - s if teacher_to_student else A(s) - teacher
+        (0.4 * (s - clip).square().mean() + 0.6 * error.square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return held
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--differences", action="store_true")
+    parser.add_argument("--direction", action="store_true")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -589,6 +625,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.profile:
         print(profile_tiny())
+        return
+    if args.direction:
+        held = {"teacher -> student (the paper)": direction(True), "student -> teacher (AM-RADIO)": direction(False)}
+        print(f"| R^2 of the teacher's own signal in the student, after steps | {' | '.join(map(str, held['teacher -> student (the paper)']))} |\n" + "|---" * 7 + "|")
+        for name, row in held.items():
+            print(f"| {name} | {' | '.join(f'{value:.2f}' for value in row.values())} |")
         return
     print(f"{DEVICE}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print("| what | measure | against | ours | theirs | ratio | reach | met |\n|---|---|---|---|---|---|---|---|")
