@@ -6,12 +6,16 @@ Letters: B samples, T tokens of text with the image's n among them, D width of t
 n, d tokens and width of the student.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from data import IGNORE, InputError
+from data import IGNORE, InputError, read_json
 from mole import MoleForm, MoleInit, RouterGrad, add_mole
 from teachers import ClipEncoder, Teachers
 
@@ -158,13 +162,14 @@ def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 class PretrainedLLM(nn.Module):
-    """Any causal LM of transformers (Vicuna, SmolLM2, ...) behind the same two doors. `name`: a folder, or a name on the hub."""
+    """Any causal LM of transformers (Vicuna, SmolLM2, ...) behind the same two doors. `name`: a folder, or a name on the hub.
+    With `config`, a transformers config, the model is built from it without weights."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, config=None):
         super().__init__()
         from transformers import AutoModelForCausalLM
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            self.model = AutoModelForCausalLM.from_config(config) if config else AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as e:
             raise InputError(f"--llm {name}: cannot be loaded ({type(e).__name__}); name a folder that holds config.json, *.safetensors and the "
                              "tokenizer's files, or a model of the hub if it can be reached") from None
@@ -229,6 +234,90 @@ class VLM(nn.Module):
             x = self.llm.embed(token[:, None])                                          # (B, 1, D)
             attention_mask = F.pad(attention_mask, (0, 1), value=1)                     # (B, T_all)
         return torch.stack(answer, dim=1)                                               # (B, <= max_new_tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The authors' released weights: a LLaVA checkpoint whose vision tower carries the experts
+
+
+TOWER = "model.vision_tower.vision_tower.vision_model."  # their prefix of the student
+
+
+def released_files(folder: Path) -> list[Path]:
+    if not (files := sorted(folder.glob("*.safetensors"))):
+        raise InputError(f"{folder}: holds no *.safetensors; convert its pytorch_model*.bin with safetensors first")
+    return files
+
+
+def released_config(folder: Path) -> tuple[dict, "transformers.LlamaConfig"] | None:
+    """What a folder with the authors' checkpoint says of itself: (fields of our Config, config of its LLM). None if it is not one."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "moe" not in config:
+        return None
+    from transformers import LlamaConfig
+    moe = config["moe"]
+    if moe.get("dense"):
+        raise InputError(f"{folder / 'config.json'}: moe.dense is true: every token goes through all experts; only argmax routing is built here")
+    shapes = {}
+    for path in released_files(folder):
+        with safe_open(path, "pt") as file:
+            shapes |= {name.removeprefix(TOWER): file.get_slice(name).get_shape() for name in file.keys() if name.startswith(TOWER)}
+    (tokens, D), patch = shapes["embeddings.position_embedding.weight"], shapes["embeddings.patch_embedding.weight"][-1]
+    depth = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers."))
+    clip = (f"vit_large_patch14_clip_quickgelu_336 img_size={round((tokens - 1) ** 0.5) * patch} patch_size={patch} embed_dim={D} depth={depth} "
+            f"num_heads={D // 64}")  # CLIP's heads are 64 wide
+    llm = LlamaConfig(**{k: v for k, v in config.items() if k in LlamaConfig().to_dict() and k not in ("model_type", "architectures")})
+    return {"clip": clip, "mole_rank": moe["moe_encoder_lora_rank"], "mole_alpha": float(moe["lora_alpha"]), "mole_experts": moe["num_experts"]}, llm
+
+
+def load_released(vlm: VLM, folder: Path) -> None:
+    """Fill student (mole_form "fc1_fc2"), projector and LLM from the authors' checkpoint. Strict both ways: every tensor of ours is filled,
+    every tensor of theirs is used, or belongs to what is never run (the last block, the final norm, the position ids)."""
+    theirs = {name: tensor for file in released_files(folder) for name, tensor in load_file(file).items()}
+    ours, blocks = {}, len(vlm.student.net.blocks)
+    take = theirs.pop
+    try:
+        ours["student.net.cls_token"] = take(TOWER + "embeddings.class_embedding")[None, None]
+        ours["student.net.pos_embed"] = take(TOWER + "embeddings.position_embedding.weight")[None]
+        ours["student.net.patch_embed.proj.weight"] = take(TOWER + "embeddings.patch_embedding.weight")
+        for kind in ("weight", "bias"):
+            ours[f"student.net.norm_pre.{kind}"] = take(f"{TOWER}pre_layrnorm.{kind}")
+            for i in (0, 2):
+                ours[f"projector.{i}.{kind}"] = take(f"model.mm_projector.{i}.{kind}")
+        for i in range(blocks):
+            ours |= _released_block(theirs, f"{TOWER}encoder.layers.{i}.", f"student.net.blocks.{i}.", vlm.student.net.blocks[i].mlp)
+    except KeyError as missing:
+        raise InputError(f"{folder}: has no tensor {missing.args[0]!r}; the authors' checkpoints have") from None
+    unused = (f"{TOWER}encoder.layers.{blocks}.", TOWER + "post_layernorm.", TOWER + "embeddings.position_ids")
+    theirs = {name: tensor for name, tensor in theirs.items() if not name.startswith(unused)}
+    ours |= {f"llm.model.{name}": tensor for name, tensor in theirs.items()}
+    wrong = vlm.state_dict()
+    for name, tensor in ours.items():
+        if name not in wrong:
+            raise InputError(f"{folder}: the tensor {name.removeprefix('llm.model.')!r} has no place in the model")
+        if wrong.pop(name).shape != tensor.shape:
+            raise InputError(f"{folder}: {name} has shape {tuple(tensor.shape)}, not {tuple(vlm.state_dict()[name].shape)}")
+    if wrong:
+        raise InputError(f"{folder}: has nothing for {next(iter(wrong))}")
+    vlm.load_state_dict(ours)
+
+
+def _released_block(theirs: dict, a: str, b: str, mole: nn.Module) -> dict[str, torch.Tensor]:
+    """One block's tensors, from prefix a to prefix b: q, k, v joined, the experts' LoRAs stacked. Raises KeyError for a missing one."""
+    ours, take = {}, theirs.pop
+    for kind in ("weight", "bias"):
+        ours[f"{b}attn.qkv.{kind}"] = torch.cat([take(f"{a}self_attn.{p}_proj.{kind}") for p in "qkv"])
+        for there, here in (("self_attn.out_proj", "attn.proj"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2"), ("mlp.router", "mlp.router"),
+                            ("mlp.original_module.fc1", "mlp.ffn.fc1"), ("mlp.original_module.fc2", "mlp.ffn.fc2")):
+            ours[f"{b}{here}.{kind}"] = take(f"{a}{there}.{kind}")
+    width = mole.ffn.fc1.in_features
+    for there in ("moe_down", "moe_up"):
+        A, a_bias, B, b_bias = ([take(f"{a}mlp.{there}.{e}.lora_{m}.{kind}") for e in range(mole.num_experts)]
+                                for m, kind in (("A", "weight"), ("A", "bias"), ("B", "weight"), ("B", "bias")))
+        here = f"{b}mlp.lora_fc1." if A[0].shape[1] == width else f"{b}mlp.lora_fc2."  # the shapes tell which Linear it belongs to
+        ours |= {here + "A.weight": torch.cat(A), here + "A.bias": torch.cat(a_bias), here + "B.weight": torch.cat(B, dim=1),
+                 here + "bias": torch.stack(b_bias)}
+    return ours
 
 
 def text_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

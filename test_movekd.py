@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -540,6 +540,67 @@ def test_real_prompt_is_llavas(llama_folder):
     said = tokenizer.tokenizer.convert_ids_to_tokens(ids[len(whole) + 3:])
     assert said == "what shape ? ASSISTANT : heart </s> USER : what colour ? ASSISTANT : red </s>".split()
     assert [i for i in labels if i != IGNORE] == tokenizer.encode("heart") + [tokenizer.eos] + tokenizer.encode("red") + [tokenizer.eos]
+
+
+def released_checkpoint(folder: Path, llama_folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint in the authors' layout: a CLIP of width 128 and depth 3 with 2 experts of rank 4, our small Llama, random weights."""
+    transformers = pytest.importorskip("transformers")
+    clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2,
+                                                                      image_size=48, patch_size=8))
+    llama = transformers.LlamaForCausalLM.from_pretrained(llama_folder)
+    prefix, tensors = "model.vision_tower.vision_tower.", {}
+    for name, tensor in clip.state_dict().items():
+        name = name if name.startswith("vision_model.") else "vision_model." + name
+        tensors[prefix + name.replace(".mlp.", ".mlp.original_module.")] = tensor
+    for i in range(3):
+        mlp = f"{prefix}vision_model.encoder.layers.{i}.mlp."
+        tensors |= {mlp + "router.weight": torch.randn(2, 128), mlp + "router.bias": torch.randn(2)}
+        for e in range(2):
+            for part, d_in, d_out in (("moe_up", 128, 512), ("moe_down", 512, 128)):
+                tensors |= {f"{mlp}{part}.{e}.lora_A.weight": torch.randn(4, d_in), f"{mlp}{part}.{e}.lora_A.bias": torch.randn(4),
+                            f"{mlp}{part}.{e}.lora_B.weight": torch.randn(d_out, 4), f"{mlp}{part}.{e}.lora_B.bias": torch.randn(d_out)}
+    tensors |= {f"model.mm_projector.{i}.{k}": torch.randn(*shape) for i, d_in in ((0, 128), (2, 32)) for k, shape in (("weight", (32, d_in)), ("bias", (32,)))}
+    tensors |= llama.state_dict()
+    for path in llama_folder.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    data.write_json(folder / "config.json", config | {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "mm_hidden_size": 128,
+                                                     "moe": {"moe_encoder_lora_rank": 4, "lora_alpha": 1, "num_experts": 2, "dense": False}})
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+    return tensors
+
+
+def test_the_authors_checkpoint_loads(tmp_path, llama_folder, capsys):
+    """A checkpoint of the authors' layout becomes student, projector and LLM: hidden layer -2 is the released formula on the checkpoint's
+    own tensors, the LLM's logits are transformers', tools.ask answers from it; and a tensor too many or too few is named."""
+    from tools import ask
+    tensors, transformers = released_checkpoint(tmp_path, llama_folder), pytest.importorskip("transformers")
+    vlm, tokenizer, c = train.load_run(tmp_path)
+    assert (c.mole_form, c.mole_rank, c.mole_alpha, c.mole_experts) == ("fc1_fc2", 4, 1.0, 2)
+    net, prefix = vlm.student.net, "model.vision_tower.vision_tower.vision_model.encoder.layers.1.mlp."
+    x = torch.randn(1, 3, 128)
+    for got, v in zip(net.blocks[1].mlp(x)[0], x[0]):
+        e = int((tensors[prefix + "router.weight"] @ v + tensors[prefix + "router.bias"]).argmax())
+
+        def linear(name, part, v):
+            lora = {k: tensors[f"{prefix}{part}.{e}.lora_{k}"] for k in ("A.weight", "A.bias", "B.weight", "B.bias")}
+            plain = tensors[f"{prefix}original_module.{name}.weight"] @ v + tensors[f"{prefix}original_module.{name}.bias"]
+            return plain + (lora["B.weight"] @ (lora["A.weight"] @ v + lora["A.bias"]) + lora["B.bias"]) * 1 / 4
+        h = linear("fc1", "moe_up", v)
+        torch.testing.assert_close(got, linear("fc2", "moe_down", h * (1.702 * h).sigmoid()), atol=1e-3, rtol=1e-4)
+    ids = torch.randint(5, 20, (1, 4))
+    torch.testing.assert_close(vlm(None, ids, torch.ones_like(ids)), transformers.LlamaForCausalLM.from_pretrained(llama_folder)(ids).logits)
+    save_png(tmp_path / "one.png", images(1)[0])
+    ask.main([str(tmp_path), str(tmp_path / "one.png"), "what shape?"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    save_file({**tensors, "model.extra": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="model.extra"):
+        train.load_run(tmp_path)
+    tensors.pop("model.mm_projector.2.bias")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="mm_projector.2.bias"):
+        train.load_run(tmp_path)
 
 
 def prompts() -> dict:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 from data import COUNTS, InputError, normalise
 from kd_loss import TeacherWeight, TokenWeight, kd_loss, teacher_weights, token_weights
-from model import VLM, Ensemble, PretrainedLLM, Student, TinyLLM, flop_counter, text_loss
+from model import VLM, Ensemble, PretrainedLLM, Student, TinyLLM, flop_counter, load_released, released_config, text_loss
 from mole import BalanceForm, MoleForm, MoleInit, RouterGrad, balance_loss, expert_shares, mole_layers
 from teachers import (AdapterDirection, AdapterForm, ClipEncoder, TeacherCache, Teachers, VisionEncoder, adapt, adapt_student, build_adapters,
                       digest, parse_spec)
@@ -215,7 +215,7 @@ def load_sets(c: Config) -> dict[str, tuple]:
     return {name: (data.read_records(Path(path), folder), get_image) for name, path in paths.items()}
 
 
-def build_vlm(c: Config, tokenizer, weights: dict[str, Path] | None = None) -> VLM:
+def build_vlm(c: Config, tokenizer, weights: dict[str, Path] | None = None, llm: PretrainedLLM | None = None) -> VLM:
     """The VLM; with weights given, the student starts as CLIP and the LLM as pretrained."""
     weights = weights or {}
     torch.manual_seed(c.seed)
@@ -225,7 +225,7 @@ def build_vlm(c: Config, tokenizer, weights: dict[str, Path] | None = None) -> V
         student = Student(c.clip, weights.get("clip"))
         student.add_experts(c.mole_experts, c.mole_rank, c.mole_alpha, c.mole_dropout, c.mole_router_grad, c.mole_form, c.mole_init)
     if c.llm:
-        language = PretrainedLLM(c.llm)
+        language = llm or PretrainedLLM(c.llm)
     else:
         language = TinyLLM(len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
         if "llm" in weights:
@@ -248,7 +248,13 @@ def fill_cache(c: Config, teachers: Teachers, sets: dict) -> None:
 
 
 def load_run(folder: Path) -> tuple[VLM, data.WordTokenizer | data.PretrainedTokenizer, Config]:
-    """A finished run's VLM, ready to answer. Strict: every tensor of the file must find its place."""
+    """The VLM of a finished run, or of the authors' checkpoint, ready to answer. Strict: every tensor of the file must find its place."""
+    if released := released_config(folder):
+        c = dataclasses.replace(FULL, device="cuda" if torch.cuda.is_available() else "cpu", llm=str(folder), **RECIPES["released"], **released[0])
+        tokenizer = data.PretrainedTokenizer(c.llm)
+        vlm = build_vlm(c, tokenizer, llm=PretrainedLLM(c.llm, released[1]))
+        load_released(vlm, folder)
+        return vlm.to(c.device).eval(), tokenizer, c
     c = load_config(folder / "config.json")
     if not (folder / "model.safetensors").exists():
         raise InputError(f"{folder}: holds no model.safetensors; the run has not finished")
