@@ -36,7 +36,7 @@ import train
 from kd_loss import kd_loss, teacher_weights, token_weights
 from model import Student, flop_counter, text_loss
 from mole import MoLE, balance_loss, mole_layers
-from teachers import ClipEncoder, EncoderAdapter, Teachers, adapt, build_adapters
+from teachers import ClipEncoder, EncoderAdapter, Teachers, VisionEncoder, adapt, build_adapters
 from tools.pretrain_tiny import stage0
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,6 +118,7 @@ class Shape:
     name: str
     clip: str            # spec of a ViT
     rank: int
+    dropout: float       # of the LoRA
     batch: int
     pixels: int          # of the loader's image
     views: tuple[int, ...]   # px of each encoder's view
@@ -125,8 +126,8 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape("tiny", train.TINY.clip, 8, 16, 96, (48, 64, 96), 15),
-    "ViT-L": Shape("ViT-L/14-336", "vit_large_patch14_clip_quickgelu_336 img_size=336", 32, 1, 1024, (336, 1024, 1024), 3),
+    "tiny": Shape("tiny", train.TINY.clip, 8, 0.0, 16, 96, (48, 64, 96), 15),
+    "ViT-L": Shape("ViT-L/14-336", "vit_large_patch14_clip_quickgelu_336 img_size=336", 32, 0.05, 1, 1024, (336, 1024, 1024), 3),
 }
 
 
@@ -210,7 +211,7 @@ class Row:
     reach: float | None
 
     def line(self) -> str:
-        scale, unit = (1e3, "ms") if self.measure == "time" else (1e-6, "MB")
+        scale, unit = {"time": (1e3, "ms"), "FLOPs": (1e-12, "T")}.get(self.measure, (1e-6, "MB"))
         ratio = self.ours / self.other
         verdict = "" if self.reach is None else f"<= {self.reach:.2f} | " + ("yes" if ratio <= self.reach else "no")
         return (f"| {self.what} | {self.measure} | {self.ratio_to} | {self.ours * scale:.3g} {unit} | {self.other * scale:.3g} {unit} | "
@@ -226,15 +227,19 @@ def bench_mole(s: Shape) -> list[Row]:
     student = Student(s.clip)
     ffn, D = student.net.blocks[0].mlp.requires_grad_(False), student.dim
     x = torch.randn(s.batch, student.num_tokens + 1, D, device=DEVICE, requires_grad=True)
-    layers = {"ours": MoLE(ffn, D, 3, s.rank, 1.0, 0.05), "loop": LoopMoLE(ffn, D, 3, s.rank, 0.05),
-              "fc1_fc2": LoopMoLE(ffn, D, 3, s.rank, 0.05, "fc1_fc2"), "ffn": ffn}
+    layers = {"ours": MoLE(ffn, D, 3, s.rank, 1.0, s.dropout), "loop": LoopMoLE(ffn, D, 3, s.rank, s.dropout),
+              "fc1_fc2": LoopMoLE(ffn, D, 3, s.rank, s.dropout, "fc1_fc2"), "ffn": ffn}
+    if s.dropout:
+        layers["no dropout"] = MoLE(ffn, D, 3, s.rank, 1.0, 0.0)
     layers = {name: layer.to(DEVICE).train() for name, layer in layers.items()}
     t = seconds({name: lambda layer=layer: backward(layer(x)) for name, layer in layers.items()}, 5 * s.repeats)
     m = {name: saved_bytes(lambda layer=layer: layer(x)) for name, layer in layers.items()}
     what = f"MoLE FFN, {s.name}"
+    rows = [Row(what + ", no dropout", measure, "floor: frozen FFN", x["no dropout"], x["ffn"], None)
+            for measure, x in (("time", t), ("saved activations", m)) if s.dropout]
     return [Row(what, "time", "floor: frozen FFN", t["ours"], t["ffn"], 1.05), Row(what, "saved activations", "floor: frozen FFN", m["ours"], m["ffn"], 1.15),
             Row(what, "time", "plain: loop over experts", t["ours"], t["loop"], None),
-            Row(what, "time", "fc1 + fc2 with gather", t["ours"], t["fc1_fc2"], 0.85)]
+            Row(what, "time", "fc1 + fc2 with gather", t["ours"], t["fc1_fc2"], 0.85), *rows]
 
 
 @torch.no_grad()
@@ -287,9 +292,9 @@ def bench_vision_step(s: Shape) -> list[Row]:
     ours, plain, clip = (cls(s.clip).to(DEVICE) for cls in (Student, Student, ClipEncoder))
     for student in (ours, plain):
         student.requires_grad_(False)
-    ours.add_experts(3, s.rank, 1.0, 0.05)
+    ours.add_experts(3, s.rank, 1.0, s.dropout)
     for block in plain.net.blocks:
-        block.mlp = LoopMoLE(block.mlp, plain.dim, 3, s.rank, 0.05)
+        block.mlp = LoopMoLE(block.mlp, plain.dim, 3, s.rank, s.dropout)
     ours.to(DEVICE).train(), plain.to(DEVICE).train(), clip.eval()
     _, others, _, w_tea = kd_tensors(s.batch, clip.num_tokens, clip.dim)
 
@@ -317,21 +322,37 @@ def bench_vision_step(s: Shape) -> list[Row]:
 def bench_inference(s: Shape) -> list[Row]:
     """What runs after training: the student with its experts, against CLIP alone."""
     images, clip = uint8_images(s.batch, s.pixels), Student(s.clip).to(DEVICE).eval()
-    student = Student(s.clip).add_experts(3, s.rank, 1.0, 0.05, ).to(DEVICE).eval()
+    student = Student(s.clip).add_experts(3, s.rank, 1.0, s.dropout).to(DEVICE).eval()
     t = seconds({"ours": lambda: student(images), "clip": lambda: clip(images)}, 2 * s.repeats)
     rows = [Row(f"student at inference, {s.name}", "time", "CLIP alone", t["ours"], t["clip"], 1.05)]
     if s is SHAPES["tiny"]:
         teachers = train.build_teachers(train.TINY, {}).to(DEVICE)
         t = seconds({"ours": lambda: student(images), "all": lambda: teachers(images)}, 2 * s.repeats)
         rows.append(Row(f"student at inference, {s.name}", "time", "all teachers", t["ours"], t["all"], None))
+    else:
+        one, every = full_flops(s)
+        rows.append(Row(f"student at inference, {s.name}", "FLOPs", "all teachers (EVA-02-L, ConvNeXt-XXL at 1024 px)", one, every, None))
     return rows
+
+
+def full_flops(s: Shape) -> tuple[float, float]:
+    """FLOPs per image of the student and of all three teachers at their true sizes, counted without computing (meta device)."""
+    with torch.device("meta"):
+        encoders = {name: ClipEncoder(spec) if name == "clip" else VisionEncoder(spec) for name, spec in
+                    ((name, getattr(train.FULL, name).replace(".openai", "")) for name in train.ENCODERS)}
+        student, flops = Student(s.clip).add_experts(3, s.rank, 1.0, s.dropout), []
+        for encoder in (student, *encoders.values()):
+            with (counter := flop_counter()):
+                encoder.net.forward_features(torch.empty(1, 3, encoder.image_size, encoder.image_size))
+            flops.append(counter.get_total_flops())
+    return flops[0], sum(flops[1:])
 
 
 def bench_compile(s: Shape) -> list[Row]:
     """torch.compile of the student, forward + backward; measured only where it is meant for."""
     if DEVICE != "cuda":
         return []
-    images, eager, compiled = uint8_images(s.batch, s.pixels), *(Student(s.clip).add_experts(3, s.rank, 1.0, 0.0).to(DEVICE).train() for _ in range(2))
+    images, eager, compiled = uint8_images(s.batch, s.pixels), *(Student(s.clip).add_experts(3, s.rank, 1.0, s.dropout).to(DEVICE).train() for _ in range(2))
     compiled.compile()
     t = seconds({"ours": lambda: backward(compiled(images)), "eager": lambda: backward(eager(images))}, 3 * s.repeats)
     return [Row(f"student compiled, {s.name}", "time", "eager", t["ours"], t["eager"], None)]

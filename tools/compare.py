@@ -33,7 +33,7 @@ from tools.pretrain_tiny import PROBE, explained, pooled, probe, probe_images, s
 ARMS = {  # name: (what it is, flags of train.py)
     "llava": ("LLaVA-1.5: frozen CLIP", "--student frozen --lambda-kd 0 --mole-experts 0"),
     "no-kd": ("fine-tuned, MoLE, no KD", "--lambda-kd 0"),
-    "no-mole": ("MoVE-KD without MoLE: plain fine-tuning with KD", "--mole-experts 0"),
+    "no-mole": ("MoVE-KD without MoLE: plain fine-tuning with KD", "--mole-experts 0"),  # an ablation and a baseline in one
     "movekd": ("**MoVE-KD**", ""),
     "no-token-weight": ("MoVE-KD, token weights uniform", "--kd-token-weight uniform"),
     "no-teacher-weight": ("MoVE-KD, teacher weights uniform", "--kd-teacher-weight uniform"),
@@ -69,10 +69,11 @@ def run_arm(argv: list[str], weights: dict[str, Path]) -> None:
     c = train.parse_config(argv)
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "eye.json").unlink(missing_ok=True)  # of an earlier run here
     with open(out / "output.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         train.main(argv)
-        vlm, _, _ = train.load_run(out)
         if c.student != "ensemble":
+            vlm, _, _ = train.load_run(out)
             data.write_json(out / "eye.json", eye(vlm.student, weights))
 
 
@@ -83,6 +84,7 @@ def finished(argv: list[str]) -> bool:
     if not (out / "result.json").exists() or not (c.student == "ensemble" or (out / "eye.json").exists()):
         return False
     return dataclasses.asdict(train.load_config(out / "config.json")) == dataclasses.asdict(c)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -130,7 +132,7 @@ def collect(runs: dict[tuple[str, int], list[str]]) -> dict[str, dict[str, list]
     return results
 
 
-def table(results: dict, costs: dict[str, tuple[float, float]], start: dict[str, float], seeds: int) -> str:
+def table(results: dict, costs: dict[str, tuple[float, float]], before: dict[str, dict[str, float]], seeds: int) -> str:
     """table.md: accuracy, then probes, then the three questions answered in numbers."""
     types = list(ASKED)
     base = results.get("no-kd", {}).get("macro")
@@ -142,10 +144,12 @@ def table(results: dict, costs: dict[str, tuple[float, float]], start: dict[str,
         difference = show(paired(r["macro"], base), "+") if base and arm != "no-kd" else ""
         lines.append(f"| {ARMS[arm][0]} (`{arm}`) | {show(interval(r['macro']))} | {difference} | {' | '.join(per_type)} | "
                      f"{costs[arm][0]:.2f}x | {costs[arm][1]:.2f}x |")
-    lines += ["", "What V^s holds, in %, whatever the LLM makes of it: a linear probe on the pooled tokens per attribute, and the share of each "
-              "teacher's pooled tokens that is linear in the student's.", "",
-              f"| V^s | {' | '.join(start)} |", "|" + "---|" * (len(start) + 1), f"| CLIP, before | {' | '.join(f'{v:.0f}' for v in start.values())} |"]
-    lines += [f"| `{arm}` | {' | '.join(show(interval([held[k] for held in r['eye']])) for k in start)} |"
+    columns = [*ASKED, "of eva", "of convnext"]
+    lines += ["", "What an encoder's tokens hold, in %, whatever the LLM makes of them: a linear probe on the pooled tokens per attribute, and the share "
+              "of each teacher's pooled tokens that is linear in them. First the teachers, then V^s of each arm.", "",
+              f"| tokens of | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    lines += [f"| {name} | {' | '.join(f'{held[k]:.0f}' if k in held else '' for k in columns)} |" for name, held in before.items()]
+    lines += [f"| `{arm}` | {' | '.join(show(interval([held[k] for held in r['eye']])) for k in columns)} |"
               for arm, r in results.items() if r["eye"] and arm != "llava"]
     return "\n".join(lines + [""] + reading(results)) + "\n"
 
@@ -224,7 +228,9 @@ def main(argv: list[str] | None = None) -> None:
             for arm in {"llava", *args.arms}}
     costs = {arm: [of_arm / of_clip for of_arm, of_clip in zip(encoder_cost(eye), encoder_cost(eyes["llava"]))] for arm, eye in eyes.items()}
     results = collect(runs)
-    report = table(results, costs, eye(eyes["llava"], weights), args.seeds)
+    before = {"CLIP, also the student before": eye(eyes["llava"], weights)}
+    before |= {f"{name}, the teacher": probe(VisionEncoder(getattr(c, name), weights[name])) for name in ("eva", "convnext")}
+    report = table(results, costs, before, args.seeds)
     (args.out / "table.md").write_text(report)
     plot(results, args.out / "compare.png")
     print(report)
