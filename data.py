@@ -192,8 +192,8 @@ def caption(scene: list[int], g: torch.Generator, mention: float = 0.05) -> str:
 
 def world_records(split: str, kind: str, n: int, seed: int = 0) -> list[dict]:
     """Records of the tiny world. `kind`: "caption" (stage 1), "chat" (stage 2: all four questions about one image, in random order),
-    "describe" (stage 2: a caption as the answer), "text" (stage 2, without an image: the scene is told in words first, as LLaVA's mix carries pure text), "question" (held out:
-    one question a record, with its type)."""
+    "describe" (stage 2: a caption as the answer), "text" (stage 2, without an image: the scene is told in words first, as LLaVA's mix
+    carries pure text), "question" (held out: one question a record, with its type)."""
     g = torch.Generator().manual_seed(seed + 3_000_003)
     records = []
     for i, scene in enumerate(sample_scenes(split, n, seed).tolist()):
@@ -225,6 +225,8 @@ def _turns(pairs: list[tuple[str, str]], before: str = "") -> list[dict]:
 
 class WorldImages:
     """get_image for the records of one split: all n pictures drawn once, kept as uint8 in memory (27 KB each)."""
+
+    where = "the tiny world"
 
     def __init__(self, split: str, n: int, seed: int = 0):
         self.images = render(sample_scenes(split, n, seed), seed)
@@ -340,7 +342,7 @@ class DiskImages:
     """get_image for the records of a file on disk; `image` is relative to `folder`."""
 
     def __init__(self, folder: Path, size: int):
-        self.folder, self.size = Path(folder), size
+        self.folder, self.size, self.where = Path(folder), size, str(Path(folder).resolve())
 
     def __call__(self, name: str) -> torch.Tensor:
         return load_image(self.folder / name, self.size)

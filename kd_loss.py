@@ -26,8 +26,9 @@ def token_weights(cls_scores: torch.Tensor, form: TokenWeight = "paper") -> torc
     cls_scores are those scaled scores before the softmax, over all keys with [CLS] first. "paper": the softmax runs over the n
     visual tokens only; the heads are averaged after it, so that the weights are a distribution.
     "released": softmax over all 1 + n keys, mean over heads, [CLS] dropped, and softmax AGAIN over these probabilities. They lie in
-    [0, 1], so the result is within a factor e of uniform whatever CLIP looks at, and in effect only doubles L_kd
-    (`python -m tools.bench --differences`: entropy and largest weight of both). "uniform": 1/n, the ablation at the same total weight.
+    [0, 1], so the result is within a factor e of uniform whatever CLIP looks at, and in effect only doubles L_kd: of a Zipf-like
+    attention over 576 tokens the largest weight is 83 times the mean by the paper, 1.13 times as released
+    (`python -m tools.bench --differences`). "uniform": 1/n, the ablation at the same total weight.
     """
     if form == "uniform":
         n = cls_scores.shape[-1] - 1
@@ -47,12 +48,13 @@ def teacher_weights(cls: torch.Tensor, teachers: dict[str, torch.Tensor], alpha:
     CLIP's share is fixed and high, for the LLM was trained on CLIP's tokens. The mean over j is taken first: the mean of the
     dot products is the dot product with the mean. Every number below: `python -m tools.bench --differences`.
 
-    form      "released" leaves out the 1/sqrt(d): the softmax saturates, and one teacher takes all of 1 - alpha.
+    form      "released" leaves out the 1/sqrt(d): the softmax saturates. At d = 1024 one of two teachers takes more than 0.8 in 92 % of
+              random draws, scaled in 0.1 %.
               "uniform": each 1/(m - 1), the ablation.
     detach    no gradient (default): an adapter must not lower the loss by moving weight to the teacher that is easy to imitate.
-              Undetached (released), adapters drift that way.
+              Undetached and unscaled (released), the largest weight goes from 0.57 to 0.98 in 50 steps; detached and scaled, 0.51 to 0.59.
     collapse  the released code's remedy: if the batch mean of the largest softmax weight exceeds 0.8, the weights become softmax(w + 0.2).
-              The 0.2 cancels, the second softmax flattens ([1, 0] -> [0.731, 0.269]), the weights jump at 0.8, and an image's
+              The 0.2 cancels and the second softmax flattens, so the weights jump (0.7999 stays, 0.8001 becomes 0.646), and an image's
               weights depend on its batch mates.
     """
     first, *others = teachers

@@ -31,7 +31,8 @@ class ExpertLoRA(nn.Module):
     the graph, so that data-parallel ranks agree on which gradients exist even when an expert gets no token.
 
     `init` says what E_i is at step 0. "zero", LoRA's convention, makes LoRA-B = 0, so that the student starts exactly as CLIP.
-    "kaiming" (released) draws B as it draws A: the student starts some way from CLIP (`python -m tools.bench --differences` tells how far).
+    "kaiming" (released) draws B as it draws A: the student starts some way from CLIP, 2.6 % at ViT-L shapes with random weights
+    (`python -m tools.bench --differences`, as for every number in this file).
     """
 
     def __init__(self, dim_in: int, dim_out: int, num_experts: int, rank: int, alpha: float, dropout: float, init: MoleInit, bias: bool):
@@ -61,12 +62,12 @@ class MoLE(nn.Module):
 
     form: the paper adds one LoRA beside the whole FFN ("ffn", default), the released code puts one into each of its two Linears
     ("fc1_fc2", with biases), both chosen by one route: fc2'(act(fc1'(x))). The second is no parallel low-rank map, for a LoRA in fc1 goes
-    through the activation, and holds about five times the parameters (`python -m tools.bench --differences`).
+    through the activation: of rank 32, it changes the FFN by a map of rank 815, and it holds 998,592 parameters a layer in place of 196,608.
 
     router_grad: by the paper's formula, and in the released code, the router has no gradient from L_text or L_kd at all, for argmax
     is flat; only a balance loss trains it ("none"). "straight_through" (default) leaves every forward value as it is and sends
-    the gradient through p = softmax(f(x)), as if the route had been p (tested: bit-equal values; gradient norms by source in
-    `python -m tools.bench --differences`).
+    the gradient through p = softmax(f(x)), as if the route had been p (at tiny size its norm is 0.13 from L_text and 0.16 from L_kd, in
+    place of 0 and 0).
     """
 
     def __init__(self, ffn: nn.Module, dim: int, num_experts: int, rank: int, alpha: float, dropout: float,
@@ -123,7 +124,7 @@ def balance_loss(model: nn.Module, form: BalanceForm = "per_layer") -> torch.Ten
                               tokens of ALL layers of the image together
 
     share_e = share of the tokens sent to expert e (no gradient), p_e = its router probability. Pooled, each layer may collapse
-    to another expert and the loss is at its minimum: it does not see it (tested; `python -m tools.bench --differences`).
+    to another expert and the loss does not see it: 0.33, its minimum, where per layer it is 3, the maximum.
     """
     layers = mole_layers(model)
     if form == "per_layer":

@@ -412,7 +412,7 @@ def test_cached_teachers_are_the_teachers_in_fp16(tmp_path):
     names = [f"train-0/{i}.png" for i in range(5)]
 
     def cache(folder=tmp_path):
-        return {name: TeacherCache(folder, name, e, names, pictures, pictures.stamp(names), batch=2) for name, e in teachers.encoders.items()}
+        return {name: TeacherCache(folder, name, e, names, pictures, "here", pictures.stamp(names), batch=2) for name, e in teachers.encoders.items()}
 
     plain = teachers(torch.stack([pictures(names[i]) for i in (3, 0)]))
     teachers.cache = cache()
@@ -832,7 +832,7 @@ def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
     assert [(line["stage"], line["step"]) for line in log] == [(s, i) for s in (1, 2) for i in range(4)]
     for key in "L_text L_kd L_balance L_total kd_clip kd_eva kd_convnext w_clip w_eva w_convnext experts lr".split():
         assert any(key in line for line in log), key
-    assert log[0]["kd_clip"] == 0  # the student starts as CLIP
+    assert log[0]["kd_clip"] < 1e-6  # the student starts as CLIP, but for the cache's fp16
     for name in ("config.json", "versions.json", "log.jsonl", "model.safetensors", "curves.png", "samples.png", "result.json"):
         assert (folder / "runs/tiny" / name).stat().st_size > 0
     assert not list(folder.rglob("*.tmp"))
@@ -907,8 +907,8 @@ def test_recipe_sets_rows_1_to_9(workplace):
 def test_cached_teachers_train_the_same(workplace, monkeypatch):
     """--cache-teachers changes the logged losses only by fp16 rounding."""
     folder, _ = workplace
-    run_here(monkeypatch, folder, "--out", "runs/cached", "--cache-teachers", "runs/cache")
-    plain, cached = ([json.loads(line) for line in (folder / f"runs/{run}/log.jsonl").read_text().splitlines()] for run in ("tiny", "cached"))
+    run_here(monkeypatch, folder, "--out", "runs/uncached", "--cache-teachers", "")
+    plain, cached = ([json.loads(line) for line in (folder / f"runs/{run}/log.jsonl").read_text().splitlines()] for run in ("uncached", "tiny"))
     for a, b in zip(plain, cached, strict=True):
         assert b["L_total"] == pytest.approx(a["L_total"], rel=1e-3) and b["kd_eva"] == pytest.approx(a["kd_eva"], rel=2e-3)
 

@@ -74,7 +74,7 @@ class Config:
 
     student: Literal["trained", "frozen", "ensemble"] = "trained"   # "frozen": LLaVA-1.5; "ensemble": all teachers side by side, no student
     compile: Literal["off", "on"] = "off"   # torch.compile of student and teachers; "on" may help on CUDA (tools.bench measures it), never needed
-    cache_teachers: str = ""                # a folder that keeps what the teachers say of the training images, for several epochs or runs
+    cache_teachers: str = "runs/teachers"   # a folder that keeps what the teachers say of the training images, for all epochs and runs; "": none
 
     # mixture of LoRA experts; "row" is the README's table of what paper and released code do
     mole_experts: int = 3                   # the paper's; 0: none
@@ -123,7 +123,7 @@ class Config:
 ENCODERS = ("clip", "eva", "convnext")  # the fields of Config that specify one
 TINY = Config()
 FULL = dataclasses.replace(
-    TINY, out="runs/full", device="cuda", image_size=1024,
+    TINY, out="runs/full", device="cuda", image_size=1024, cache_teachers="",
     clip="vit_large_patch14_clip_quickgelu_336.openai img_size=336",
     eva="eva02_large_patch14_448.mim_m38m_ft_in22k img_size=1024 patch_size=16",
     convnext="convnext_xxlarge.clip_laion2b_soup img_size=1024",
@@ -190,8 +190,6 @@ def check_config(c: Config) -> None:
             raise InputError(f"--{name} {model}: timm has no such model; timm.list_models() names them")
     if c.student != "trained" and (c.lambda_kd or c.mole_experts):
         raise InputError(f"--student {c.student}: nothing is distilled and no expert trained; add --lambda-kd 0 --mole-experts 0")
-    if c.student == "ensemble" and c.cache_teachers:
-        raise InputError("--cache-teachers: --student ensemble runs its encoders; leave the flag out")
     if not 0 <= c.kd_alpha <= 1:
         raise InputError(f"--kd-alpha {c.kd_alpha}: CLIP's share of the teacher weights must be between 0 and 1")
     for name in ("n_pretrain", "n_train", "n_eval", "stage1_batch", "stage2_batch", "log_every", "eval_batch", "mole_rank",
@@ -243,7 +241,8 @@ def fill_cache(c: Config, teachers: Teachers, sets: dict) -> None:
     source = {record["image"]: sets[name][1] for name in ("pretrain", "train") for record in sets[name][0] if "image" in record}
     images = sorted(source)
     stamp = digest(*(get_image.stamp([i for i in images if source[i] is get_image]) for get_image in dict.fromkeys(source.values())))
-    teachers.cache = {name: TeacherCache(Path(c.cache_teachers), name, encoder, images, lambda i: source[i](i), stamp)
+    where = " ".join(sorted({get_image.where for get_image in source.values()}))
+    teachers.cache = {name: TeacherCache(Path(c.cache_teachers), name, encoder, images, lambda i: source[i](i), where, stamp)
                       for name, encoder in teachers.encoders.items()}
 
 
@@ -421,7 +420,10 @@ def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image) -> 
     rows = questions_of(records)
     questions = [row["record"] for row in rows]
     answers = answer(c, vlm, tokenizer, questions, get_image)
-    blank = answer(c, vlm, tokenizer, questions, lambda name: data.blank_image(c.image_size))
+    # without a picture to tell them apart, equal questions have equal answers
+    alike = {str(record["conversations"]): record for record in questions}
+    blank = dict(zip(alike, answer(c, vlm, tokenizer, list(alike.values()), lambda name: data.blank_image(c.image_size))))
+    blank = [blank[str(record["conversations"])] for record in questions]
     accuracy = accuracy_per_type(rows, answers)
     truth = {name: Counter(row["answer"] for row in rows if row["type"] == name) for name in accuracy}
     result = {

@@ -388,7 +388,7 @@ def tiny_step(c: train.Config, batch_size: int | None = None) -> tuple:
 
 def bench_step() -> list[Row]:
     """The step against the sum of its parts' floors: CLIP without experts, LLM, teachers, optimizer, each alone."""
-    c = dataclasses.replace(train.TINY, device=DEVICE, n_pretrain=64, n_train=64, n_described=0)
+    c = dataclasses.replace(train.TINY, device=DEVICE, n_pretrain=64, n_train=64, n_described=0, cache_teachers="")
     step, vlm, teachers, adapters, optimizer, batch = tiny_step(c)
     clip = Student(c.clip).to(DEVICE).train()
     visual = torch.randn(len(batch["images"]), clip.num_tokens, clip.dim, device=DEVICE, requires_grad=True)
@@ -415,7 +415,7 @@ def bench_step() -> list[Row]:
 
 def scaling() -> list[str]:
     """Step time and memory against size; the exponent is log(ratio of cost) / log(ratio of size)."""
-    base = dataclasses.replace(train.TINY, device=DEVICE, n_pretrain=64, n_train=64, n_described=0, n_text=0)
+    base = dataclasses.replace(train.TINY, device=DEVICE, n_pretrain=64, n_train=64, n_described=0, n_text=0, cache_teachers="")
     bigger = {  # what: (config, batch, ratio of size)
         "student tokens n 36 -> 64": (dataclasses.replace(base, clip=base.clip.replace("img_size=48", "img_size=64")), 16, 64 / 36),
         "experts 3 -> 6": (dataclasses.replace(base, mole_experts=6), 16, 2),
@@ -437,11 +437,11 @@ def scaling() -> list[str]:
 def profile_tiny(steps: int = 20) -> str:
     """What a stage-2 step spends its time on; and the share outside matrix products, attention and convolution, and the time of a step,
     for the two things that were found large: LoRA dropout and teachers recomputed."""
-    base = dataclasses.replace(train.TINY, n_pretrain=64, n_train=64, n_described=0)
+    base = dataclasses.replace(train.TINY, n_pretrain=64, n_train=64, n_described=0, cache_teachers="")
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, c in {"with LoRA dropout 0.05": dataclasses.replace(base, mole_dropout=0.05), "as it is": base,
-                        "with --cache-teachers": dataclasses.replace(base, cache_teachers=folder)}.items():
+        for name, c in {"with LoRA dropout 0.05": dataclasses.replace(base, mole_dropout=0.05), "teachers recomputed": base,
+                        "teachers cached, as it is": dataclasses.replace(base, cache_teachers=folder)}.items():
             step = tiny_step(c)[0]
             step()
             start = time.perf_counter()
@@ -547,7 +547,7 @@ def count(modules: list[nn.Module]) -> int:
 
 
 def differences() -> str:
-    c = dataclasses.replace(train.TINY, n_pretrain=64, n_train=64, n_described=0)
+    c = dataclasses.replace(train.TINY, n_pretrain=64, n_train=64, n_described=0, cache_teachers="")
     sets = train.load_sets(train.TINY)
     weights, _ = stage0(c, sets["train"][0], data.WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0]))
     teachers = train.build_teachers(c, weights)

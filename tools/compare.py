@@ -213,8 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     weights, _ = stage0(c, sets["train"][0], tokenizer)
     c.cache_teachers = str(args.out / "teachers")
     train.fill_cache(c, train.build_teachers(c, weights), sets)
-    for (arm, _), flags in runs.items():
-        flags += ["--cache-teachers", c.cache_teachers] if arm != "ensemble" else []
+    for flags in runs.values():
+        flags += ["--cache-teachers", c.cache_teachers]
 
     args.out.mkdir(parents=True, exist_ok=True)
     missing = [flags for flags in runs.values() if not finished(flags)]
