@@ -14,7 +14,7 @@ from data import Parser, WordTokenizer, load_image, normalise, run
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder of train.py")
+    parser.add_argument("run", type=Path, help="a run folder of train.py, or a checkpoint of the authors' layout")
     parser.add_argument("image", type=Path, nargs="?", help="an image file; without it, the run's held-out samples")
     parser.add_argument("question", nargs="?")
     parser.add_argument("--n", type=int, default=14, help="how many held-out samples (default 14)")
