@@ -80,7 +80,7 @@ class Config:
     mole_experts: int = 3                   # the paper's; 0: none
     mole_rank: int = 8                      # of one expert; 32 at width 1024
     mole_alpha: float = 8.0                 # scale alpha / rank
-    mole_dropout: float = 0.0               # 0.05 in the released runs; on a CPU its random numbers cost as much time as the experts
+    mole_dropout: float = 0.0               # 0.05 in the released runs; a run of minutes does without
     mole_form: MoleForm = "ffn"             # row 1
     mole_router_grad: RouterGrad = "straight_through"   # row 2; "none" is the paper's formula, in which only a balance loss trains it
     mole_init: MoleInit = "zero"            # row 3; so that the student starts as CLIP
