@@ -19,7 +19,9 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -353,31 +355,57 @@ class DiskImages:
         return hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in seen]).encode()).hexdigest()
 
 
-def faults(path: Path, folder: Path) -> Iterator[str]:
-    """Every fault of a LLaVA-format set, a line each: rows, answers, <image> tokens, missing and corrupt images."""
-    for row, record in enumerate(tqdm(read_list(path), desc=f"check {path.name}", leave=False)):
+def row_faults(records: list, folder: Path | None) -> Iterator[tuple[int, str]]:
+    """(row, what is wrong with it) of every bad row: its form, answers, <image> tokens, and with a folder a missing or corrupt image."""
+    for row, record in enumerate(records):
         fault = record_fault(record)
-        if fault is None and "image" in record:
+        if fault is None and folder and "image" in record:
             try:
                 load_image(folder / record["image"], 16)
             except InputError as e:
                 fault = f"has a bad image: {e}"
         if fault:
-            yield f"{path}: row {row} {fault}"
+            yield row, fault
 
 
 def read_list(path: Path) -> list:
+    """The rows of a LLaVA-format file. A dialogue that begins in the middle, with an answer, loses that answer, as in LLaVA."""
     records = read_json(path)
     if not isinstance(records, list) or not records:
         raise InputError(f"{path}: must be a JSON list of records with at least one row")
+    for record in records:
+        match record:
+            case {"conversations": [{"from": "gpt"}, _, *_]}:
+                del record["conversations"][0]
     return records
 
 
-def read_records(path: Path, folder: Path) -> list[dict]:
-    """A LLaVA-format JSON list, every row and image validated before anything is trained: raises InputError for the first fault."""
-    for fault in faults(path, folder):
-        raise InputError(f"{fault}; `python data.py check {path} {folder}` lists every bad row")
-    return read_list(path)
+def read_records(path: Path, folder: Path, open_images: bool = True, skip_bad: bool = False) -> list[dict]:
+    """A LLaVA-format JSON list, every row and, unless they are too many to open, every image validated before anything is trained. Raises InputError for
+    the first fault, or with skip_bad leaves such rows out and says so on stderr."""
+    records, bad = read_list(path), {}
+    for row, fault in row_faults(tqdm(records, desc=f"check {path.name}", leave=False), folder if open_images else None):
+        if not skip_bad:
+            raise InputError(f"{path}: row {row} {fault}; `python data.py check {path} {folder}` lists every bad row")
+        print(f"skipped: {path}: row {row} {fault}", file=sys.stderr)
+        bad[row] = fault
+    if len(bad) == len(records):
+        raise InputError(f"{path}: every row is bad, the first {bad[0]}")
+    return [record for row, record in enumerate(records) if row not in bad]
+
+
+LLAVA = {"pretrain": ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images"), "train": ("llava_v1_5_mix665k.json", ".")}
+LLAVA_IMAGES = ("LLaVA-Pretrain/images", "coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
+
+
+def llava_layout(root: Path) -> dict[str, tuple[Path, Path]]:
+    """(JSON file, folder its images are relative to) of LLaVA's "pretrain" (558k captions) and "train" (665k conversations) under `root`,
+    laid out as LLaVA's docs/Data.md says. Raises InputError, with the layout, if a part is missing."""
+    for part in (*(file for file, _ in LLAVA.values()), *LLAVA_IMAGES):
+        if not (root / part).exists():
+            raise InputError(f"--data-root {root}: has no {part}; LLaVA's layout (its docs/Data.md says where to get each) is "
+                             f"{', '.join(file for file, _ in LLAVA.values())} and the image folders {', '.join(LLAVA_IMAGES)}")
+    return {name: (root / file, root / folder) for name, (file, folder) in LLAVA.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,30 +513,59 @@ def conversation_ids(record: dict, template: str, tokenizer, n_image: int) -> tu
 
 
 class Conversations(Dataset):
-    """Records + images -> items {input_ids (T,), labels (T,), image uint8 (3, R, R) or None, its name}.
+    """Records + images -> items {input_ids (T,), labels (T,), image uint8 (3, R, R) or None, its name, ...}, made when asked for.
 
-    Raises InputError for a record that is longer than max_length once the image tokens are in.
+    A conversation longer than max_length, its image's tokens counted, is cut there, as in LLaVA. What cannot be used (an image that cannot be read, no
+    answer within max_length, a prompt that is too long) is an InputError in `item`. In dataset[i], which worker processes
+    call, it is returned as {"fault": text}; or, with skip_bad, the next row that can be used comes in its place, with a list of what was skipped.
     """
 
-    def __init__(self, records: list[dict], get_image, tokenizer, template: str, n_image: int, max_length: int):
-        self.records, self.get_image = records, get_image
-        self.pairs = [conversation_ids(r, template, tokenizer, n_image) for r in records]
-        for row, (ids, labels) in enumerate(self.pairs):
-            if len(ids) > max_length:
-                raise InputError(f"row {row} (id {records[row].get('id')}) has {len(ids)} tokens, more than --max-length "
-                                 f"{max_length}: shorten it or raise the flag")
+    def __init__(self, records: list[dict], get_image, tokenizer, template: str, n_image: int, max_length: int, skip_bad: bool = False):
+        self.records, self.get_image, self.tokenizer, self.template = records, get_image, tokenizer, template
+        self.n_image, self.max_length, self.skip_bad = n_image, max_length, skip_bad
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> dict:
-        image = self.get_image(self.records[i]["image"]) if "image" in self.records[i] else None
-        return {"input_ids": self.pairs[i][0], "labels": self.pairs[i][1], "image": image, "name": self.records[i].get("image")}
+        skipped = []
+        for row in (*range(i, len(self)), *range(i)):
+            try:
+                return self.item(row) | {"skipped": skipped}
+            except InputError as e:
+                if not self.skip_bad:
+                    return {"fault": str(e)}
+                skipped.append(str(e))
+        return {"fault": f"no row can be used; the first: {skipped[0]}"}
+
+    def item(self, row: int) -> dict:
+        record = self.records[row]
+        ids, labels = conversation_ids(record, self.template, self.tokenizer, self.n_image)
+        where, cut = f"row {row} (id {record.get('id')})", len(ids) > self.max_length
+        if cut:
+            if record["conversations"][-1]["from"] == "human":
+                raise InputError(f"{where} has {len(ids)} tokens, more than --max-length {self.max_length}: shorten it or raise the flag")
+            images = ids.count(self.tokenizer.image)
+            ids, labels = ids[:self.max_length], labels[:self.max_length]
+            if ids.count(self.tokenizer.image) < images or all(label == IGNORE for label in labels):
+                raise InputError(f"{where} has no answer within --max-length {self.max_length} tokens: shorten it or raise the flag")
+        try:
+            image = self.get_image(record["image"]) if "image" in record else None      # (3, R, R)
+        except InputError as e:
+            raise InputError(f"{where} has a bad image: {e}") from None
+        return {"input_ids": ids, "labels": labels, "image": image, "name": record.get("image"), "cut": cut}
+
+    def sizes(self) -> list[tuple[bool, int]]:
+        """(has an image, words of text) a row: what batches are grouped by, without a tokenizer."""
+        return [("image" in r, sum(len(turn["value"].split()) for turn in r["conversations"])) for r in self.records]
 
 
 def collate(items: list[dict], pad: int, side: str = "right") -> dict[str, torch.Tensor | None]:
     """A batch: input_ids, labels, attention_mask (B, T), padded on the right to train and on the left to generate, and
-    images uint8 (B_img, 3, R, R) of the samples that have one, in order; None if none has (no image, no KD term). image_names: theirs."""
+    images uint8 (B_img, 3, R, R) of the samples that have one, in order; None if none has (no image, no KD term). image_names: theirs.
+    A fault among the items is passed on alone."""
+    if faults := [item["fault"] for item in items if "fault" in item]:
+        return {"fault": faults[0]}
     longest = max(len(item["input_ids"]) for item in items)
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -522,17 +579,48 @@ def collate(items: list[dict], pad: int, side: str = "right") -> dict[str, torch
         "attention_mask": padded([[1] * len(item["input_ids"]) for item in items], 0),  # (B, T)
         "images": torch.stack([item["image"] for item in pictured]) if pictured else None,            # (B_img, 3, R, R)
         "image_names": [item["name"] for item in pictured],
+        "skipped": [line for item in items for line in item.get("skipped", ())],
+        "cut": sum(item.get("cut", False) for item in items),
     }
 
 
-def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: int, pad: int) -> DataLoader:
-    """Shuffled batches; the order is a function of (seed, epoch) alone. A last, smaller batch of an epoch is dropped."""
-    per_epoch = max(1, len(dataset) // batch_size)
-    batches = []
+def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int, group: int = 1) -> list[list[int]]:
+    """The rows of each batch of an epoch: a function of its arguments alone. A last, smaller batch is dropped, unless it is the only one.
+
+    group > 1: samples with and without an image apart, and each shuffled run of `group` batches sorted by length before it is cut into batches, so
+    that little is padding; then the batches are shuffled. What is left over of both kinds makes the mixed batches.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000 + epoch)
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    if group > 1:
+        sizes, batches, rest = dataset.sizes(), [], []
+        for pictured in (True, False):
+            rows = [i for i in order if sizes[i][0] == pictured]
+            for k in range(0, len(rows), batch_size * group):
+                run = sorted(rows[k:k + batch_size * group], key=lambda i: sizes[i][1])
+                cut = len(run) - len(run) % batch_size
+                batches += [run[j:j + batch_size] for j in range(0, cut, batch_size)]
+                rest += run[cut:]
+        batches += [rest[j:j + batch_size] for j in range(0, len(rest), batch_size)]
+        if len(batches) > 1 and len(batches[-1]) < batch_size:
+            batches.pop()
+        return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
+    return [order[k * batch_size:(k + 1) * batch_size] for k in range(max(1, len(dataset) // batch_size))]
+
+
+def count_steps(rows: int, batch_size: int, epochs: float) -> int:
+    return max(1, round(epochs * max(1, rows // batch_size)))
+
+
+def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: int, pad: int, group: int = 1, pieces: int = 1, mine: range = range(1),
+                start: int = 0, workers: int = 0) -> DataLoader:
+    """Shuffled batches from step `start` on. Each is dealt out into `pieces` micro-batches, of which this process gets those in `mine`, one after
+    the other."""
+    steps, batches = count_steps(len(dataset), batch_size, epochs), []
     for epoch in range(math.ceil(epochs)):
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed * 1_000 + epoch)).tolist()
-        batches += [order[i * batch_size:(i + 1) * batch_size] for i in range(per_epoch)]
-    return DataLoader(dataset, batch_sampler=batches[:max(1, round(epochs * per_epoch))], collate_fn=lambda items: collate(items, pad))
+        batches += batch_order(dataset, batch_size, seed, epoch, group)
+    micro = [batch[k::pieces] for batch in batches[start:steps] for k in mine]
+    return DataLoader(dataset, batch_sampler=micro, num_workers=workers, collate_fn=functools.partial(collate, pad=pad))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -553,10 +641,11 @@ def main(argv: list[str] | None = None) -> None:
         export_world(args.folder, args.n_pretrain, args.n_train, args.n_described, args.n_text, args.n_eval)
         print(f"wrote {args.folder}/pretrain.json, train.json, validation.json, test.json and their images")
         return
-    found = list(faults(args.file, args.images))
-    for fault in found:
-        print(fault)
-    print(f"{args.file}: {len(read_list(args.file))} rows, {len(found)} bad")
+    records = read_list(args.file)
+    found = list(row_faults(tqdm(records, desc="check", leave=False), args.images))
+    for row, fault in found:
+        print(f"{args.file}: row {row} {fault}")
+    print(f"{args.file}: {len(records)} rows, {len(found)} bad")
     if found:
         sys.exit(2)
 
@@ -576,6 +665,9 @@ def run(program) -> None:
     try:
         program()
     except InputError as e:
+        if os.environ.get("RANK", "0") != "0":  # one of many: the first may be saying the same, and the launcher then ends this one
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 

@@ -31,6 +31,10 @@ class Student(ClipEncoder):
         add_mole(self.net, num_experts, rank, alpha, dropout, router_grad, form, init)
         return self
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.net.blocks
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.net.forward_features(self.view(images))[:, 1:]                      # (B, n, d)
 
@@ -38,6 +42,8 @@ class Student(ClipEncoder):
 class Ensemble(nn.Module):
     """The multi-encoder VLM that distillation wants to replace: every frozen encoder runs, their tokens are brought to one scale and to
     CLIP's grid and joined by channel.  uint8 (B, 3, R, R) -> (B, n, d_1 + ... + d_m)"""
+
+    blocks = ()
 
     def __init__(self, teachers: Teachers):
         super().__init__()
@@ -88,7 +94,7 @@ class Attention(nn.Module):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding: turns the pair (x_i, x_{i + D/2h}) by position * theta_i.  (B, h, T, D/h) -> the same"""
     a, b = x.chunk(2, dim=-1)                                                           # (B, h, T, D/2h)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin                                   # (B, h, T, D/h)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)                     # (B, h, T, D/h)
 
 
 class SwiGLU(nn.Module):
@@ -131,6 +137,10 @@ class TinyLLM(nn.Module):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(ids)                                                   # (B, T, D)
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
+
     def new_cache(self) -> list:
         return [[] for _ in self.layers]
 
@@ -163,17 +173,27 @@ def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
 
 class PretrainedLLM(nn.Module):
     """Any causal LM of transformers (Vicuna, SmolLM2, ...) behind the same two doors. `name`: a folder, or a name on the hub.
-    With `config`, a transformers config, the model is built from it without weights."""
+    With `config`, a transformers config, the model is built from it without weights, else it has its checkpoint's precision."""
 
     def __init__(self, name: str, config=None):
         super().__init__()
         from transformers import AutoModelForCausalLM
         try:
-            self.model = AutoModelForCausalLM.from_config(config) if config else AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            self.model = AutoModelForCausalLM.from_config(config) if config else AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         except (OSError, ValueError) as e:
             raise InputError(f"--llm {name}: cannot be loaded ({type(e).__name__}); name a folder that holds config.json, *.safetensors and the "
                              "tokenizer's files, or a model of the hub if it can be reached") from None
         self.dim = self.model.config.hidden_size
+
+    @classmethod
+    def from_config_of(cls, folder: Path) -> "PretrainedLLM":
+        """The model that folder/config.json describes, without weights."""
+        from transformers import AutoConfig
+        return cls(str(folder), AutoConfig.from_pretrained(folder))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.get_decoder().layers
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings()(ids)                                   # (B, T, D)
@@ -198,6 +218,11 @@ class VLM(nn.Module):
         super().__init__()
         self.student, self.llm, self.image_token = student, llm, image_token
         self.projector = Projector(student.dim, llm.dim)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The equal parts of student and LLM, which are sharded and recomputed one by one."""
+        return [*self.student.blocks, *self.llm.blocks]
 
     def splice(self, input_ids: torch.Tensor, visual: torch.Tensor | None) -> torch.Tensor:
         """Word embeddings with the projected student tokens in the places of the image token.  (B, T), (B_img, n, d) -> (B, T, D)

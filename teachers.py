@@ -12,6 +12,8 @@ D width of CLIP, h its heads.
 import ast
 import hashlib
 import os
+import pickle
+import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,7 +21,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
@@ -44,24 +46,65 @@ def parse_spec(spec: str) -> tuple[str, int, dict]:
     return name, options.pop("img_size"), options
 
 
+HUB = "hub"  # in place of a file: the weights that timm's hub has under the name
+
+
+def is_real(spec: str) -> bool:
+    """Whether a spec asks for pretrained weights: its timm name has a tag, after the dot, that says of which training."""
+    return "." in parse_spec(spec)[0]
+
+
+def find_weights(spec: str, folder: str) -> Path | str:
+    """Where the pretrained weights of a real spec are: in a file of `folder` named like the timm model, else on the hub."""
+    name, *_ = parse_spec(spec)
+    files = [Path(folder) / (name + ending) for ending in (".safetensors", ".pth", ".pt", ".bin")] if folder else []
+    return next((file for file in files if file.exists()), HUB)
+
+
+def load_encoder(net: nn.Module, file: Path) -> None:
+    """Fill a timm model from a file, in timm's layout or in one that timm converts (OpenAI's, open_clip's, ...); tables of positions and the patch
+    embedding are resized to the model. Strict: timm itself only warns when a file fits nowhere. Raises InputError."""
+    try:
+        state = timm.models.load_state_dict(str(file))
+        convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", lambda state, net: state)
+        state = convert(state, net)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError, pickle.UnpicklingError) as e:
+        raise InputError(f"{file}: not readable as weights of {type(net).__name__} ({type(e).__name__})") from None
+    heads = net.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    state = {k: v for k, v in state.items() if not k.startswith(tuple(h + "." for h in heads)) or k in net.state_dict()}
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as e:
+        raise InputError(f"{file}: does not fit {net.pretrained_cfg.get('architecture')}: {str(e).splitlines()[1].strip()[:200]}") from None
+
+
 class VisionEncoder(nn.Module):
     """A timm encoder that takes the loader's uint8 image and makes its own view of it: its resolution, mean and std.
 
     One image, many views, in a batch on the device; and one geometry, so that token (i, j) of two encoders looks at one place.
+    weights: a file, HUB, or None for random ones.
     """
 
-    def __init__(self, spec: str, weights: Path | None = None, **head):
+    def __init__(self, spec: str, weights: Path | str | None = None, **head):
         super().__init__()
         self.spec = spec
         name, self.image_size, options = parse_spec(spec)
         if not name.startswith("convnext"):  # convolutions take any size and have no such argument
             options["img_size"] = self.image_size
-        self.net = timm.create_model(name, **{"num_classes": 0, **options, **head})
+        try:
+            self.net = timm.create_model(name, pretrained=weights == HUB, **{"num_classes": 0, **options, **head})
+        except (OSError, RuntimeError, ValueError) as e:
+            if weights != HUB:
+                raise
+            cfg = timm.get_pretrained_cfg(name)
+            raise InputError(f"{name}: the hub gives no weights ({type(e).__name__}); save model.safetensors of https://huggingface.co/"
+                             f"{cfg.hf_hub_id or 'timm'} as {name}.safetensors in a folder and name it with --weights") from None
         data = resolve_model_data_config(self.net)
         self.interpolation = TF.InterpolationMode(data["interpolation"])
         self.mean, self.std = data["mean"], data["std"]
-        if weights:
-            self.net.load_state_dict(load_file(weights))  # strict: a missing or left-over tensor is an error
+        if weights not in (None, HUB):
+            load_encoder(self.net, weights)
 
     @property
     def num_tokens(self) -> int:
@@ -77,7 +120,8 @@ class VisionEncoder(nn.Module):
         """uint8 (B, 3, R, R) -> this encoder's normalised input (B, 3, image_size, image_size)."""
         size = [self.image_size, self.image_size]
         x = TF.resize(images, size, self.interpolation, antialias=True)                 # (B, 3, s, s)
-        return TF.normalize(TF.to_dtype(x, torch.float32, scale=True), self.mean, self.std)   # (B, 3, s, s)
+        x = TF.normalize(TF.to_dtype(x, torch.float32, scale=True), self.mean, self.std)      # (B, 3, s, s)
+        return x.to(next(self.net.parameters()).dtype)                                  # (B, 3, s, s)
 
     def forward(self, images: torch.Tensor) -> TeacherOutput:
         x = self.net.forward_features(self.view(images))     # (B, prefix + n_i, d_i), or (B, d_i, H, W) from a convolution
@@ -94,7 +138,7 @@ class ClipEncoder(VisionEncoder):
     The last block is taken off once its weights are loaded: it would be 1/24 of the work for a result nobody reads.
     """
 
-    def __init__(self, spec: str, weights: Path | None = None):
+    def __init__(self, spec: str, weights: Path | str | None = None):
         super().__init__(spec, weights)
         self.net.blocks = self.net.blocks[:-1]
         self.net.norm = nn.Identity()
@@ -123,7 +167,7 @@ def cls_scores(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     b_q, b_k, _ = attention.qkv.bias.chunk(3)                                           # (D,) each
     q = F.linear(x[:, :1], w_q, b_q).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)   # (B, h, 1, D/h)
     k = F.linear(x, w_k, b_k).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # (B, h, 1 + n, D/h)
-    return (q @ k.transpose(-2, -1))[:, :, 0] * attention.scale                         # (B, h, 1 + n)
+    return (q.float() @ k.float().transpose(-2, -1))[:, :, 0] * attention.scale         # (B, h, 1 + n)
 
 
 class Teachers(nn.Module):
@@ -191,7 +235,7 @@ class TeacherCache:
         return list(arrays)
 
     def read(self, images: list[str], device: torch.device) -> TeacherOutput:
-        rows = [self.rows[image] for image in images]
+        rows = [self.rows[image] if image else 0 for image in images]  # in place of no image any will do: it counts for nothing
         fields = {field: torch.from_numpy(array[rows]).to(device).float() for field, array in self.arrays.items()}
         return TeacherOutput(**{field: fields.get(field) for field in TeacherOutput._fields})
 
@@ -231,7 +275,7 @@ class EncoderAdapter(nn.Module):
         self.out = nn.Linear(dim_out, dim_out) if form == "per_token" else nn.Linear(tokens_in, tokens_out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x)                                                                # (B, n_i, d_i)
+        x = self.norm(x.to(self.channels.weight.dtype))                                 # (B, n_i, d_i)
         if self.form == "per_token":
             old, new = self.sides
             x = F.interpolate(x.transpose(1, 2).unflatten(2, (old, old)), (new, new), mode="bilinear", antialias=True)  # (B, d_i, ., .)

@@ -725,7 +725,7 @@ def test_check_reports_every_bad_row(tmp_path, capsys):
     rows = {"good": {"image": "ok.png", "conversations": qa}, "no such image file": {"image": "gone.png", "conversations": qa},
             "not a readable image": {"image": "corrupt.png", "conversations": qa}, "question without an answer": {"image": "ok.png", "conversations": qa[:1]},
             'no "image" file': {"conversations": qa}, "0 <image> token": {"image": "ok.png", "conversations": [{"from": "human", "value": "what?"}, qa[1]]},
-            "must take turns": {"image": "ok.png", "conversations": qa[::-1]}, 'no "conversations"': {}, "not an object": 7,
+            "must take turns": {"image": "ok.png", "conversations": [qa[0], qa[0]]}, 'no "conversations"': {}, "not an object": 7,
             "an <image> in an answer": {"image": "ok.png", "conversations": [qa[0], qa[0] | {"from": "gpt"}]}}
     data.write_json(tmp_path / "set.json", list(rows.values()))
     with pytest.raises(SystemExit) as end:
@@ -775,9 +775,9 @@ def test_text_only_samples_have_no_kd_term():
     """A text-only sample in the batch changes neither L_kd nor L_balance, and a batch of them alone has neither."""
     vlm, teachers, adapters, batch = whole_method(n_text=1)
     _, mixed = train.loss_terms(C, vlm, teachers, adapters, batch)
-    _, pictured = train.loss_terms(C, vlm, teachers, adapters, {k: v[:2] if v is not None else v for k, v in batch.items()})
+    _, pictured = train.loss_terms(C, vlm, teachers, adapters, {k: v[:2] if torch.is_tensor(v) else v for k, v in batch.items()})
     assert (mixed["L_kd"], mixed["L_balance"]) == (pictured["L_kd"], pictured["L_balance"]) and mixed["L_text"] != pictured["L_text"]
-    _, alone = train.loss_terms(C, vlm, teachers, adapters, {k: v[2:] for k, v in batch.items() if k != "images"} | {"images": None})
+    _, alone = train.loss_terms(C, vlm, teachers, adapters, {k: v[2:] for k, v in batch.items() if torch.is_tensor(v)} | {"images": None})
     assert alone["L_kd"] == alone["L_balance"] == 0 and alone["L_text"] > 0
 
 

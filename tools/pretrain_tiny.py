@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 from data import ATTRIBUTES, WordTokenizer
 from model import TinyLLM, flop_counter
-from teachers import VisionEncoder
+from teachers import VisionEncoder, is_real
 
 FOLDER = Path("runs/stage0")
 SEED = 0  # the pretrained models are downloads in the real method: the same for every seed of a run
@@ -180,14 +180,15 @@ def job(name: str, arguments: tuple, path: Path) -> None:
 
 
 def stage0(c, records: list[dict], tokenizer: WordTokenizer) -> tuple[dict[str, Path], float]:
-    """Paths of the four models' weights (three if the LLM is given), trained now if missing, and the TFLOPs they cost. The LLM learns the language of the
-    conversations at hand (`records`), the vision encoders always see the tiny world.
+    """Paths of the toy models' weights, trained now if missing, and the TFLOPs they cost: four, but none for a given LLM or for an encoder whose
+    name says which real weights it wants. The LLM learns the language of the conversations at hand (`records`), the vision encoders always see the
+    tiny world.
 
     The models know nothing of each other, so they train side by side, one process and one thread each.
     """
     scenes = data.sample_scenes("train", 4)
     world = [data.render(scenes).sum().item(), data.world_records("train", "caption", 4)]
-    arguments = {name: (getattr(c, name), c.stage0_scale) for name in ("clip", "eva", "convnext")}
+    arguments = {name: (getattr(c, name), c.stage0_scale) for name in ("clip", "eva", "convnext") if not is_real(getattr(c, name))}
     if not c.llm:
         pure = [r for r in records if "image" not in r] or records  # an answer about an image that is not shown teaches guessing
         texts = [data.conversation_ids(r, "v1", tokenizer, n_image=0)[0] for r in pure]
