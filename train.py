@@ -543,7 +543,7 @@ def run_stage(c: Config, trained: Trained, teachers: Teachers, dataset: data.Con
             tqdm.write(log_line(stage, step, log) + f"  {tokens / (time.perf_counter() - clock):.0f} tokens/s")
         due = c.save_every and (progress.step % c.save_every == 0 or progress.step == steps and stage == 1)
         if due or counts["stop"]:
-            progress.log_bytes = log_file.tell()
+            progress.log_bytes = log_file.tell() if log_file else 0
             checkpoints.save(f"stage{stage}-{progress.step:08}", trained, optimizer, dataclasses.asdict(progress))
         if counts["stop"]:
             return False
@@ -642,7 +642,7 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     temporary = folder / "weights.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_torch_state_dict({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
+    save_torch_state_dict({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}, temporary, metadata={"format": "pt"})
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     for file in temporary.iterdir():

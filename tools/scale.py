@@ -56,7 +56,7 @@ def launch(script: str, argv: list[str], processes: int) -> int:
     try:
         torchrun(parse_args(["--standalone", f"--nproc-per-node={processes}", "--shutdown-timeout=600", script, *argv]))
     except ChildFailedError as e:
-        return e.get_first_failure()[1].exitcode
+        return max(1, e.get_first_failure()[1].exitcode)  # below 0: ended by a signal
     except torch.distributed.elastic.multiprocessing.api.SignalException:
         pass  # the processes have saved and ended
     return 0
@@ -165,6 +165,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep, self.pending = folder, keep, None
+        # a group of its own: the files are written while the run goes on, and its messages must not mix with the run's
+        self.group = dist.new_group(backend="gloo") if world() > 1 else None
 
     def save(self, name: str, root: nn.Module, optimizer: torch.optim.Optimizer, meta: dict) -> None:
         """Returns when the state is copied; the files follow."""
@@ -174,7 +176,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             (temporary / "meta.json").write_text(json.dumps(meta))
-        future = dcp.async_save(state_of(root, optimizer), checkpoint_id=temporary, no_dist=world() == 1)
+        future = dcp.async_save(state_of(root, optimizer), checkpoint_id=temporary, process_group=self.group, no_dist=world() == 1)
         self.pending = future, temporary
 
     def finish(self) -> None:
