@@ -552,7 +552,7 @@ class Conversations(Dataset):
         try:
             image = self.get_image(record["image"]) if "image" in record else None      # (3, R, R)
         except InputError as e:
-            raise InputError(f"{where} has a bad image: {e}") from None
+            raise InputError(f"{where} has a bad image: {e}; `python data.py check` finds all such rows beforehand") from None
         return {"input_ids": ids, "labels": labels, "image": image, "name": record.get("image"), "cut": cut}
 
     def sizes(self) -> list[tuple[bool, int]]:
@@ -664,10 +664,13 @@ def run(program) -> None:
     """Run a program's main(); bad input ends it with one line on stderr and exit status 2."""
     try:
         program()
-    except InputError as e:
-        if os.environ.get("RANK", "0") != "0":  # one of many: the first may be saying the same, and the launcher then ends this one
+    except Exception as e:
+        rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if rank or world > 1 and not isinstance(e, InputError):  # another process may know better what is wrong: then the launcher ends this one
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
+        if not isinstance(e, InputError):
+            raise
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
 

@@ -205,8 +205,6 @@ def parse_flags(argv: list[str] | None) -> tuple[Config, bool]:
     else:
         config = dataclasses.replace(load_config(Path(file)) if file else PRESETS[preset], **RECIPES.get(recipe, {}) | flags)
     config.teachers = tuple(config.teachers)  # argparse gives a list
-    if preset in ("small", "full") and not (config.data or config.data_root):
-        raise InputError(f"--{preset}: name the data: --data-root DIR for LLaVA's sets, or --data FILE and --eval-data FILE")
     if config.init_from and not run:
         config = with_init(config)
     check_config(config)
@@ -245,10 +243,6 @@ def check_config(c: Config) -> None:
         raise InputError("--data and --eval-data go together: name a training set and a held-out set")
     if c.eval_data and c.data_root and not c.image_folder:
         raise InputError("--eval-data with --data-root needs --image-folder, the folder its images are relative to")
-    if c.data_root:
-        data.llava_layout(Path(c.data_root))
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, slowly, and `python -m tools.plan` says what GPUs it wants")
     if c.cache_teachers and c.student != "ensemble" and c.skip_bad:
         raise InputError("--skip-bad: the teachers' cache reads every image beforehand; add --cache-teachers ''")
     if c.pretrain_data and not c.data:
@@ -270,6 +264,16 @@ def check_config(c: Config) -> None:
                  "max_new_tokens", "group_batches", "keep"):
         if getattr(c, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: must be at least 1")
+
+
+def check_place(c: Config) -> None:
+    """That data and GPU are there, before any process is started."""
+    if c.data_root:
+        data.llava_layout(Path(c.data_root))
+    elif not c.data and is_real(c.clip):
+        raise InputError("a real CLIP and no data: name --data-root DIR for LLaVA's sets, or --data FILE and --eval-data FILE")
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, slowly, and `python -m tools.plan` says what GPUs it wants")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,8 +353,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, data.WordTokenize
         vlm = build_vlm(c, tokenizer, llm=PretrainedLLM.from_config_of(folder / "llm") if c.llm else None)
         load_vlm(vlm, folder)
     c.device = device
-    if c.precision == "bf16" and device == "cuda":
-        vlm.bfloat16()
+    vlm = vlm.bfloat16() if c.precision == "bf16" and device == "cuda" else vlm.float()
     return vlm.to(device).eval(), tokenizer, c
 
 
@@ -478,7 +481,7 @@ def share_work(c: Config, micro: list[dict], stop: bool) -> tuple[list[dict], li
     without an image gets a blank one that counts for nothing, for a process that left the student out would keep the others waiting."""
     for batch in micro:
         if "fault" in batch:
-            raise InputError(f'{batch["fault"]}; --skip-bad leaves such rows out, `python data.py check` finds them beforehand')
+            raise InputError(f'{batch["fault"]}; --skip-bad leaves such rows out')
         for line in batch["skipped"]:
             tqdm.write(f"skipped: {line}", file=sys.stderr)
     own = [(int((batch["labels"][:, 1:] != data.IGNORE).sum()), len(batch["image_names"])) for batch in micro]
@@ -712,12 +715,12 @@ def prepare(c: Config, sets: dict, tokenizer, weights: dict[str, Path | str]) ->
     if c.init_from:
         load_released(vlm, Path(c.init_from)) if released else load_vlm(vlm, Path(c.init_from))
     teachers = build_teachers(c, weights)
-    if c.precision == "bf16":
-        teachers.bfloat16()
     torch.manual_seed(c.seed)
     if c.cache_teachers and c.lambda_kd:
         with scale.first_alone():
             fill_cache(c, teachers.to(c.device), sets)
+    if c.precision == "bf16":
+        teachers.bfloat16()
     adapters = build_adapters(teachers, vlm.student.num_tokens, vlm.student.dim, c.adapter_form, c.adapter_direction)
     trained, sharded = Trained(vlm, adapters), scale.world() > 1 or c.precision == "bf16"
     if c.recompute:
@@ -730,7 +733,7 @@ def prepare(c: Config, sets: dict, tokenizer, weights: dict[str, Path | str]) ->
     if c.compile == "on":
         for encoder in (vlm.student, *teachers.encoders.values()):
             encoder.compile()
-    return trained.to(c.device) if not sharded else trained, teachers.to(c.device)
+    return trained if sharded else trained.float().to(c.device), teachers.to(c.device)
 
 
 def export(c: Config, out: Path, trained: Trained, tokenizer) -> None:
@@ -751,6 +754,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
     c, resumed = parse_flags(argv)
+    check_place(c)
     c.device = find_device(c.device)
     if not scale.launched() and (processes := c.processes or (torch.cuda.device_count() if c.device == "cuda" else 1)) > 1:
         sys.exit(scale.launch(__file__, argv, processes))
@@ -759,7 +763,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(c, resumed, start)
     finally:
-        scale.leave()
+        if not scale.launched():  # those that are launched end with their process: leaving in disorder may wait for ever
+            scale.leave()
 
 
 def train(c: Config, resumed: bool, start: float) -> None:
@@ -800,6 +805,7 @@ def train(c: Config, resumed: bool, start: float) -> None:
                 checkpoints.finish()
                 if scale.rank() == 0:
                     print(f"stopped by SIGTERM at stage {stage}, step {progress.step}; to go on: python train.py --resume {out}")
+                scale.leave()
                 return
             resume = None
     checkpoints.finish()
