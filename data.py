@@ -20,10 +20,12 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
@@ -321,15 +323,20 @@ def blank_image(size: int) -> torch.Tensor:
 
 
 def load_image(path: Path, size: int) -> torch.Tensor:
-    """An image file as uint8 (3, size, size): RGB, padded to a square (so that nothing is cut off and all encoders see one
-    geometry), then resized. The padding is CLIP's mean colour, as in LLaVA."""
+    """An image file as uint8 (3, size, size)."""
     try:
         with Image.open(path) as file:
-            image = TF.pil_to_tensor(file.convert("RGB"))                               # (3, h, w)
+            return square_image(file.convert("RGB"), size)                              # (3, size, size)
     except FileNotFoundError:
         raise InputError(f"{path}: no such image file") from None
     except Exception as e:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for a broken file
         raise InputError(f"{path}: not a readable image ({type(e).__name__}); replace the file or drop its row") from None
+
+
+def square_image(picture: Image.Image, size: int) -> torch.Tensor:
+    """An RGB picture padded to a square (so that nothing is cut off and all encoders see one geometry), then resized: uint8 (3, size, size).
+    The padding is CLIP's mean colour, as in LLaVA."""
+    image = TF.pil_to_tensor(picture)                                                   # (3, h, w)
     _, h, w = image.shape
     side = max(h, w)
     left, top = (side - w) // 2, (side - h) // 2
@@ -443,6 +450,16 @@ class WordTokenizer:
         return " ".join(words[:words.index("</s>")] if "</s>" in words else words)
 
 
+@functools.cache
+def ask_hub() -> None:
+    """Call before a model hub is asked: where it cannot be reached, its tools would try for minutes; so they are told to look in their cache only."""
+    from huggingface_hub import constants
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
+
+
 class PretrainedTokenizer:
     """The tokenizer of a real LLM, a folder or a name on the hub, behind the names that WordTokenizer has. Vicuna's instruction comes
     before the first question."""
@@ -453,6 +470,7 @@ class PretrainedTokenizer:
 
     def __init__(self, name: str):
         from transformers import AutoTokenizer
+        ask_hub()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, ImportError) as e:

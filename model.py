@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from data import IGNORE, InputError, read_json
+from data import IGNORE, InputError, ask_hub, read_json
 from mole import MoleForm, MoleInit, RouterGrad, add_mole
 from teachers import ClipEncoder, Teachers
 
@@ -178,6 +178,7 @@ class PretrainedLLM(nn.Module):
     def __init__(self, name: str, config=None):
         super().__init__()
         from transformers import AutoModelForCausalLM
+        ask_hub()
         try:
             self.model = AutoModelForCausalLM.from_config(config) if config else AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         except (OSError, ValueError) as e:

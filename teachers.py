@@ -27,7 +27,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from data import InputError, read_json, write_json
+from data import InputError, ask_hub, read_json, write_json
 
 AdapterForm = Literal["token_mixing", "per_token", "released"]
 AdapterDirection = Literal["teacher_to_student", "student_to_teacher"]     # the paper's, AM-RADIO's
@@ -92,6 +92,8 @@ class VisionEncoder(nn.Module):
         name, self.image_size, options = parse_spec(spec)
         if not name.startswith("convnext"):  # convolutions take any size and have no such argument
             options["img_size"] = self.image_size
+        if weights == HUB:
+            ask_hub()
         try:
             self.net = timm.create_model(name, pretrained=weights == HUB, **{"num_classes": 0, **options, **head})
         except (OSError, RuntimeError, ValueError) as e:

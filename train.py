@@ -525,8 +525,8 @@ def run_stage(c: Config, trained: Trained, teachers: Teachers, dataset: data.Con
                 loss, terms = trained(c, teachers, batch, part)
                 (loss * scale.world()).backward()  # FSDP takes the mean over the processes, of what is a sum over them
                 # --- plumbing ---
-                log = {name: term + log[name] if log else term for name, term in terms.items()}
-        log = scale.total(log)
+                log |= {name: log[name] + term if name in log else term for name, term in terms.items()}
+        log = {name: term for name, term in scale.total(log).items() if counts["images"] or name.startswith("L_")}
         if not log["L_total"].isfinite():
             name = next(name for name, term in log.items() if not term.isfinite().all())
             raise InputError(f"{name} is {log[name].item()} at stage {stage}, step {step}: lower --stage{stage}-lr {lr}")

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ from torch.distributed.run import run as torchrun
 from torch.utils.checkpoint import checkpoint
 
 from data import InputError
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")  # that is meant: one process
 
 SHARD_TEACHERS_ABOVE = 500_000_000  # parameters; a smaller teacher is cheaper to hold on every GPU than to gather for every batch
 
