@@ -158,7 +158,7 @@ FULL = dataclasses.replace(
     mole_rank=32, mole_alpha=1.0, mole_dropout=0.05, lambda_kd=0.5, kd_alpha=0.8,
     stage1_epochs=1, stage1_batch=256, stage1_lr=1e-3, stage2_epochs=1, stage2_batch=128, stage2_lr=2e-5, eval_batch=16, max_new_tokens=64)
 SMALL = dataclasses.replace(  # one consumer GPU, or a patient laptop: a fifth of the width everywhere, the same code and data; not tuned by anyone
-    FULL, out="runs/small", device="auto", image_size=512, workers=2,
+    FULL, out="runs/small", device="auto", image_size=512, workers=2, micro_batch=8,
     clip="vit_base_patch16_clip_quickgelu_224.openai img_size=224",                     # 196 x 768
     eva="eva02_base_patch14_448.mim_in22k_ft_in22k img_size=448",                       # 1024 x 768
     convnext="convnext_base.clip_laion2b img_size=512",                                 # 256 x 1024

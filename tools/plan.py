@@ -231,7 +231,7 @@ def plan(c: train.Config, gpus: int, gpu_memory: float, gpu_tflops: float, mfu: 
                   "activations": max(use, 1) * m.per_sample}
         lines += [f"| {name}{f' of {max(use, 1)}' if name == 'activations' else ''} | {value / 1e9:.3g} |" for name, value in values.items()]
         lines.append(f"| together | {sum(values.values()) / 1e9:.3g} |")
-        lines += ["", f"largest micro-batch that fits in nine tenths: {fits}; used: {use}, in {-(-here // use)} micro-batch(es) a step" if fits > 0 else
+        lines += ["", f"--micro-batch: {fits} fit in nine tenths of the memory; with {use} a step is {-(-here // use)} of them" if fits > 0 else
                   f"DOES NOT FIT: {m.fixed / 1e9:.1f} GB before the first sample; more GPUs (G shares parameters, gradients, optimizer) or a smaller LLM",
                   f"{steps:,} steps of {per_step / 1e12:,.4g} TFLOPs: {stage_hours:.3g} hours"]
     lines += ["", "P parameters, G GPUs, b samples of a micro-batch; bytes:", *(f"  {name:12} {rule}" for name, rule in RULES.items())]
