@@ -1144,6 +1144,8 @@ def test_full_runs_on_llavas_layout(real_folder, llama_folder, workplace, monkey
     capsys.readouterr()
     ask.main(["runs/full", str(tmp / "coco/train2017/1.png"), "what shape?"])
     assert len(capsys.readouterr().out.splitlines()) == 1
+    with pytest.raises(InputError, match="runs/full has no held-out set"):
+        ask.main(["runs/full"])
 
 
 def test_training_starts_from_the_authors_checkpoint(tmp_path, llama_folder, workplace, monkeypatch):
@@ -1301,6 +1303,21 @@ def test_bf16_has_fp32_masters(monkeypatch):
         scale.leave()
 
 
+def test_a_sharded_teacher_is_the_teacher():
+    """A teacher that is too large to be held whole, its stages gathered one by one, gives the same tokens."""
+    teachers = tiny_teachers()
+    expected = teachers(images(2))
+    scale.join("cpu", alone=True)
+    try:
+        for name in ("eva", "convnext"):
+            scale.shard_frozen(teachers.encoders[name], "cpu")
+        for name, out in teachers(images(2)).items():
+            torch.testing.assert_close(out.tokens, expected[name].tokens)
+        assert all(hasattr(p, "full_tensor") for p in teachers.encoders["convnext"].net.stages.parameters())
+    finally:
+        scale.leave()
+
+
 def test_bad_input_of_many_processes_is_one_line(workplace):
     """An error that every process meets is said once, without a traceback or the launcher's report, exit status 2."""
     folder, _ = workplace
@@ -1332,6 +1349,8 @@ def test_plan_counts_as_timm_and_transformers_do(full_meta):
             dropped = list(own.blocks[-1].parameters()) + list(own.norm.parameters()) if name == "clip" else []
             assert plan.count(encoder.parameters()) == plan.count(own.parameters()) - plan.count(dropped)
     assert plan.count(trained["vlm"].llm.parameters()) == plan.count(llama.parameters()) == 6_738_415_616
+    with torch.device("meta"):  # the number that the real checkpoint's parameters have (test_smollm2_speaks prints it in its table)
+        assert plan.count(transformers.LlamaForCausalLM(plan.llm_config("HuggingFaceTB/SmolLM2-135M-Instruct")).parameters()) == 134_515_008
     experts = 23 * (3 * 2 * 1024 * 32 + 3 * 1025)
     assert plan.count(trained["vlm"].student.parameters()) == plan.count(teachers.encoders["clip"].parameters()) + experts
     forward = plan.forward_flops(c, trained, teachers, 676)
@@ -1364,7 +1383,7 @@ def test_plan_predicts_a_measured_step():
     with torch.device("meta"):
         trained["vlm"].llm = TinyLLM(len(vlm.llm.embed_tokens.weight), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
     tokens = batch["input_ids"].shape[1]
-    predicted = plan.step_flops(c, 2, plan.forward_flops(c, trained, meta_teachers, tokens)) * 8
+    predicted = sum(plan.step_flops(c, 2, plan.forward_flops(c, trained, meta_teachers, tokens)).values()) * 8
     assert predicted == pytest.approx(counter.get_total_flops(), rel=0.05)
     per_sample = plan.activations(c, 2, trained, meta_teachers, tokens)
     m = plan.memory(c, 2, trained, meta_teachers, 1, False, per_sample)
@@ -1380,7 +1399,7 @@ def test_plan_says_what_does_not_fit(full_meta, capsys):
     assert one > 100e9 and eight < 25e9
     plan.main("--tiny --gpus 1 --gpu-memory 0.01".split())
     out = capsys.readouterr().out
-    assert "DOES NOT FIT" in out.split("stage 2")[1] and "more GPUs" in out and "780 steps" in out
+    assert "DOES NOT FIT" in out.split("\nstage 2: ")[1] and "more GPUs" in out and "780 steps" in out
     plan.main("--tiny --gpus 1".split())
     assert "DOES NOT FIT" not in capsys.readouterr().out
 

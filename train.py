@@ -5,7 +5,7 @@
     python train.py --tiny --data D/train.json --eval-data D/test.json --image-folder D     # your own LLaVA-format set
     python -m tools.ask runs/tiny           # ask the result about its held-out pictures   (10 s)
 
-    python -m tools.plan --full             # what the real run wants of your GPUs, before you have them   (1 min)
+    python -m tools.plan --full             # what the real run wants of your GPUs, before you have them   (30 s)
     python train.py --full --data-root D    # CLIP-L, EVA-02-L, ConvNeXt-XXL, Vicuna-7B on LLaVA's data, one process a GPU
     torchrun --nnodes 2 --nproc-per-node 8 ... train.py --full --data-root D                # the same on several nodes
     python train.py --resume runs/full      # go on where the last checkpoint stands, on any number of GPUs
@@ -35,7 +35,6 @@ import timm
 import torch
 import torchvision
 from huggingface_hub import save_torch_state_dict
-from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
@@ -48,6 +47,7 @@ from mole import BalanceForm, MoleForm, MoleInit, RouterGrad, balance_loss, expe
 from teachers import (AdapterDirection, AdapterForm, ClipEncoder, TeacherCache, Teachers, VisionEncoder, adapt, adapt_student, build_adapters,
                       digest, find_weights, is_real, parse_spec)
 from tools import scale
+from tools.plots import plot_curves, plot_samples
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config: every field is a flag (--lambda-kd 0), is saved in the run's config.json, and has its reason beside it
@@ -506,7 +506,6 @@ def run_stage(c: Config, trained: Trained, teachers: Teachers, dataset: data.Con
         scale.load(resume, trained, optimizer)
     steps = data.count_steps(len(dataset), batch_size, epochs)
     steps = min(steps, c.max_steps or steps)
-    warmup = max(1, round(c.warmup * steps))
     pieces, mine = micro_batches(c, batch_size)
     if pieces > min(batch_size, len(dataset)):
         raise InputError(f"--stage{stage}-batch {batch_size}: has no sample for each of {pieces} micro-batches; raise it or use fewer --processes")
@@ -530,20 +529,16 @@ def run_stage(c: Config, trained: Trained, teachers: Teachers, dataset: data.Con
         if not log["L_total"].isfinite():
             name = next(name for name, term in log.items() if not term.isfinite().all())
             raise InputError(f"{name} is {log[name].item()} at stage {stage}, step {step}: lower --stage{stage}-lr {lr}")
-        progress.flops.setdefault(str(stage), scale.total({"": torch.tensor(counter.get_total_flops() * steps, dtype=torch.float64)})[""].item())
+        if str(stage) not in progress.flops:
+            progress.flops[str(stage)] = steps * scale.total({"": torch.tensor(float(counter.get_total_flops()), dtype=torch.float64)})[""].item()
         log["grad_norm"] = scale.whole(nn.utils.clip_grad_norm_(parameters, c.grad_clip))
-        rate = lr * ((step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
-        optimizer.param_groups[0]["lr"] = log["lr"] = rate
+        optimizer.param_groups[0]["lr"] = log["lr"] = lr * rate(step, steps, c.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += counts["tokens"]
         progress.step, progress.skipped, progress.cut = step + 1, progress.skipped + counts["skipped"], progress.cut + counts["cut"]
-        if (step % c.log_every == 0 or step == steps - 1) and scale.rank() == 0:
-            log = {name: value.tolist() if torch.is_tensor(value) else value for name, value in log.items()}
-            log |= {name: count for name in ("skipped", "cut") if (count := getattr(progress, name))}
-            log_file.write(json.dumps({"stage": stage, "step": step} | log) + "\n")  # no clock in it: one seed, one log
-            log_file.flush()
-            tqdm.write(log_line(stage, step, log) + f"  {tokens / (time.perf_counter() - clock):.0f} tokens/s")
+        if (step % c.log_every == 0 or step == steps - 1) and log_file:
+            write_log(log_file, progress, log, tokens / (time.perf_counter() - clock))
         due = c.save_every and (progress.step % c.save_every == 0 or progress.step == steps and stage == 1)
         if due or counts["stop"]:
             progress.log_bytes = log_file.tell() if log_file else 0
@@ -553,10 +548,21 @@ def run_stage(c: Config, trained: Trained, teachers: Teachers, dataset: data.Con
     return True
 
 
-def log_line(stage: int, step: int, log: dict) -> str:
+def rate(step: int, steps: int, warmup: float) -> float:
+    """The share of the learning rate: a linear warm-up, then half a cosine down to 0."""
+    warm = max(1, round(warmup * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def write_log(file, progress: Progress, log: dict, speed: float) -> None:
+    """A line for programs, without a clock in it, so that one seed makes one log; and a line to read."""
+    log = {name: value.tolist() if torch.is_tensor(value) else value for name, value in log.items()}
+    log |= {name: count for name in ("skipped", "cut") if (count := getattr(progress, name))}
+    file.write(json.dumps({"stage": progress.stage, "step": progress.step - 1} | log) + "\n")
+    file.flush()
     numbers = "  ".join(f"{name} {value:.3g}" for name, value in log.items() if isinstance(value, float))
     experts = "  experts " + " ".join("/".join(f"{100 * s:.0f}" for s in layer) for layer in log["experts"]) if "experts" in log else ""
-    return f"stage {stage} step {step}  {numbers}{experts}"
+    tqdm.write(f"stage {progress.stage} step {progress.step - 1}  {numbers}{experts}  {speed:.0f} tokens/s")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -653,46 +659,6 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     temporary.rmdir()
 
 
-def plot_curves(folder: Path) -> None:
-    """curves.png from log.jsonl: the loss terms and each teacher's own loss, both stages end to end."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(11, 3.6), layout="tight")
-    axes = figure.subplots(1, 2)
-    offset = max((line["step"] + 1 for line in lines if line["stage"] == 1), default=0)
-    for axis, prefix in zip(axes, ("L_", "kd_")):
-        for name in dict.fromkeys(k for line in lines for k in line if k.startswith(prefix)):
-            points = [(line["step"] + offset * (line["stage"] - 1), line[name]) for line in lines if name in line]
-            axis.plot(*zip(*points), label=name.replace("kd_", "L_kd, "), linewidth=1)
-        axis.axvline(offset, color="grey", linewidth=0.5)
-        axis.set(xlabel="step (stage 1 | stage 2)", yscale="log")
-        if axis.lines[1:]:  # without distillation there is no teacher to draw
-            axis.legend(fontsize=8)
-    save_figure(figure, folder / "curves.png")
-
-
-def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image) -> None:
-    """samples.png: held-out images with question, answer and the model's answer (green right, red wrong)."""
-    with_image = [i for i, row in enumerate(rows) if "image" in row["record"]]
-    order = torch.randperm(len(with_image), generator=torch.Generator().manual_seed(0)).tolist()
-    figure = Figure(figsize=(15, 7.5), layout="tight")
-    axes = figure.subplots(3, 7)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, i in zip(axes.flat, (with_image[k] for k in order)):
-        axis.imshow(get_image(rows[i]["record"]["image"]).permute(1, 2, 0).numpy())
-        good = normalise(answers[i]) == rows[i]["answer"]
-        axis.set_title(f"{rows[i]['question'][:40]}\n{rows[i]['answer'][:25]} | {answers[i][:25]}", fontsize=9, parse_math=False,
-                       color="green" if good else "red")
-    figure.suptitle("held-out images: question, answer | the model's answer")
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=80, format="png")
-    temporary.rename(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -727,8 +693,8 @@ def prepare(c: Config, sets: dict, tokenizer, weights: dict[str, Path | str]) ->
         scale.recompute(vlm.blocks)
     if sharded:
         scale.shard(trained, vlm.blocks, c.device, c.precision == "bf16")
-    for encoder in teachers.encoders.values():
-        if scale.world() > 1 and sum(p.numel() for p in encoder.parameters()) > scale.SHARD_TEACHERS_ABOVE:
+    for name, encoder in teachers.encoders.items():  # CLIP stays whole: its [CLS] row reads the weights of a block from outside
+        if scale.world() > 1 and name != "clip" and sum(p.numel() for p in encoder.parameters()) > scale.SHARD_TEACHERS_ABOVE:
             scale.shard_frozen(encoder, c.device)
     if c.compile == "on":
         for encoder in (vlm.student, *teachers.encoders.values()):

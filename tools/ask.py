@@ -28,7 +28,10 @@ def main(argv: list[str] | None = None) -> None:
         record = {"image": str(args.image), "conversations": [{"from": "human", "value": f"<image>\n{args.question}"}]}
         print(train.answer(c, vlm, tokenizer, [record], lambda name: load_image(Path(name), c.image_size))[0])
         return
-    records, get_image = train.load_sets(c)["eval"]
+    sets = train.load_sets(c)
+    if "eval" not in sets:
+        parser.error(f'{args.run} has no held-out set: python -m tools.ask {args.run} IMAGE "QUESTION"')
+    records, get_image = sets["eval"]
     rows = train.questions_of(records)[:args.n]
     answers = train.answer(c, vlm, tokenizer, [row["record"] for row in rows], get_image)
     for row, given in zip(rows, answers):

@@ -1,6 +1,6 @@
 """Does MoVE-KD help, which part of it, and why? Arms of one experiment, each a command line of train.py, over several seeds.
 
-    python -m tools.compare                 # 11 arms x 5 seeds -> runs/compare/table.md, compare.png
+    python -m tools.compare                 # 12 arms x 5 seeds -> runs/compare/table.md, compare.png
     python -m tools.compare --seeds 1       # one pass, no intervals
     python -m tools.compare --arms movekd no-kd --eval-split validation --out runs/tune     # tuning: never on the test split
 
@@ -28,6 +28,7 @@ import train
 from data import ASKED
 from model import flop_counter
 from teachers import VisionEncoder
+from tools.plots import save_figure
 from tools.pretrain_tiny import PROBE, explained, pooled, probe, probe_images, stage0
 
 ARMS = {  # name: (what it is, flags of train.py)
@@ -37,6 +38,7 @@ ARMS = {  # name: (what it is, flags of train.py)
     "movekd": ("**MoVE-KD**", ""),
     "no-token-weight": ("MoVE-KD, token weights uniform", "--kd-token-weight uniform"),
     "no-teacher-weight": ("MoVE-KD, teacher weights uniform", "--kd-teacher-weight uniform"),
+    "clip-only": ("teacher CLIP alone: fine-tuning that stays near CLIP", "--teachers clip"),  # how much of the gain is no teaching at all?
     "clip-eva": ("MoVE-KD, teachers CLIP + EVA", "--teachers clip eva"),
     "clip-convnext": ("MoVE-KD, teachers CLIP + ConvNeXt", "--teachers clip convnext"),
     "student-to-teacher": ("heads student -> teacher (AM-RADIO)", "--adapter-direction student_to_teacher"),
@@ -191,7 +193,7 @@ def plot(results: dict, path: Path) -> None:
             right.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=9)
     right.set_xticks(range(len(types)), types, rotation=20)
     right.set_yticks([])
-    train.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

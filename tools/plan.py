@@ -1,6 +1,6 @@
 """Will it fit, and how long will it take?  Counted on the meta device: no GPU, no weights, no download.
 
-    python -m tools.plan --full                                     # 8 GPUs of 80 GB        (1 min)
+    python -m tools.plan --full                                     # 8 GPUs of 80 GB        (30 s)
     python -m tools.plan --full --gpus 4 --gpu-memory 40 --teachers clip eva
     python -m tools.plan --small --gpus 1 --gpu-memory 24           # every flag of train.py may follow
 
@@ -10,15 +10,16 @@ Letters: P parameters, G GPUs, b samples of a micro-batch.
 import argparse
 import dataclasses
 import gc
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import data
 import train
-from model import VLM, PretrainedLLM, flop_counter
-from teachers import Teachers, build_adapters
+from data import InputError
+from kd_loss import kd_loss, teacher_weights, token_weights
+from model import VLM, PretrainedLLM, flop_counter, text_loss
+from teachers import Teachers, adapt, adapt_student, build_adapters
 from tools import scale
 from tools.bench import PeakMemory
 
@@ -44,14 +45,21 @@ class MetaTokenizer:
 def meta_models(c: train.Config) -> tuple[train.Trained, Teachers]:
     """All models of a run without their numbers."""
     with torch.device("meta"):
-        llm = None
-        if c.llm:
-            from transformers import AutoConfig, LlamaConfig
-            config = LlamaConfig(**LLMS[c.llm]) if c.llm in LLMS else AutoConfig.from_pretrained(c.llm)
-            llm = PretrainedLLM(c.llm, config)
+        llm = PretrainedLLM(c.llm, llm_config(c.llm)) if c.llm else None
         vlm, teachers = train.build_vlm(c, MetaTokenizer, llm=llm), train.build_teachers(c, {})
         adapters = build_adapters(teachers, vlm.student.num_tokens, vlm.student.dim, c.adapter_form, c.adapter_direction)
     return train.Trained(vlm, adapters), teachers
+
+
+def llm_config(name: str):
+    from transformers import AutoConfig, LlamaConfig
+    if name in LLMS:
+        return LlamaConfig(**LLMS[name])
+    data.ask_hub()
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        raise InputError(f"--llm {name}: has no config.json that can be read; name a folder with one, or one of {', '.join(LLMS)}") from None
 
 
 def count(parameters) -> int:
@@ -93,12 +101,12 @@ def run_llm(vlm: VLM, x: torch.Tensor) -> torch.Tensor:
     return vlm.llm.model.get_output_embeddings()(decoder.norm(x))                       # (B, T, V)
 
 
-def step_flops(c: train.Config, stage: int, forward: dict[str, float]) -> float:
+def step_flops(c: train.Config, stage: int, forward: dict[str, float]) -> dict[str, float]:
     """Of one sample with an image: forward once; backward to the inputs as much again (the student's inputs are the images, but in stage 1 the experts of
     its first block want the gradient); to the weights as much again where they are trained; blocks that are recomputed, once more."""
     again = 1 if c.recompute else 0
     times = {"teacher": 1, "adapter": 3, "projector": 3, "student": (3 if stage == 2 else 2) + again, "LLM": (3 if stage == 2 else 2) + again}
-    return sum(times[name.split()[0]] * f for name, f in forward.items() if c.lambda_kd or name.split()[0] not in ("teacher", "adapter"))
+    return {name: times[name.split()[0]] * f for name, f in forward.items() if c.lambda_kd or name.split()[0] not in ("teacher", "adapter")}
 
 
 def activations(c: train.Config, stage: int, trained: train.Trained, teachers: Teachers, tokens: int) -> int:
@@ -130,9 +138,6 @@ def drop_gradient(p: nn.Parameter) -> None:
 
 def meta_step(c: train.Config, trained: train.Trained, teachers: Teachers, batch: int, tokens: int) -> None:
     """loss_terms without what looks at values, forward and backward."""
-    from kd_loss import kd_loss, teacher_weights, token_weights
-    from model import text_loss
-    from teachers import adapt, adapt_student
     vlm, adapters = trained["vlm"], trained["adapters"]
     images = torch.empty(batch, 3, c.image_size, c.image_size, dtype=torch.uint8, device="meta")
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
@@ -198,15 +203,22 @@ def plan(c: train.Config, gpus: int, gpu_memory: float, gpu_tflops: float, mfu: 
     vlm = trained["vlm"]
     groups = train.parts(vlm, trained["adapters"], teachers)
     lines = [f"{gpus} GPU(s) of {gpu_memory:g} GB; time at {100 * mfu:g} % of {gpu_tflops:g} TFLOP/s each", "",
-             "| model | parameters | TFLOPs forward, one image (LLM: one sample of stage 2) |", "|---|---|---|"]
+             "| model | parameters | TFLOPs forward, one image (LLM: one sample of stage 2) | TFLOPs of a step, stage 1 | stage 2 |", "|---|---|---|---|---|"]
     forward = {stage: forward_flops(c, trained, teachers, vlm.student.num_tokens + TEXT[stage]) for stage in (1, 2)}
     numbers = {"student": count(vlm.student.parameters()), "projector": count(vlm.projector.parameters()), "LLM": count(vlm.llm.parameters()),
                **{name: count(group) for name, group in groups.items() if name.split()[0] in ("adapter", "teacher")}}
-    lines += [f"| {name} | {number:,} | {forward[2].get(name, 0) / 1e12:.4g} |" for name, number in numbers.items()]
+    samples = {stage: getattr(c, f"stage{stage}_batch") for stage in (1, 2)}
+    images = {stage: samples[stage] * (IMAGES[stage] if c.llm else 1) for stage in (1, 2)}
+    per_step = {stage: {name: images[stage] * f for name, f in step_flops(c, stage, forward[stage]).items()} for stage in (1, 2)}
+    for stage in (1, 2):  # the others have their text alone
+        shown = vlm.student.num_tokens + TEXT[stage]
+        per_step[stage]["LLM"] *= 1 + (samples[stage] / images[stage] - 1) * TEXT[stage] / shown
+    lines += [f"| {name} | {number:,} | {forward[2].get(name, 0) / 1e12:.4g} | " + " | ".join(f"{per_step[s].get(name, 0) / 1e12:,.4g}" for s in (1, 2)) + " |"
+              for name, number in numbers.items()]
     rows = {1: c.n_pretrain, 2: c.n_train + c.n_described + c.n_text} if not (c.llm or c.data_root) else ROWS
     hours = 0.0
     for stage in (1, 2):
-        batch, epochs = getattr(c, f"stage{stage}_batch"), getattr(c, f"stage{stage}_epochs")
+        batch, epochs, tflops = samples[stage], getattr(c, f"stage{stage}_epochs"), sum(per_step[stage].values()) / 1e12
         train.set_trainable(stage, groups, c.student)
         tokens = c.max_length if c.llm else vlm.student.num_tokens + TEXT[stage]
         per_sample = activations(c, stage, trained, teachers, tokens)
@@ -218,12 +230,9 @@ def plan(c: train.Config, gpus: int, gpu_memory: float, gpu_tflops: float, mfu: 
         use = min(here, fits, c.micro_batch or fits)
         accumulate = 0 < use < here
         m = memory(c, stage, trained, teachers, gpus, accumulate, per_sample)
-        per_image = step_flops(c, stage, forward[stage])
-        text_only = (4 if c.recompute else 3) * forward[stage]["LLM"] * TEXT[stage] / (vlm.student.num_tokens + TEXT[stage])
-        per_step = batch * (IMAGES[stage] * per_image + (1 - IMAGES[stage]) * text_only) if c.llm else batch * per_image
         steps = data.count_steps(rows[stage], batch, epochs)
         steps = min(steps, c.max_steps or steps)
-        stage_hours = steps * per_step / (gpus * gpu_tflops * 1e12 * mfu) / 3600
+        stage_hours = steps * tflops / (gpus * gpu_tflops * mfu) / 3600
         hours += stage_hours
         lines += ["", f"stage {stage}: {count(p for p in trained.parameters() if p.requires_grad):,} parameters trained; batch {batch}, {here} samples a GPU", "",
                   "| on one GPU | GB |", "|---|---|"]
@@ -233,7 +242,7 @@ def plan(c: train.Config, gpus: int, gpu_memory: float, gpu_tflops: float, mfu: 
         lines.append(f"| together | {sum(values.values()) / 1e9:.3g} |")
         lines += ["", f"--micro-batch: {fits} fit in nine tenths of the memory; with {use} a step is {-(-here // use)} of them" if fits > 0 else
                   f"DOES NOT FIT: {m.fixed / 1e9:.1f} GB before the first sample; more GPUs (G shares parameters, gradients, optimizer) or a smaller LLM",
-                  f"{steps:,} steps of {per_step / 1e12:,.4g} TFLOPs: {stage_hours:.3g} hours"]
+                  f"{steps:,} steps of {tflops:,.4g} TFLOPs: {stage_hours:.3g} hours"]
     lines += ["", "P parameters, G GPUs, b samples of a micro-batch; bytes:", *(f"  {name:12} {rule}" for name, rule in RULES.items())]
     return "\n".join([*lines, "", f"together {hours:.3g} hours, {hours * gpus:.3g} GPU hours"])
 
