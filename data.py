@@ -24,6 +24,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -364,15 +365,21 @@ class DiskImages:
 
 def row_faults(records: list, folder: Path | None) -> Iterator[tuple[int, str]]:
     """(row, what is wrong with it) of every bad row: its form, answers, <image> tokens, and with a folder a missing or corrupt image."""
-    for row, record in enumerate(records):
+    def fault_of(record) -> str | None:
         fault = record_fault(record)
         if fault is None and folder and "image" in record:
             try:
                 load_image(folder / record["image"], 16)
             except InputError as e:
                 fault = f"has a bad image: {e}"
-        if fault:
-            yield row, fault
+        return fault
+
+    with ThreadPoolExecutor() as pool, tqdm(total=len(records), desc="check", leave=False) as bar:  # decoding a picture leaves Python to other threads
+        for start in range(0, len(records), 1000):
+            for row, fault in enumerate(pool.map(fault_of, records[start:start + 1000]), start):
+                bar.update()
+                if fault:
+                    yield row, fault
 
 
 def read_list(path: Path) -> list:
@@ -391,7 +398,7 @@ def read_records(path: Path, folder: Path, open_images: bool = True, skip_bad: b
     """A LLaVA-format JSON list, every row and, unless they are too many to open, every image validated before anything is trained. Raises InputError for
     the first fault, or with skip_bad leaves such rows out and says so on stderr."""
     records, bad = read_list(path), {}
-    for row, fault in row_faults(tqdm(records, desc=f"check {path.name}", leave=False), folder if open_images else None):
+    for row, fault in row_faults(records, folder if open_images else None):
         if not skip_bad:
             raise InputError(f"{path}: row {row} {fault}; `python data.py check {path} {folder}` lists every bad row")
         print(f"skipped: {path}: row {row} {fault}", file=sys.stderr)
@@ -660,7 +667,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"wrote {args.folder}/pretrain.json, train.json, validation.json, test.json and their images")
         return
     records = read_list(args.file)
-    found = list(row_faults(tqdm(records, desc="check", leave=False), args.images))
+    found = list(row_faults(records, args.images))
     for row, fault in found:
         print(f"{args.file}: row {row} {fault}")
     print(f"{args.file}: {len(records)} rows, {len(found)} bad")

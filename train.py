@@ -470,6 +470,10 @@ class Progress:
     flops: dict = dataclasses.field(default_factory=dict)    # of each stage: those of its first step times the steps
 
 
+def is_sharded(c: Config) -> bool:
+    return scale.world() > 1 or c.precision == "bf16"
+
+
 def micro_batches(c: Config, batch: int) -> tuple[int, range]:
     """In how many micro-batches a batch is dealt out, and which of them are this process's."""
     here = math.ceil(batch / scale.world() / c.micro_batch) if c.micro_batch else 1
@@ -477,8 +481,9 @@ def micro_batches(c: Config, batch: int) -> tuple[int, range]:
 
 
 def share_work(c: Config, micro: list[dict], stop: bool) -> tuple[list[dict], list[Part], dict]:
-    """This process's micro-batches of one step on its device, each with its Part; and the sums over all processes. With several processes, a micro-batch
-    without an image gets a blank one that counts for nothing, for a process that left the student out would keep the others waiting."""
+    """This process's micro-batches of one step on its device, each with its Part; and the sums over all processes. If the models are sharded, a micro-batch
+    without an image gets a blank one that counts for nothing: a process that left the student out would keep the others waiting, and a last micro-batch
+    that left it out would not send the gradients that the ones before have added up."""
     for batch in micro:
         if "fault" in batch:
             raise InputError(f'{batch["fault"]}; --skip-bad leaves such rows out')
@@ -489,7 +494,7 @@ def share_work(c: Config, micro: list[dict], stop: bool) -> tuple[list[dict], li
               "skipped": sum(len(b["skipped"]) for b in micro), "cut": sum(b["cut"] for b in micro), "stop": int(stop)}
     counts = {name: int(count) for name, count in scale.total({name: torch.tensor(count) for name, count in counts.items()}).items()}
     parts = [Part(text / max(1, counts["text"]), images / max(1, counts["images"])) for text, images in own]
-    if scale.world() > 1:
+    if is_sharded(c):
         blank = {"images": data.blank_image(c.image_size)[None], "image_names": [None]}
         micro = [batch if batch["images"] is not None else batch | blank for batch in micro]
     return [{k: v.to(c.device) if torch.is_tensor(v) else v for k, v in batch.items()} for batch in micro], parts, counts
@@ -688,10 +693,10 @@ def prepare(c: Config, sets: dict, tokenizer, weights: dict[str, Path | str]) ->
     if c.precision == "bf16":
         teachers.bfloat16()
     adapters = build_adapters(teachers, vlm.student.num_tokens, vlm.student.dim, c.adapter_form, c.adapter_direction)
-    trained, sharded = Trained(vlm, adapters), scale.world() > 1 or c.precision == "bf16"
+    trained = Trained(vlm, adapters)
     if c.recompute:
         scale.recompute(vlm.blocks)
-    if sharded:
+    if is_sharded(c):
         scale.shard(trained, vlm.blocks, c.device, c.precision == "bf16")
     for name, encoder in teachers.encoders.items():  # CLIP stays whole: its [CLS] row reads the weights of a block from outside
         if scale.world() > 1 and name != "clip" and sum(p.numel() for p in encoder.parameters()) > scale.SHARD_TEACHERS_ABOVE:
@@ -699,7 +704,7 @@ def prepare(c: Config, sets: dict, tokenizer, weights: dict[str, Path | str]) ->
     if c.compile == "on":
         for encoder in (vlm.student, *teachers.encoders.values()):
             encoder.compile()
-    return trained if sharded else trained.float().to(c.device), teachers.to(c.device)
+    return trained if is_sharded(c) else trained.float().to(c.device), teachers.to(c.device)
 
 
 def export(c: Config, out: Path, trained: Trained, tokenizer) -> None:
@@ -776,7 +781,7 @@ def train(c: Config, resumed: bool, start: float) -> None:
             resume = None
     checkpoints.finish()
     export(c, out, trained, tokenizer)
-    first, sharded = scale.rank() == 0, scale.world() > 1 or c.precision == "bf16"
+    first, sharded = scale.rank() == 0, is_sharded(c)
     scale.leave()
     if not first:
         return

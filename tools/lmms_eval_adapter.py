@@ -27,6 +27,7 @@ class MoVEKD(lmms):
 
     def __init__(self, run: str, batch_size: int | str = 1, device: str | None = None, max_batch_size: int | None = None):
         super().__init__()
+        self.task_dict = {}  # lmms-eval fills it: task -> split -> documents
         self.vlm, self.tokenizer, self.c = train.load_run(Path(run), "cpu" if device == "cpu" else "auto")
         self.batch_size = int(batch_size)
 
