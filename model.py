@@ -6,6 +6,7 @@ Letters: B samples, T tokens of text with the image's n among them, D width of t
 n, d tokens and width of the student.
 """
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -185,6 +186,8 @@ class PretrainedLLM(nn.Module):
             raise InputError(f"--llm {name}: cannot be loaded ({type(e).__name__}); name a folder that holds config.json, *.safetensors and the "
                              "tokenizer's files, or a model of the hub if it can be reached") from None
         self.dim = self.model.config.hidden_size
+        # transformers 5.24 renamed it
+        self.cache_name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     @classmethod
     def from_config_of(cls, folder: Path) -> "PretrainedLLM":
@@ -205,8 +208,8 @@ class PretrainedLLM(nn.Module):
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, cache=None) -> torch.Tensor:
         positions = token_positions(attention_mask)[:, -inputs_embeds.shape[1]:]        # (B, T)
-        return self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=positions, past_key_values=cache,
-                          use_cache=cache is not None).logits                           # (B, T, V)
+        return self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=positions, use_cache=cache is not None,
+                          **{self.cache_name: cache}).logits                            # (B, T, V)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

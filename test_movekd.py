@@ -1486,6 +1486,7 @@ def test_smollm2_speaks(tmp_path, monkeypatch):
 TRAINED = {  # arm: what stage 2 trains beside projector and LLM
     "llava": set(), "ensemble": set(), "no-kd": {"student backbone", "student MoLE"},
     "no-mole": {"student backbone", "adapter eva", "adapter convnext"},
+    "clip-only": {"student backbone", "student MoLE"},
     "clip-eva": {"student backbone", "student MoLE", "adapter eva"},
     "clip-convnext": {"student backbone", "student MoLE", "adapter convnext"},
 }
