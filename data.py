@@ -467,6 +467,16 @@ def ask_hub() -> None:
         constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
 
 
+def import_transformers():
+    """The library, wanted only for a real LLM. Raises InputError if it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("a real LLM needs transformers, which is not installed: pip install -r requirements-full.txt") from None
+    ask_hub()
+    return transformers
+
+
 class PretrainedTokenizer:
     """The tokenizer of a real LLM, a folder or a name on the hub, behind the names that WordTokenizer has. Vicuna's instruction comes
     before the first question."""
@@ -476,10 +486,9 @@ class PretrainedTokenizer:
               "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
 
     def __init__(self, name: str):
-        from transformers import AutoTokenizer
-        ask_hub()
+        transformers = import_transformers()
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, ImportError) as e:
             raise InputError(f"--llm {name}: its tokenizer cannot be loaded ({type(e).__name__}); name a folder that holds tokenizer.json or "
                              "tokenizer.model (this one needs sentencepiece), or a model of the hub if it can be reached") from None

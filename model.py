@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from data import IGNORE, InputError, ask_hub, read_json
+from data import IGNORE, InputError, import_transformers, read_json
 from mole import MoleForm, MoleInit, RouterGrad, add_mole
 from teachers import ClipEncoder, Teachers
 
@@ -178,10 +178,9 @@ class PretrainedLLM(nn.Module):
 
     def __init__(self, name: str, config=None):
         super().__init__()
-        from transformers import AutoModelForCausalLM
-        ask_hub()
+        causal = import_transformers().AutoModelForCausalLM
         try:
-            self.model = AutoModelForCausalLM.from_config(config) if config else AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            self.model = causal.from_config(config) if config else causal.from_pretrained(name, dtype="auto")
         except (OSError, ValueError) as e:
             raise InputError(f"--llm {name}: cannot be loaded ({type(e).__name__}); name a folder that holds config.json, *.safetensors and the "
                              "tokenizer's files, or a model of the hub if it can be reached") from None
@@ -192,8 +191,7 @@ class PretrainedLLM(nn.Module):
     @classmethod
     def from_config_of(cls, folder: Path) -> "PretrainedLLM":
         """The model that folder/config.json describes, without weights."""
-        from transformers import AutoConfig
-        return cls(str(folder), AutoConfig.from_pretrained(folder))
+        return cls(str(folder), import_transformers().AutoConfig.from_pretrained(folder))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -203,8 +201,7 @@ class PretrainedLLM(nn.Module):
         return self.model.get_input_embeddings()(ids)                                   # (B, T, D)
 
     def new_cache(self):
-        from transformers import DynamicCache
-        return DynamicCache()
+        return import_transformers().DynamicCache()
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, cache=None) -> torch.Tensor:
         positions = token_positions(attention_mask)[:, -inputs_embeds.shape[1]:]        # (B, T)
@@ -283,7 +280,7 @@ def released_config(folder: Path) -> tuple[dict, "transformers.LlamaConfig"] | N
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "moe" not in config:
         return None
-    from transformers import LlamaConfig
+    LlamaConfig = import_transformers().LlamaConfig
     moe = config["moe"]
     if moe.get("dense"):
         raise InputError(f"{folder / 'config.json'}: moe.dense is true: every token goes through all experts; only argmax routing is built here")

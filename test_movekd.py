@@ -1591,6 +1591,8 @@ BAD = {
 def test_bad_input_is_one_clear_line(flags, workplace, monkeypatch, capsys):
     """Exit status 2 and one line that names the file, row or flag; no traceback."""
     folder, _ = workplace
+    if "--llm" in flags:
+        pytest.importorskip("transformers")
     qa = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "that"}]
     (folder / "broken.json").write_text('[{"id": 1,')
     (folder / "corrupt.png").write_bytes(b"\x89PNG\r\n not a picture")

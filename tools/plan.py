@@ -52,12 +52,11 @@ def meta_models(c: train.Config) -> tuple[train.Trained, Teachers]:
 
 
 def llm_config(name: str):
-    from transformers import AutoConfig, LlamaConfig
+    transformers = data.import_transformers()
     if name in LLMS:
-        return LlamaConfig(**LLMS[name])
-    data.ask_hub()
+        return transformers.LlamaConfig(**LLMS[name])
     try:
-        return AutoConfig.from_pretrained(name)
+        return transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
         raise InputError(f"--llm {name}: has no config.json that can be read; name a folder with one, or one of {', '.join(LLMS)}") from None
 
