@@ -1263,12 +1263,15 @@ def test_sigterm_saves_and_ends_cleanly(workplace, monkeypatch):
 
 
 def test_resume_refuses_other_settings(two_processes, monkeypatch):
-    """A resumed run keeps its config: a flag that would change what is computed is refused; and so is a run without a checkpoint."""
+    """A resumed run keeps its config: a flag that would change what is computed is refused; and so is a run without a checkpoint, and a new run
+    in a folder whose checkpoints it would overwrite."""
     monkeypatch.chdir(two_processes)
     with pytest.raises(InputError, match="--stage2-lr: a resumed run keeps"):
         train.main(["--resume", "runs/two", "--stage2-lr", "1"])
     with pytest.raises(InputError, match="runs/tiny/checkpoints: holds no checkpoint"):
         train.main(["--resume", "runs/tiny"])
+    with pytest.raises(InputError, match="--out runs/two: holds checkpoints of an earlier run"):
+        train.main([*SHORT, "--out", "runs/two"])
 
 
 def test_recomputing_changes_nothing(workplace, monkeypatch):

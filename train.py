@@ -739,68 +739,84 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(c: Config, resumed: bool, start: float) -> None:
-    stop, out = scale.Stop(), Path(c.out)
-    checkpoints, progress = scale.Checkpoints(out / "checkpoints", c.keep), Progress()
+    """The run in one process, or this process's part of it."""
+    stop, out, first = scale.Stop(), Path(c.out), scale.rank() == 0
+    checkpoints = scale.Checkpoints(out / "checkpoints", c.keep)
+    if not resumed and scale.saved(checkpoints.folder):
+        raise InputError(f"--out {out}: holds checkpoints of an earlier run; go on with `python train.py --resume {out}`, name another --out, or delete "
+                         f"{checkpoints.folder}")
     resume, meta = scale.where(checkpoints.folder) if resumed else (None, {})
-    progress = Progress(**meta)
-    sets = load_sets(c)
+    progress, sets = Progress(**meta), load_sets(c)
     tokenizer = data.PretrainedTokenizer(c.llm) if c.llm else data.WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
     stage0_start = time.perf_counter()
     with scale.first_alone():
         weights, tflops_stage0 = pretrained_weights(c, sets["train"][0], tokenizer)
     seconds_stage0 = time.perf_counter() - stage0_start
     trained, teachers = prepare(c, sets, tokenizer, weights)
-    vlm, groups = trained["vlm"], parts(trained["vlm"], trained["adapters"], teachers)
-    datasets = build_datasets(c, sets, tokenizer, vlm.student.num_tokens)
-
-    if scale.rank() == 0:
-        (out / "result.json").unlink(missing_ok=True)  # of an earlier run here: the result is written last, and says that this run is whole
-        data.write_json(out / "config.json", dataclasses.asdict(c))
-        data.write_json(out / "versions.json", {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, torchvision, timm)}
-                        | ({"transformers": sys.modules["transformers"].__version__} if c.llm else {}))
-        if not c.llm:
-            data.write_json(out / "vocabulary.json", tokenizer.vocabulary)
-    with open(out / "log.jsonl", "r+" if resumed else "w") if scale.rank() == 0 else nullcontext() as log_file:
+    datasets = build_datasets(c, sets, tokenizer, trained["vlm"].student.num_tokens)
+    if first:
+        begin(c, out, tokenizer)
+    with open(out / "log.jsonl", "r+" if resumed else "w") if first else nullcontext() as log_file:
         if log_file and resumed:
             log_file.truncate(progress.log_bytes)
             log_file.seek(0, 2)
-        for stage, dataset in datasets.items():
-            table = set_trainable(stage, groups, c.student)
-            if stage < progress.stage:
-                continue
-            if stage > progress.stage:
-                progress.stage, progress.step = stage, 0
-            if scale.rank() == 0:
-                print(table, flush=True)
-            if not run_stage(c, trained, teachers, dataset, tokenizer.pad, log_file, progress, checkpoints, stop, resume):
-                checkpoints.finish()
-                if scale.rank() == 0:
-                    print(f"stopped by SIGTERM at stage {stage}, step {progress.step}; to go on: python train.py --resume {out}")
-                scale.leave()
-                return
-            resume = None
+        whole = run_stages(c, trained, teachers, datasets, tokenizer.pad, log_file, progress, checkpoints, stop, resume)
     checkpoints.finish()
-    export(c, out, trained, tokenizer)
-    first, sharded = scale.rank() == 0, is_sharded(c)
+    if whole:
+        export(c, out, trained, tokenizer)
+    vlm = None if is_sharded(c) else trained["vlm"]
+    del trained, teachers  # a GPU has no room for them and for what is loaded next
     scale.leave()
     if not first:
         return
-    plot_curves(out)
-    result = {}
-    if "eval" in sets:
-        if sharded:
-            vlm = None
-            del trained, teachers, groups
-            vlm = load_run(out, c.device)[0]
-        result, rows, answers = evaluate(c, vlm, tokenizer, *sets["eval"])
-        plot_samples(out / "samples.png", rows, answers, sets["eval"][1])
-    result |= {"seconds": round(time.perf_counter() - start, 1), "seconds_stage0": round(seconds_stage0, 1),
-               "tflops": round(sum(progress.flops.values()) / 1e12, 3), "tflops_stage0": round(tflops_stage0, 3), "peak_rss_mb": round(peak_rss_mb()),
-               "seed": c.seed, "skipped": progress.skipped, "cut": progress.cut}
+    if not whole:
+        print(f"stopped by SIGTERM at stage {progress.stage}, step {progress.step}; to go on: python train.py --resume {out}")
+        return
+    result = report(c, out, sets, tokenizer, vlm) | {
+        "seconds": round(time.perf_counter() - start, 1), "seconds_stage0": round(seconds_stage0, 1), "tflops": round(sum(progress.flops.values()) / 1e12, 3),
+        "tflops_stage0": round(tflops_stage0, 3), "peak_rss_mb": round(peak_rss_mb()), "seed": c.seed, "skipped": progress.skipped, "cut": progress.cut}
     if c.device == "cuda":
         result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
     data.write_json(out / "result.json", result)
     print_result(result, out)
+
+
+def begin(c: Config, out: Path, tokenizer) -> None:
+    """What a run folder says from its first minute on. The result of an earlier run here goes: it is written last, and says that a run is whole."""
+    (out / "result.json").unlink(missing_ok=True)
+    data.write_json(out / "config.json", dataclasses.asdict(c))
+    libraries = (torch, torchvision, timm, *((sys.modules["transformers"],) if c.llm else ()))
+    data.write_json(out / "versions.json", {"python": platform.python_version()} | {m.__name__: m.__version__ for m in libraries})
+    if not c.llm:
+        data.write_json(out / "vocabulary.json", tokenizer.vocabulary)
+
+
+def run_stages(c: Config, trained: Trained, teachers: Teachers, datasets: dict[int, data.Conversations], pad: int, log_file, progress: Progress,
+               checkpoints: scale.Checkpoints, stop: scale.Stop, resume: Path | None) -> bool:
+    """Both stages, or what is left of them; False if a SIGTERM ended the run."""
+    groups = parts(trained["vlm"], trained["adapters"], teachers)
+    for stage, dataset in datasets.items():
+        if stage < progress.stage:
+            continue
+        if stage > progress.stage:
+            progress.stage, progress.step, resume = stage, 0, None
+        table = set_trainable(stage, groups, c.student)
+        if log_file:
+            print(table, flush=True)
+        if not run_stage(c, trained, teachers, dataset, pad, log_file, progress, checkpoints, stop, resume):
+            return False
+    return True
+
+
+def report(c: Config, out: Path, sets: dict, tokenizer, vlm: VLM | None) -> dict:
+    """The pictures of a run and, if it has held-out questions, what it answers them with; a model that was sharded is read back from its folder."""
+    plot_curves(out)
+    if "eval" not in sets:
+        return {}
+    vlm = vlm or load_run(out, c.device)[0]
+    result, rows, answers = evaluate(c, vlm, tokenizer, *sets["eval"])
+    plot_samples(out / "samples.png", rows, answers, sets["eval"][1])
+    return result
 
 
 def peak_rss_mb() -> float:
