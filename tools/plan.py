@@ -197,6 +197,10 @@ def memory(c: train.Config, stage: int, trained: train.Trained, teachers: Teache
     return Memory(4 * P / gpus + gathered, gradients, 8 * P_trained / gpus, held, per_sample)
 
 
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.0f}" if size > 1e10 else f"{size / 1e9:.2g}"
+
+
 def plan(c: train.Config, gpus: int, gpu_memory: float, gpu_tflops: float, mfu: float) -> str:
     trained, teachers = meta_models(c)
     vlm = trained["vlm"]
@@ -237,8 +241,8 @@ def plan(c: train.Config, gpus: int, gpu_memory: float, gpu_tflops: float, mfu: 
                   "| on one GPU | GB |", "|---|---|"]
         values = {"parameters": m.parameters, "gradients": m.gradients, "optimizer": m.optimizer, "teachers": m.teachers,
                   "activations": max(use, 1) * m.per_sample}
-        lines += [f"| {name}{f' of {max(use, 1)}' if name == 'activations' else ''} | {value / 1e9:.3g} |" for name, value in values.items()]
-        lines.append(f"| together | {sum(values.values()) / 1e9:.3g} |")
+        lines += [f"| {name}{f' of {max(use, 1)}' if name == 'activations' else ''} | {gigabytes(value)} |" for name, value in values.items()]
+        lines.append(f"| together | {gigabytes(sum(values.values()))} |")
         lines += ["", f"--micro-batch: {fits} fit in nine tenths of the memory; with {use} a step is {-(-here // use)} of them" if fits > 0 else
                   f"DOES NOT FIT: {m.fixed / 1e9:.1f} GB before the first sample; more GPUs (G shares parameters, gradients, optimizer) or a smaller LLM",
                   f"{steps:,} steps of {tflops:,.4g} TFLOPs: {stage_hours:.3g} hours"]
