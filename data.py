@@ -477,6 +477,11 @@ def import_transformers():
     return transformers
 
 
+def llm_error(name: str, what: str) -> InputError:
+    return InputError(f"--llm {name}: {what}; name a folder with config.json, *.safetensors, and tokenizer.json or tokenizer.model (which needs sentencepiece and "
+                      f"protobuf): the files of https://huggingface.co/{name}, if that is a name of the hub")
+
+
 class PretrainedTokenizer:
     """The tokenizer of a real LLM, a folder or a name on the hub, behind the names that WordTokenizer has. Vicuna's instruction comes
     before the first question."""
@@ -490,8 +495,7 @@ class PretrainedTokenizer:
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, ImportError) as e:
-            raise InputError(f"--llm {name}: its tokenizer cannot be loaded ({type(e).__name__}); name a folder that holds tokenizer.json or "
-                             "tokenizer.model (this one needs sentencepiece), or a model of the hub if it can be reached") from None
+            raise llm_error(name, f"its tokenizer cannot be loaded ({type(e).__name__})") from None
         self.eos = self.tokenizer.eos_token_id
         self.bos = self.eos if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
         self.pad = self.eos  # never seen: the attention mask hides it, its label is IGNORE

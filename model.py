@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from data import IGNORE, InputError, import_transformers, read_json
+from data import IGNORE, InputError, import_transformers, llm_error, read_json
 from mole import MoleForm, MoleInit, RouterGrad, add_mole
 from teachers import ClipEncoder, Teachers
 
@@ -182,8 +182,7 @@ class PretrainedLLM(nn.Module):
         try:
             self.model = causal.from_config(config) if config else causal.from_pretrained(name, dtype="auto")
         except (OSError, ValueError) as e:
-            raise InputError(f"--llm {name}: cannot be loaded ({type(e).__name__}); name a folder that holds config.json, *.safetensors and the "
-                             "tokenizer's files, or a model of the hub if it can be reached") from None
+            raise llm_error(name, f"cannot be loaded ({type(e).__name__})") from None
         self.dim = self.model.config.hidden_size
         # transformers 5.24 renamed it
         self.cache_name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
