@@ -68,16 +68,21 @@ class PeakMemory(TorchDispatchMode):
         self.known = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.known |= {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}  # a view of an input is not new
+        for tensor in tree_leaves((args, kwargs)):
+            if torch.is_tensor(tensor):
+                self.note(tensor.untyped_storage(), size=0)  # made before or behind our back: a view of it is not new
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in self.known:
-                storage = tensor.untyped_storage()
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+            if torch.is_tensor(tensor):
+                self.note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.now)
         return out
+
+    def note(self, storage: torch.UntypedStorage, size: int) -> None:
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += size
+            weakref.finalize(storage, self.freed, storage._cdata, size)
 
     def freed(self, key: int, size: int) -> None:
         self.now -= size
@@ -339,7 +344,7 @@ def full_flops(s: Shape) -> tuple[float, float]:
     """FLOPs per image of the student and of all three teachers at their true sizes, counted without computing (meta device)."""
     with torch.device("meta"):
         encoders = {name: ClipEncoder(spec) if name == "clip" else VisionEncoder(spec) for name, spec in
-                    ((name, getattr(train.FULL, name).replace(".openai", "")) for name in train.ENCODERS)}
+                    ((name, getattr(train.FULL, name)) for name in train.FULL.teachers)}
         student, flops = Student(s.clip).add_experts(3, s.rank, 1.0, s.dropout), []
         for encoder in (student, *encoders.values()):
             with (counter := flop_counter()):
