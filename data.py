@@ -15,6 +15,7 @@ take the same path. Letters: B samples, T tokens, R pixels of the square image, 
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -567,7 +568,7 @@ class Conversations(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         skipped = []
-        for row in (*range(i, len(self)), *range(i)):
+        for row in itertools.chain(range(i, len(self)), range(i)):  # not a list: a set may have half a million rows
             try:
                 return self.item(row) | {"skipped": skipped}
             except InputError as e:

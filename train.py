@@ -132,7 +132,8 @@ class Config:
     grad_clip: float = 1.0                  # norm; so that one odd batch cannot undo a short run
     max_steps: int = 0                      # stop each stage after so many steps; 0 = run it all
 
-    # scale: no value here changes what is computed, but for bf16's rounding and the balance loss, whose shares are those of a micro-batch
+    # scale: no value here changes what is computed, but for bf16's rounding, the balance loss, whose shares are those of a micro-batch, and the masks
+    # that LoRA dropout draws, which are those of a process
     processes: int = 0                      # on this machine; 0: one for each GPU, on a CPU one
     micro_batch: int = 0                    # at most so many samples at once in one process; the rest of its part of a batch follows. 0: all
     precision: Literal["fp32", "bf16"] = "fp32"     # "bf16": of arithmetic, with fp32 master weights and losses; no gain on a CPU
@@ -146,24 +147,24 @@ class Config:
 
 
 ENCODERS = ("clip", "eva", "convnext", "sam")  # the fields of Config that specify one
-MACHINE = {"out", "device", "processes", "micro_batch", "workers", "recompute", "save_every", "keep", "log_every"}  # what a resumed run may change
+MACHINE = {"device", "processes", "micro_batch", "workers", "recompute", "save_every", "keep", "log_every"}  # what a resumed run may change
 TINY = Config()
 FULL = dataclasses.replace(
     TINY, out="runs/full", device="cuda", image_size=1024, cache_teachers="", precision="bf16", recompute=True, workers=8, group_batches=8,
-    micro_batch=16, save_every=500, log_every=10,
+    micro_batch=16, save_every=500,
     clip="vit_large_patch14_clip_quickgelu_336.openai img_size=336",                    # 576 x 1024
     eva="eva02_large_patch14_448.mim_m38m_ft_in22k img_size=1024 patch_size=16",        # 4096 x 1024
     convnext="convnext_xxlarge.clip_laion2b_soup img_size=1024",                        # 1024 x 3072
     llm="lmsys/vicuna-7b-v1.5",
     mole_rank=32, mole_alpha=1.0, mole_dropout=0.05, lambda_kd=0.5, kd_alpha=0.8,
     stage1_epochs=1, stage1_batch=256, stage1_lr=1e-3, stage2_epochs=1, stage2_batch=128, stage2_lr=2e-5, eval_batch=16, max_new_tokens=64)
-SMALL = dataclasses.replace(  # one consumer GPU, or a patient laptop: a fifth of the width everywhere, the same code and data; not tuned by anyone
+SMALL = dataclasses.replace(  # one consumer GPU, or a patient laptop: smaller models, the same code and data; nobody has tuned it
     FULL, out="runs/small", device="auto", image_size=512, workers=2, micro_batch=8,
     clip="vit_base_patch16_clip_quickgelu_224.openai img_size=224",                     # 196 x 768
     eva="eva02_base_patch14_448.mim_in22k_ft_in22k img_size=448",                       # 1024 x 768
     convnext="convnext_base.clip_laion2b img_size=512",                                 # 256 x 1024
     sam="samvit_base_patch16.sa1b img_size=1024",                                       # 4096 x 256
-    llm="HuggingFaceTB/SmolLM2-135M-Instruct", stage2_lr=1e-4)  # five times 7B's: narrower nets take larger steps
+    llm="HuggingFaceTB/SmolLM2-135M-Instruct", stage2_lr=1e-4)  # five times 7B's, a guess: narrower nets take larger steps
 PRESETS = {"tiny": TINY, "small": SMALL, "full": FULL}
 RECIPES = {  # --recipe: rows 1-9 of the README's table at once
     "paper": dict(mole_form="ffn", mole_router_grad="none", mole_init="zero", kd_token_weight="paper", kd_teacher_weight="paper",
@@ -299,8 +300,8 @@ def load_sets(c: Config) -> dict[str, tuple]:
 
 
 def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict[str, Path | str], float]:
-    """Where each encoder's weights are (and the tiny LLM's): a real one's in --weights or on the hub, a toy's made by stage 0, if they are not there;
-    and the TFLOPs of stage 0."""
+    """Where each encoder's weights are (and the tiny LLM's): a real one's in --weights or on the hub, a toy's made by stage 0 unless
+    it has been; and the TFLOPs of stage 0."""
     from tools.pretrain_tiny import stage0  # only the tiny preset makes its own pretrained models
     toys, tflops = stage0(c, records, tokenizer)
     return {name: find_weights(getattr(c, name), c.weights) for name in {"clip", *c.teachers} if is_real(getattr(c, name))} | toys, tflops

@@ -152,7 +152,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def whole_state(root: nn.Module) -> dict[str, torch.Tensor]:
     """All tensors of a model, whole and on the CPU; in the first process, for the others nothing."""
-    if world() == 1 and not isinstance(root, FSDPModule):
+    if not isinstance(root, FSDPModule):
         return root.state_dict()
     return get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
@@ -222,4 +222,3 @@ def load(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     options = StateDictOptions(ignore_frozen_params=True, strict=False)  # the frozen are not in it
     set_model_state_dict(root, state["model"], options=options)
     set_optimizer_state_dict(root, optimizer, state["optimizer"], options=StateDictOptions(ignore_frozen_params=True))
-
