@@ -1282,6 +1282,24 @@ def test_recomputing_changes_nothing(workplace, monkeypatch):
         assert (folder / "runs/recomputed" / name).read_bytes() == (folder / "runs/tiny" / name).read_bytes()
 
 
+def test_a_recomputed_block_leaves_only_its_input():
+    """With recomputing, a further block with experts takes its own input and its experts' gradients, and nothing of its second run stays behind: MoLE
+    holds the probabilities of the first run afterwards, not those of a graph that never runs backward."""
+    peaks, images = [], torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
+    for blocks in (4, 8):
+        student = Student(f"vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=64 depth={blocks + 1} num_heads=4")
+        student.requires_grad_(False)
+        student.add_experts(3, 2, 2.0, 0.0)
+        scale.recompute(student.net.blocks)
+        out, probs = student(images), [layer.probs for layer in mole_layers(student)]
+        out.sum().backward()
+        assert all(layer.probs is p for layer, p in zip(mole_layers(student), probs))
+        student.zero_grad()
+        peaks.append(bench.peak_bytes(lambda student=student: student(images).sum().backward()))
+    experts = sum(p.numel() for p in student.net.blocks[0].mlp.parameters() if p.requires_grad)
+    assert (peaks[1] - peaks[0]) / 4 < 1.1 * 4 * (4 * 37 * 64 + experts)
+
+
 def test_a_last_micro_batch_without_image_loses_no_gradient():
     """Sharded, with gradients sent after the last micro-batch only, and that one text alone: every gradient is that of the plain run."""
     vlm, teachers, adapters, _ = whole_method()

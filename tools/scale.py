@@ -12,7 +12,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -120,7 +120,19 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
     """Activation checkpointing: of each block only the input is kept, and its forward is run again in backward. By the forward method, so that no
     parameter's name changes."""
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), untouched(block)))
+
+
+@contextmanager
+def untouched(block: nn.Module):
+    """The tensors that the block's modules hold (MoLE's router probabilities) are after the second run what they were before it: those of the second run
+    would hold its graph, which never runs backward, and with it the activations of every block so far."""
+    before = [(module, name, value) for module in block.modules() for name, value in vars(module).items() if torch.is_tensor(value)]
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def shard(root: nn.Module, blocks: Iterable[nn.Module], device: str, bf16: bool) -> None:
