@@ -89,8 +89,9 @@ def kd_loss(student: dict[str, torch.Tensor], teachers: dict[str, torch.Tensor],
     total, per_teacher = w_tea.new_zeros(()), {}
     for i, (name, tokens) in enumerate(teachers.items()):
         weight = on_grid(w_tok, tokens.shape[1]) + 1 / tokens.shape[1]                  # (B, n)
-        # MSE(V^t_ij, V^s_j), the mean over d
-        mse = (tokens.float() - student[name].float()).square().mean(dim=-1)            # (B, n)
+        # MSE(V^t_ij, V^s_j), the mean over d. mse_loss keeps no difference for backward, and the gradient of a sum, unlike that of mean(),
+        # is no (B, n, d) tensor of its own
+        mse = F.mse_loss(student[name].float(), tokens.float(), reduction="none").sum(dim=-1) / tokens.shape[-1]    # (B, n)
         # sum_j (W^tok_j + 1/n) MSE_ij
         loss = (weight * mse).sum(dim=-1)                                               # (B,)
         total = total + (w_tea[:, i] * loss).mean()                                     # ()

@@ -50,11 +50,12 @@ class ExpertLoRA(nn.Module):
                 nn.init.uniform_(self.bias, -rank ** -0.5, rank ** -0.5)
 
     def forward(self, x: torch.Tensor, route: torch.Tensor) -> torch.Tensor:
-        gate = route.repeat_interleave(self.rank, dim=-1)                               # (B, N, E*r)
-        x = self.B(self.A(self.dropout(x)) * gate)                                      # (B, N, dim_out)
+        gate = route * self.scale  # alpha/r here, on the smallest tensor there is      # (B, N, E)
+        h = self.A(self.dropout(x)).unflatten(-1, (-1, self.rank))                      # (B, N, E, r)
+        x = self.B((h * gate[..., None]).flatten(-2))                                   # (B, N, dim_out)
         if self.bias is not None:
-            x = x + route @ self.bias                                                   # (B, N, dim_out)
-        return x * self.scale                                                           # (B, N, dim_out)
+            x = x + gate @ self.bias                                                    # (B, N, dim_out)
+        return x                                                                        # (B, N, dim_out)
 
 
 class MoLE(nn.Module):
