@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import gc
 import math
+import random
 import statistics
 import tempfile
 import time
@@ -37,6 +38,7 @@ from kd_loss import kd_loss, teacher_weights, token_weights
 from model import Student, flop_counter, text_loss
 from mole import MoLE, balance_loss, mole_layers
 from teachers import ClipEncoder, EncoderAdapter, Teachers, VisionEncoder, adapt, build_adapters
+from tools import scale
 from tools.pretrain_tiny import stage0
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,16 +48,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def seconds(forms: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median time of each form. Interleaved, so that a slow moment of the machine meets all of them."""
-    times = {name: [] for name in forms}
+    """Median time of each form. Interleaved, so that a slow moment of the machine meets all of them, and in another order each round, for what
+    runs behind a garbage collection or a large form finds cold caches: always first, a form of 8 ms took 2 more."""
+    times, order = {name: [] for name in forms}, random.Random(0)
+    gc.collect()
+    gc.disable()
     for i in range(repeats + 1):  # the first round warms up
-        gc.collect()
-        for name, form in forms.items():
+        for name in order.sample(list(forms), len(forms)):
             start = time.perf_counter()
-            form()
+            forms[name]()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
             times[name] += [time.perf_counter() - start] if i else []
+    gc.enable()
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -131,7 +136,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape("tiny", train.TINY.clip, 8, 0.0, 16, 96, (48, 64, 96), 15),
+    "tiny": Shape("tiny", train.TINY.clip, 8, 0.0, 16, 96, (48, 64, 96), 50),
     "ViT-L": Shape("ViT-L/14-336", "vit_large_patch14_clip_quickgelu_336 img_size=336", 32, 0.05, 1, 1024, (336, 1024, 1024), 3),
 }
 
@@ -216,15 +221,21 @@ class Row:
     reach: float | None
 
     def line(self) -> str:
-        scale, unit = {"time": (1e3, "ms"), "FLOPs": (1e-12, "T")}.get(self.measure, (1e-6, "MB"))
+        factor, unit = {"time": (1e3, "ms"), "FLOPs": (1e-12, "T")}.get(self.measure, (1e-6, "MB"))
         ratio = self.ours / self.other
         verdict = "" if self.reach is None else f"<= {self.reach:.2f} | " + ("yes" if ratio <= self.reach else "no")
-        return (f"| {self.what} | {self.measure} | {self.ratio_to} | {self.ours * scale:.3g} {unit} | {self.other * scale:.3g} {unit} | "
+        return (f"| {self.what} | {self.measure} | {self.ratio_to} | {self.ours * factor:.3g} {unit} | {self.other * factor:.3g} {unit} | "
                 f"{ratio:.2f} | {verdict or ' | '} |")
 
 
 def backward(out: torch.Tensor) -> None:
     out.sum().backward()
+
+
+def step_flops(form: Callable) -> int:
+    with (counter := flop_counter()):
+        form()
+    return counter.get_total_flops()
 
 
 def bench_mole(s: Shape) -> list[Row]:
@@ -239,12 +250,15 @@ def bench_mole(s: Shape) -> list[Row]:
     layers = {name: layer.to(DEVICE).train() for name, layer in layers.items()}
     t = seconds({name: lambda layer=layer: backward(layer(x)) for name, layer in layers.items()}, 5 * s.repeats)
     m = {name: saved_bytes(lambda layer=layer: layer(x)) for name, layer in layers.items()}
-    what = f"MoLE FFN, {s.name}"
-    rows = [Row(what + ", no dropout", measure, "floor: frozen FFN", x["no dropout"], x["ffn"], None)
-            for measure, x in (("time", t), ("saved activations", m)) if s.dropout]
-    return [Row(what, "time", "floor: frozen FFN", t["ours"], t["ffn"], 1.05), Row(what, "saved activations", "floor: frozen FFN", m["ours"], m["ffn"], 1.15),
-            Row(what, "time", "plain: loop over experts", t["ours"], t["loop"], None),
-            Row(what, "time", "fc1 + fc2 with gather", t["ours"], t["fc1_fc2"], 0.85), *rows]
+    flops = {name: step_flops(lambda layer=layer: backward(layer(x))) for name, layer in layers.items()}
+    rows = []
+    for name, what in (("ours", f"MoLE FFN{f' with LoRA dropout {s.dropout}' * bool(s.dropout)}, {s.name}"), ("no dropout", f"MoLE FFN, {s.name}")):
+        if name in layers:
+            rows += [Row(what, measure, "floor: frozen FFN", cost[name], cost["ffn"], reach)
+                     for measure, cost, reach in (("time", t, 1.05), ("saved activations", m, 1.15))]
+    return rows + [Row(rows[0].what, "FLOPs", "floor: frozen FFN", flops["ours"], flops["ffn"], None),
+                   Row(rows[0].what, "time", "plain: loop over experts", t["ours"], t["loop"], None),
+                   Row(rows[0].what, "time", "fc1 + fc2 with gather", t["ours"], t["fc1_fc2"], 0.85)]
 
 
 @torch.no_grad()
@@ -256,6 +270,7 @@ def bench_clip(s: Shape) -> list[Row]:
     t, m = seconds(forms, s.repeats), {name: peak_bytes(form) for name, form in forms.items()}
     what = f"CLIP teacher + [CLS] row, {s.name}"
     return [Row(what, "time", "floor: SDPA to that block", t["ours"], t["floor"], 1.03), Row(what, "time", "plain: all maps", t["ours"], t["plain"], None),
+            Row(what, "peak memory", "floor: SDPA to that block", m["ours"], m["floor"], None),
             Row(what, "peak memory", "plain: all maps", m["ours"], m["plain"], 0.10)]
 
 
@@ -292,21 +307,27 @@ def bench_views(s: Shape) -> list[Row]:
 
 
 def bench_vision_step(s: Shape) -> list[Row]:
-    """Views, student forward + backward, CLIP teacher, token weights, loss: all fast forms together against all plain ones."""
+    """Views, student forward + backward, CLIP teacher, token weights, loss: all fast forms together against all plain ones. The floor is the two networks
+    alone, without experts, [CLS] row, weights and L_kd. At ViT-L also with each block recomputed, as FULL runs."""
     images = uint8_images(s.batch, s.pixels)
-    ours, plain, clip = (cls(s.clip).to(DEVICE) for cls in (Student, Student, ClipEncoder))
-    for student in (ours, plain):
+    ours, plain, floor, recomputed, clip = (cls(s.clip).to(DEVICE) for cls in (Student, Student, Student, Student, ClipEncoder))
+    for student in (ours, plain, floor, recomputed):
         student.requires_grad_(False)
-    ours.add_experts(3, s.rank, 1.0, s.dropout)
+    for student in (ours, recomputed):
+        student.add_experts(3, s.rank, 1.0, s.dropout)
+    scale.recompute(recomputed.net.blocks)
     for block in plain.net.blocks:
         block.mlp = LoopMoLE(block.mlp, plain.dim, 3, s.rank, s.dropout)
-    ours.to(DEVICE).train(), plain.to(DEVICE).train(), clip.eval()
+    floor.net.blocks[0].mlp.fc2.bias.requires_grad_()  # so that backward goes as far as to the first block's LoRA
+    for student in (ours, plain, floor, recomputed):
+        student.to(DEVICE).train()
+    clip.eval()
     _, others, _, w_tea = kd_tensors(s.batch, clip.num_tokens, clip.dim)
 
-    def fast():
+    def fast(student):
         with torch.no_grad():
             out = clip(images)
-        visual, teachers = ours(images), {**others, "clip": out.tokens}
+        visual, teachers = student(images), {**others, "clip": out.tokens}
         kd_loss(dict.fromkeys(teachers, visual), teachers, token_weights(out.cls_scores), w_tea)[0].backward()
 
     def slow():
@@ -317,10 +338,21 @@ def bench_vision_step(s: Shape) -> list[Row]:
         w_tok = maps[-1][:, :, 0, 1:].mean(dim=1)
         stacked_kd_loss(visual, {**others, "clip": x[:, 1:]}, w_tok, w_tea).backward()
 
-    t, m = seconds({"ours": fast, "plain": slow}, s.repeats), (peak_bytes(fast), peak_bytes(slow))
-    reach = (0.6, 0.4) if s.batch == 1 else (None, None)
-    return [Row(f"whole vision step, {s.name}", "time", "plain forms together", t["ours"], t["plain"], reach[0]),
-            Row(f"whole vision step, {s.name}", "peak memory", "plain forms together", *m, reach[1])]
+    def networks():
+        with torch.no_grad():
+            clip.net.forward_features(clip.view(images))
+        backward(floor(images))
+
+    forms = {"ours": lambda: fast(ours), "plain": slow, "floor": networks}
+    if s.batch == 1:
+        forms["recomputed"] = lambda: fast(recomputed)
+    t, m = seconds(forms, s.repeats), {name: peak_bytes(form) for name, form in forms.items()}
+    rows = []
+    for name, what in (("ours", f"whole vision step, {s.name}"), ("recomputed", f"the same with --recompute, {s.name}")):
+        for measure, cost, reach in (("time", t, 0.6), ("peak memory", m, 0.4)) if name in forms else ():
+            rows += [Row(what, measure, "plain forms together", cost[name], cost["plain"], reach if s.batch == 1 else None),
+                     Row(what, measure, "floor: CLIP and student without extras", cost[name], cost["floor"], None)]
+    return rows
 
 
 @torch.no_grad()
@@ -347,9 +379,8 @@ def full_flops(s: Shape) -> tuple[float, float]:
                     ((name, getattr(train.FULL, name)) for name in train.FULL.teachers)}
         student, flops = Student(s.clip).add_experts(3, s.rank, 1.0, s.dropout), []
         for encoder in (student, *encoders.values()):
-            with (counter := flop_counter()):
-                encoder.net.forward_features(torch.empty(1, 3, encoder.image_size, encoder.image_size))
-            flops.append(counter.get_total_flops())
+            image = torch.empty(1, 3, encoder.image_size, encoder.image_size)
+            flops.append(step_flops(lambda encoder=encoder, image=image: encoder.net.forward_features(image)))
     return flops[0], sum(flops[1:])
 
 
