@@ -222,9 +222,10 @@ class Row:
 
     def line(self) -> str:
         factor, unit = {"time": (1e3, "ms"), "FLOPs": (1e-12, "T")}.get(self.measure, (1e-6, "MB"))
+        ours, other = (f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in (self.ours * factor, self.other * factor))
         ratio = self.ours / self.other
         verdict = "" if self.reach is None else f"<= {self.reach:.2f} | " + ("yes" if ratio <= self.reach else "no")
-        return (f"| {self.what} | {self.measure} | {self.ratio_to} | {self.ours * factor:.3g} {unit} | {self.other * factor:.3g} {unit} | "
+        return (f"| {self.what} | {self.measure} | {self.ratio_to} | {ours} {unit} | {other} {unit} | "
                 f"{ratio:.2f} | {verdict or ' | '} |")
 
 
@@ -248,7 +249,7 @@ def bench_mole(s: Shape) -> list[Row]:
     if s.dropout:
         layers["no dropout"] = MoLE(ffn, D, 3, s.rank, 1.0, 0.0)
     layers = {name: layer.to(DEVICE).train() for name, layer in layers.items()}
-    t = seconds({name: lambda layer=layer: backward(layer(x)) for name, layer in layers.items()}, 5 * s.repeats)
+    t = seconds({name: lambda layer=layer: backward(layer(x)) for name, layer in layers.items()}, 10 * s.repeats)
     m = {name: saved_bytes(lambda layer=layer: layer(x)) for name, layer in layers.items()}
     flops = {name: step_flops(lambda layer=layer: backward(layer(x))) for name, layer in layers.items()}
     rows = []
@@ -445,7 +446,7 @@ def bench_step() -> list[Row]:
               "teachers": lambda: [e.net.forward_features(e.view(batch["images"])) for e in teachers.encoders.values()],
               "adapters": adapters_alone, "optimizer": optimizer.step}
     floors["teachers"] = torch.no_grad()(floors["teachers"])
-    t = seconds({"step": step, **floors}, 15)
+    t = seconds({"step": step, **floors}, 50)
     return [Row("training step, tiny", "time", "sum of its parts' floors", t.pop("step"), sum(t.values()), 1.15)]
 
 
