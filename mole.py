@@ -26,7 +26,7 @@ class ExpertLoRA(nn.Module):
 
         E_i(x) = alpha/r (B_i A_i x)                    with biases a, b:  alpha/r (B_i (A_i x + a_i) + b_i)
 
-    They are ONE LoRA of rank E*r, whose bottleneck is multiplied by the route: the r columns of the chosen expert by 1,
+    They are ONE LoRA of rank E*r, whose bottleneck is multiplied by alpha/r times the route: the r columns of the chosen expert by alpha/r,
     the others by 0. The same numbers as a loop over experts, but with static shapes, no gather, and every expert always in
     the graph, so that data-parallel ranks agree on which gradients exist even when an expert gets no token.
 
