@@ -49,7 +49,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def seconds(forms: dict[str, Callable], repeats: int) -> dict[str, float]:
     """Median time of each form. Interleaved, so that a slow moment of the machine meets all of them, and in another order each round, for what
-    runs behind a garbage collection or a large form finds cold caches: always first, a form of 8 ms took 2 more."""
+    always ran behind the same large form would always find cold caches."""
     times, order = {name: [] for name in forms}, random.Random(0)
     gc.collect()
     gc.disable()
@@ -233,7 +233,7 @@ def backward(out: torch.Tensor) -> None:
     out.sum().backward()
 
 
-def step_flops(form: Callable) -> int:
+def count_flops(form: Callable) -> int:
     with (counter := flop_counter()):
         form()
     return counter.get_total_flops()
@@ -251,7 +251,7 @@ def bench_mole(s: Shape) -> list[Row]:
     layers = {name: layer.to(DEVICE).train() for name, layer in layers.items()}
     t = seconds({name: lambda layer=layer: backward(layer(x)) for name, layer in layers.items()}, 10 * s.repeats)
     m = {name: saved_bytes(lambda layer=layer: layer(x)) for name, layer in layers.items()}
-    flops = {name: step_flops(lambda layer=layer: backward(layer(x))) for name, layer in layers.items()}
+    flops = {name: count_flops(lambda layer=layer: backward(layer(x))) for name, layer in layers.items()}
     rows = []
     for name, what in (("ours", f"MoLE FFN{f' with LoRA dropout {s.dropout}' * bool(s.dropout)}, {s.name}"), ("no dropout", f"MoLE FFN, {s.name}")):
         if name in layers:
@@ -311,7 +311,7 @@ def bench_vision_step(s: Shape) -> list[Row]:
     """Views, student forward + backward, CLIP teacher, token weights, loss: all fast forms together against all plain ones. The floor is the two networks
     alone, without experts, [CLS] row, weights and L_kd. At ViT-L also with each block recomputed, as FULL runs."""
     images = uint8_images(s.batch, s.pixels)
-    ours, plain, floor, recomputed, clip = (cls(s.clip).to(DEVICE) for cls in (Student, Student, Student, Student, ClipEncoder))
+    (ours, plain, floor, recomputed), clip = (Student(s.clip) for _ in range(4)), ClipEncoder(s.clip).to(DEVICE).eval()
     for student in (ours, plain, floor, recomputed):
         student.requires_grad_(False)
     for student in (ours, recomputed):
@@ -322,7 +322,6 @@ def bench_vision_step(s: Shape) -> list[Row]:
     floor.net.blocks[0].mlp.fc2.bias.requires_grad_()  # so that backward goes as far as to the first block's LoRA
     for student in (ours, plain, floor, recomputed):
         student.to(DEVICE).train()
-    clip.eval()
     _, others, _, w_tea = kd_tensors(s.batch, clip.num_tokens, clip.dim)
 
     def fast(student):
@@ -381,7 +380,7 @@ def full_flops(s: Shape) -> tuple[float, float]:
         student, flops = Student(s.clip).add_experts(3, s.rank, 1.0, s.dropout), []
         for encoder in (student, *encoders.values()):
             image = torch.empty(1, 3, encoder.image_size, encoder.image_size)
-            flops.append(step_flops(lambda encoder=encoder, image=image: encoder.net.forward_features(image)))
+            flops.append(count_flops(lambda encoder=encoder, image=image: encoder.net.forward_features(image)))
     return flops[0], sum(flops[1:])
 
 
@@ -572,7 +571,7 @@ def drift(teachers: Teachers, images: torch.Tensor, form: str, detach: bool, ste
 def rank_of_change(form: str) -> int:
     """Numerical rank of F*(x) - F(x) over 1,024 tokens of one expert, d = 1024, r = 32: singular values above 1 % of the largest."""
     torch.manual_seed(0)
-    ffn = Student(SHAPES["ViT-L"].clip.replace("_large_", "_large_") + " depth=2").net.blocks[0].mlp
+    ffn = Student(SHAPES["ViT-L"].clip + " depth=2").net.blocks[0].mlp
     layer, x = MoLE(ffn, 1024, 1, 32, 32.0, 0.0, form=form, init="kaiming"), torch.randn(1, 1024, 1024)
     s = torch.linalg.svdvals((layer(x) - ffn(x))[0])
     return int((s > 0.01 * s[0]).sum())
