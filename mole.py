@@ -1,12 +1,13 @@
-"""Mixture of LoRA experts (MoLE) in the student's feed-forward networks.  Paper, mixture of LoRA experts:
+"""Mixture of LoRA experts (MoLE) in the student's feed-forward networks.
 
-    F*(x) = F(x) + E_i(x),    i = argmax_e softmax(f(x))_e
+    F*(x) = F(x) + E_i(x),    i = argmax_e softmax(f(x))_e          paper, mixture of LoRA experts
 
-x one token, F the original FFN of the block, f the router (one Linear), E_i the chosen expert, a LoRA.
-The student has to learn from teachers that pull in different directions; experts let it put their knowledge in
-different weights, while F keeps what CLIP knew.
+x is one token, F the block's own FFN, f the router (one Linear), E_i the chosen expert (a LoRA).
+The student learns from teachers that pull in different directions. Experts let it keep what they
+teach in different weights, while F keeps what CLIP knew.
 
-Letters: B images, N tokens ([CLS] included), D width, H width inside the FFN, E experts, r rank of one expert, L layers.
+Letters (the README has all of them): B images, 1 + n student tokens ([CLS] first), d width,
+d_ffn width inside the FFN, E experts, r rank of one expert, L layers.
 """
 
 from typing import Literal
@@ -15,122 +16,166 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-MoleForm = Literal["ffn", "fc1_fc2"]                 # where the LoRAs are; "fc1_fc2" is the released code's
-MoleInit = Literal["zero", "kaiming"]                # of LoRA-B; "kaiming" is the released code's
-RouterGrad = Literal["straight_through", "none"]     # "none" is the paper's formula and the released code's
-BalanceForm = Literal["per_layer", "pooled"]         # "pooled" is the released code's
+MoleForm = Literal["ffn", "fc1_fc2"]                # where the LoRAs are; "fc1_fc2": released code
+MoleInit = Literal["zero", "kaiming"]               # of the up matrix; "kaiming": released code
+RouterGrad = Literal["straight_through", "none"]    # "none": the paper's formula
+BalanceForm = Literal["per_layer", "pooled"]        # "pooled": released code
 
 
 class ExpertLoRA(nn.Module):
-    """E LoRAs from dim_in to dim_out, of which each token uses one.  x (B, N, dim_in), route (B, N, E) -> (B, N, dim_out)
+    """E LoRAs from dim_in to dim_out, of which each token uses one.
 
-        E_i(x) = alpha/r (B_i A_i x)                    with biases a, b:  alpha/r (B_i (A_i x + a_i) + b_i)
+        E_i(x) = alpha/r up_i down_i x           with bias:  alpha/r (up_i (down_i x + a_i) + b_i)
 
-    They are ONE LoRA of rank E*r, whose bottleneck is multiplied by alpha/r times the route: the r columns of the chosen expert by alpha/r,
-    the others by 0. The same numbers as a loop over experts, but with static shapes, no gather, and every expert always in
-    the graph, so that data-parallel ranks agree on which gradients exist even when an expert gets no token.
+    The plain form is a loop over experts:
 
-    `init` says what E_i is at step 0. "zero", LoRA's convention, makes LoRA-B = 0, so that the student starts exactly as CLIP.
-    "kaiming" (released) draws B as it draws A: the student starts some way from CLIP, 2.6 % at ViT-L shapes with random weights
-    (`python -m tools.bench --differences`, as for every number in this file).
+        for e in range(E):
+            rows = chosen_expert == e
+            out[rows] = alpha / r * up[e](down[e](x[rows]))
+
+    The fused form gives the same numbers. The E LoRAs are ONE LoRA of rank E*r, whose bottleneck is
+    multiplied by the route: the r columns of the chosen expert by alpha/r, the others by 0. Shapes
+    are static, nothing is gathered, and every expert is always in the graph, so data-parallel
+    processes agree on which gradients exist even when an expert gets no token.
+
+    init: "zero", LoRA's convention, starts with E_i(x) = 0, so that the student starts as CLIP;
+    "kaiming" (released code) draws `up` as it draws `down`: the student starts away from CLIP.
     """
 
-    def __init__(self, dim_in: int, dim_out: int, num_experts: int, rank: int, alpha: float, dropout: float, init: MoleInit, bias: bool):
+    def __init__(self, dim_in: int, dim_out: int, *, num_experts: int, rank: int, alpha: float,
+                 dropout: float, init: MoleInit, bias: bool):
         super().__init__()
-        self.rank, self.scale = rank, alpha / rank
-        self.A = nn.Linear(dim_in, num_experts * rank, bias=bias)           # the E down projections, stacked
-        self.B = nn.Linear(num_experts * rank, dim_out, bias=False)         # the E up projections, side by side
-        self.bias = nn.Parameter(torch.zeros(num_experts, dim_out)) if bias else None
+        self.rank = rank
+        self.scale = alpha / rank
+        self.down = nn.Linear(dim_in, num_experts * rank, bias=bias)    # E down matrices, stacked
+        self.up = nn.Linear(num_experts * rank, dim_out, bias=False)    # E up matrices, in a row
+        self.up_bias = nn.Parameter(torch.zeros(num_experts, dim_out)) if bias else None
         self.dropout = nn.Dropout(dropout)
         if init == "zero":
-            nn.init.zeros_(self.B.weight)
-        else:  # nn.Linear's own draw for each of the E up projections of r inputs, not for one of E*r
-            nn.init.uniform_(self.B.weight, -rank ** -0.5, rank ** -0.5)
+            nn.init.zeros_(self.up.weight)
+        else:  # nn.Linear's own draw for each up matrix of r inputs, not for one of E*r
+            nn.init.uniform_(self.up.weight, -rank ** -0.5, rank ** -0.5)
             if bias:
-                nn.init.uniform_(self.bias, -rank ** -0.5, rank ** -0.5)
+                nn.init.uniform_(self.up_bias, -rank ** -0.5, rank ** -0.5)
 
     def forward(self, x: torch.Tensor, route: torch.Tensor) -> torch.Tensor:
-        gate = route * self.scale  # alpha/r here, on the smallest tensor there is      # (B, N, E)
-        h = self.A(self.dropout(x)).unflatten(-1, (-1, self.rank))                      # (B, N, E, r)
-        x = self.B((h * gate[..., None]).flatten(-2))                                   # (B, N, dim_out)
-        if self.bias is not None:
-            x = x + gate @ self.bias                                                    # (B, N, dim_out)
-        return x                                                                        # (B, N, dim_out)
+        """x (B, 1 + n, dim_in), route (B, 1 + n, E) -> (B, 1 + n, dim_out)"""
+        # alpha/r goes on the gate: it is the smallest tensor there is
+        gate = route * self.scale                                               # (B, 1+n, E)
+        low = self.down(self.dropout(x)).unflatten(-1, (-1, self.rank))         # (B, 1+n, E, r)
+        out = self.up((low * gate[..., None]).flatten(-2))                      # (B, 1+n, dim_out)
+        if self.up_bias is not None:
+            out = out + gate @ self.up_bias                                     # (B, 1+n, dim_out)
+        return out                                                              # (B, 1+n, dim_out)
 
 
-class MoLE(nn.Module):
-    """An FFN with a mixture of LoRA experts; stands where the FFN stood.  (B, N, D) -> (B, N, D)
+class RoutedFFN(nn.Module):
+    """What both forms of MoLE share: the FFN, the router, and the choice of an expert a token.
 
-    form: the paper adds one LoRA beside the whole FFN ("ffn", default), the released code puts one into each of its two Linears
-    ("fc1_fc2", with biases), both chosen by one route: fc2'(act(fc1'(x))). The second is no parallel low-rank map, for a LoRA in fc1 goes
-    through the activation: of rank 32, it changes the FFN by a map of rank 815, and it holds 998,592 parameters a layer in place of 196,608.
+    router_grad: argmax is flat, so by the paper's formula (and in the released code) the router has
+    no gradient from L_text or L_kd; only a balance loss trains it ("none"). "straight_through"
+    leaves every value as it is and sends the gradient through p, as if the route had been p.
 
-    router_grad: by the paper's formula, and in the released code, the router has no gradient from L_text or L_kd at all, for argmax
-    is flat; only a balance loss trains it ("none"). "straight_through" (default) leaves every forward value as it is and sends
-    the gradient through p = softmax(f(x)), as if the route had been p (at tiny size its norm is 0.13 from L_text and 0.16 from L_kd, in
-    place of 0 and 0).
+    After each forward `probs` holds p = softmax(f(x)), (B, 1 + n, E). `router_probs` reads it as
+    soon as the student has run: a timm block hands on the output of its FFN and nothing else.
     """
 
-    def __init__(self, ffn: nn.Module, dim: int, num_experts: int, rank: int, alpha: float, dropout: float,
-                 router_grad: RouterGrad = "straight_through", form: MoleForm = "ffn", init: MoleInit = "zero"):
+    def __init__(self, ffn: nn.Module, dim: int, *, num_experts: int, router_grad: RouterGrad):
         super().__init__()
-        self.ffn, self.num_experts, self.router_grad, self.form = ffn, num_experts, router_grad, form
+        self.ffn = ffn
         self.router = nn.Linear(dim, num_experts)
-        if form == "ffn":
-            self.lora = ExpertLoRA(dim, dim, num_experts, rank, alpha, dropout, init, bias=False)
-        else:
-            self.lora_fc1, self.lora_fc2 = (ExpertLoRA(fc.in_features, fc.out_features, num_experts, rank, alpha, dropout, init, bias=True)
-                                            for fc in (ffn.fc1, ffn.fc2))
-        self.probs = None  # p of the last forward (B, N, E), for balance_loss and the log
+        self.router_grad = router_grad
+        self.probs = None
 
-    def experts(self) -> list[nn.Module]:
-        """All that MoLE adds to the FFN."""
-        return [self.router, self.lora] if self.form == "ffn" else [self.router, self.lora_fc1, self.lora_fc2]
+    def added(self) -> list[nn.Module]:
+        """All that MoLE adds to the FFN: the router and the experts."""
+        return [module for name, module in self.named_children() if name != "ffn"]
+
+    def route(self, x: torch.Tensor) -> torch.Tensor:
+        """The chosen expert of each token, one-hot: (B, 1 + n, d) -> (B, 1 + n, E)"""
+        # i = argmax_e softmax(f(x))_e
+        p = self.router(x).float().softmax(dim=-1)                              # (B, 1+n, E)
+        route = F.one_hot(p.argmax(dim=-1), p.shape[-1]).to(p.dtype)            # (B, 1+n, E)
+        if self.router_grad == "straight_through":
+            # p - p is exactly 0: the value stays one-hot, the gradient is that of p
+            route = route + (p - p.detach())                                    # (B, 1+n, E)
+        self.probs = p
+        return route.to(x.dtype)                                                # (B, 1+n, E)
+
+
+class MoLE(RoutedFFN):
+    """The paper's form, one LoRA beside the whole FFN.  (B, 1 + n, d) -> (B, 1 + n, d)"""
+
+    def __init__(self, ffn: nn.Module, dim: int, *, num_experts: int, router_grad: RouterGrad,
+                 **lora):
+        super().__init__(ffn, dim, num_experts=num_experts, router_grad=router_grad)
+        self.lora = ExpertLoRA(dim, dim, num_experts=num_experts, bias=False, **lora)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        p = self.router(x).float().softmax(dim=-1)                                      # (B, N, E)
-        route = F.one_hot(p.argmax(dim=-1), self.num_experts).to(p.dtype)               # (B, N, E)
-        if self.router_grad == "straight_through":
-            route = route + (p - p.detach())  # p - p is exactly 0: the value stays one-hot   (B, N, E)
-        self.probs = p
-        route = route.to(x.dtype)                                                       # (B, N, E)
-        if self.form == "ffn":
-            # F*(x) = F(x) + E_i(x)
-            return self.ffn(x) + self.lora(x, route)                                    # (B, N, D)
-        # F*(x) = fc2'(act(fc1'(x))),  fc'(x) = fc(x) + E_i(x)
-        x = self.ffn.act(self.ffn.fc1(x) + self.lora_fc1(x, route))                     # (B, N, H)
-        return self.ffn.fc2(x) + self.lora_fc2(x, route)                                # (B, N, D)
+        route = self.route(x)                                                   # (B, 1+n, E)
+        # F*(x) = F(x) + E_i(x)
+        return self.ffn(x) + self.lora(x, route)                                # (B, 1+n, d)
 
 
-def add_mole(vit: nn.Module, num_experts: int, *args) -> None:
-    """Put MoLE around the FFN (`block.mlp`) of every block of a timm ViT, in place; args as MoLE's. 0 experts: leave the ViT as it is."""
-    for block in vit.blocks if num_experts else ():
-        block.mlp = MoLE(block.mlp, vit.embed_dim, num_experts, *args)
+class ReleasedMoLE(RoutedFFN):
+    """The released code's form, a LoRA with biases in each of the FFN's two Linears, one route.
 
+        F*(x) = fc2'(act(fc1'(x))),    fc'(x) = fc(x) + E_i(x)       (B, 1 + n, d) -> (B, 1 + n, d)
 
-def mole_layers(model: nn.Module) -> list[MoLE]:
-    return [module for module in model.modules() if isinstance(module, MoLE)]
-
-
-def expert_shares(layer: MoLE) -> torch.Tensor:
-    """Share of the last forward's tokens that each expert got: (E,), sums to 1."""
-    return F.one_hot(layer.probs.argmax(dim=-1), layer.num_experts).float().mean(dim=(0, 1))      # (E,)
-
-
-def balance_loss(model: nn.Module, form: BalanceForm = "per_layer") -> torch.Tensor:
-    """Load balance over the experts (as in the Switch Transformer); the paper's L_total has no such term, the released code weighs it 0.01.
-
-        per_layer (default)   mean over layers of   E sum_e share_e mean_tokens(p_e)           1 when balanced, E when collapsed
-        pooled (released)     mean over images of     sum_e share_e mean_tokens(p_e)           1/E when balanced, 1 when collapsed,
-                              tokens of ALL layers of the image together
-
-    share_e = share of the tokens sent to expert e (no gradient), p_e = its router probability. Pooled, each layer may collapse
-    to another expert and the loss does not see it: 0.33, its minimum, where per layer it is 3, the maximum.
+    This is no parallel low-rank map, for the LoRA in fc1 goes through the activation.
     """
-    layers = mole_layers(model)
+
+    def __init__(self, ffn: nn.Module, dim: int, *, num_experts: int, router_grad: RouterGrad,
+                 **lora):
+        super().__init__(ffn, dim, num_experts=num_experts, router_grad=router_grad)
+        d_ffn = ffn.fc1.out_features
+        self.lora_fc1 = ExpertLoRA(dim, d_ffn, num_experts=num_experts, bias=True, **lora)
+        self.lora_fc2 = ExpertLoRA(d_ffn, dim, num_experts=num_experts, bias=True, **lora)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        route = self.route(x)                                                   # (B, 1+n, E)
+        # F*(x) = fc2'(act(fc1'(x)))
+        x = self.ffn.act(self.ffn.fc1(x) + self.lora_fc1(x, route))             # (B, 1+n, d_ffn)
+        return self.ffn.fc2(x) + self.lora_fc2(x, route)                        # (B, 1+n, d)
+
+
+def add_mole(vit: nn.Module, form: MoleForm, **options) -> None:
+    """Put MoLE around the FFN of every block of a timm ViT, in place; options as MoLE's."""
+    mole = {"ffn": MoLE, "fc1_fc2": ReleasedMoLE}[form]
+    for block in vit.blocks:
+        block.mlp = mole(block.mlp, vit.embed_dim, **options)
+
+
+def mole_layers(model: nn.Module) -> list[RoutedFFN]:
+    """The MoLE layers of a model, first to last."""
+    return [module for module in model.modules() if isinstance(module, RoutedFFN)]
+
+
+def router_probs(student: nn.Module) -> list[torch.Tensor]:
+    """p of each MoLE layer in the student's last forward: L x (B, 1 + n, E)"""
+    return [layer.probs for layer in mole_layers(student)]
+
+
+def expert_shares(p: torch.Tensor) -> torch.Tensor:
+    """The share of the tokens that each expert got: (B, 1 + n, E) -> (E,), sums to 1"""
+    chosen = F.one_hot(p.argmax(dim=-1), p.shape[-1])                           # (B, 1+n, E)
+    return chosen.float().mean(dim=(0, 1))                                      # (E,)
+
+
+def balance_loss(probs: list[torch.Tensor], form: BalanceForm) -> torch.Tensor:
+    """L_balance keeps all experts in use, as in the Switch Transformer: L x (B, 1 + n, E) -> ()
+
+        per_layer             mean over layers of   E sum_e share_e mean_tokens(p_e)
+        pooled (released)     mean over images of     sum_e share_e mean_tokens(p_e)
+                              of the tokens of ALL layers together
+
+    share_e is the share of the tokens sent to expert e (no gradient), p_e its router probability.
+    Per layer it is 1 when balanced and E when collapsed; pooled, 1/E and 1. Pooled, each layer may
+    collapse to another expert and the loss does not see it. The paper's L_total has no such term.
+    """
     if form == "per_layer":
-        losses = [m.num_experts * (expert_shares(m) * m.probs.mean(dim=(0, 1))).sum() for m in layers]
-        return torch.stack(losses).mean()
-    p = torch.cat([m.probs for m in layers], dim=1)                                     # (B, L*N, E)
-    share = F.one_hot(p.argmax(dim=-1), p.shape[-1]).float().mean(dim=1)                # (B, E)
-    return (share * p.mean(dim=1)).sum(dim=-1).mean()                                   # ()
+        losses = [p.shape[-1] * (expert_shares(p) * p.mean(dim=(0, 1))).sum() for p in probs]
+        return torch.stack(losses).mean()                                       # ()
+    p = torch.cat(probs, dim=1)                                                 # (B, L*(1+n), E)
+    share = F.one_hot(p.argmax(dim=-1), p.shape[-1]).float().mean(dim=1)        # (B, E)
+    return (share * p.mean(dim=1)).sum(dim=-1).mean()                           # ()

@@ -1,0 +1,200 @@
+"""From a Config to what a run is made of: data, tokenizer, weights, models."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from data import Conversations, DiskImages, conversation_ids
+from model import VLM, Ensemble, MoVEKD, Student
+from plumbing.cli import InputError
+from plumbing.config import Config
+from plumbing.encoder_weights import find_weights, is_real, load_net
+from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
+from plumbing.records import read_records
+from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters
+from tiny.llm import TinyLLM, WordTokenizer
+from tiny.pretrain import MAKERS, stage0
+from tiny.world import tiny_set
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+LLAVA_FILES = {  # set: (JSON file, folder of its images), both below --data-root
+    "pretrain": ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images"),
+    "train": ("llava_v1_5_mix665k.json", "."),
+}
+LLAVA_IMAGES = ("LLaVA-Pretrain/images", "coco/train2017", "gqa/images", "ocr_vqa/images",
+                "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
+
+
+def llava_layout(root: Path) -> dict[str, tuple[Path, Path]]:
+    """(JSON file, image folder) of LLaVA's 558k captions and 665k conversations under `root`.
+
+    They are laid out as LLaVA's docs/Data.md says. Raises InputError, with the layout, if a part
+    is missing.
+    """
+    files = [file for file, _ in LLAVA_FILES.values()]
+    for part in (*files, *LLAVA_IMAGES):
+        if not (root / part).exists():
+            raise InputError(f"--data-root {root}: has no {part}; LLaVA's layout (its docs/Data.md "
+                             f"says where to get each) is {', '.join(files)} and the image folders "
+                             f"{', '.join(LLAVA_IMAGES)}")
+    return {name: (root / file, root / folder) for name, (file, folder) in LLAVA_FILES.items()}
+
+
+def load_sets(c: Config) -> dict[str, tuple]:
+    """(records, get_image) of "pretrain", "train" and "eval": the one place that knows which."""
+    if c.data_root:
+        sets = {}
+        for name, (file, folder) in llava_layout(Path(c.data_root)).items():
+            records = read_records(file, folder, open_images=False, skip_bad=c.skip_bad)
+            sets[name] = (records, DiskImages(folder, c.image_size))
+        if c.eval_data:
+            folder = Path(c.image_folder)
+            records = read_records(Path(c.eval_data), folder, open_images=True, skip_bad=False)
+            sets["eval"] = (records, DiskImages(folder, c.image_size))
+        return sets
+    if c.data:
+        folder = Path(c.image_folder or Path(c.data).parent)
+        get_image = DiskImages(folder, c.image_size)
+        paths = {"pretrain": c.pretrain_data or c.data, "train": c.data, "eval": c.eval_data}
+        sets = {}
+        for name, path in paths.items():
+            records = read_records(Path(path), folder, open_images=True, skip_bad=c.skip_bad)
+            sets[name] = (records, get_image)
+        return sets
+    return {"pretrain": tiny_set("pretrain", c.n_pretrain),
+            "train": tiny_set("train", c.n_train, c.n_described, c.n_text),
+            "eval": tiny_set(c.eval_split, c.n_eval)}
+
+
+def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | PretrainedTokenizer:
+    """The LLM's own tokenizer, or for the tiny one a word a token, the words those of the data."""
+    if c.llm:
+        return PretrainedTokenizer(c.llm)
+    return WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
+
+
+def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict:
+    """{stage: its Conversations}, n image tokens each.
+
+    Stage 1 has captions, prompt "plain", or for want of captions conversations; text alone has
+    nothing to align. Stage 2 has conversations, prompt "v1".
+    """
+    records, get_image = sets["pretrain"]
+    pictured = [record for record in records if "image" in record]
+    if not pictured:
+        raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
+                         "nothing to align")
+    captions = not c.data or c.pretrain_data
+    template = "plain" if captions else "v1"
+    return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad),
+            2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Models
+
+
+def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict, float]:
+    """Where each model's weights are, and the TFLOPs of stage 0.
+
+    A real encoder's are in --weights or on the hub, a toy's (and the tiny LLM's) are made by stage
+    0 unless they have been. The LLM learns the language of `records`, the vision encoders always
+    see the tiny world.
+    """
+    wanted = {"clip", *c.teachers}
+    found = {}
+    toys = {}
+    for name in wanted:
+        spec = getattr(c, name)
+        if is_real(spec):
+            found[name] = find_weights(spec, c.weights)
+    for name in MAKERS:
+        if name != "llm" and not is_real(getattr(c, name)):
+            toys[name] = (getattr(c, name), c.stage0_scale)
+    if not c.llm:
+        # an answer about an image that is not shown teaches guessing
+        pure = [record for record in records if "image" not in record] or records
+        texts = [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]
+        toys["llm"] = (llm_shape(c, tokenizer), c.stage0_scale, texts, tokenizer.pad)
+    paths, tflops = stage0(toys)
+    return {**found, **paths}, tflops
+
+
+def llm_shape(c: Config, tokenizer: WordTokenizer) -> tuple:
+    """The tiny LLM's arguments."""
+    return len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden
+
+
+def build_encoder(c: Config, name: str, weights: dict) -> VisionEncoder:
+    """One encoder of the config, with its weights if they are given."""
+    spec = getattr(c, name)
+    kind = ClipEncoder if name == "clip" else VisionEncoder
+    return kind(spec, load_net(spec, weights.get(name)))
+
+
+def build_teachers(c: Config, weights: dict) -> Teachers:
+    """The frozen teachers, CLIP first."""
+    return Teachers({name: build_encoder(c, name, weights) for name in c.teachers})
+
+
+def build_student(c: Config, weights: dict) -> Student | Ensemble:
+    """The student, CLIP with experts; or a baseline's vision side."""
+    if c.student == "ensemble":
+        return Ensemble(build_teachers(c, weights))
+    student = Student(c.clip, load_net(c.clip, weights.get("clip")))
+    if c.mole_experts:
+        student.add_experts(form=c.mole_form, num_experts=c.mole_experts, rank=c.mole_rank,
+                            alpha=c.mole_alpha, dropout=c.mole_dropout,
+                            router_grad=c.mole_router_grad, init=c.mole_init)
+    return student
+
+
+def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = None) -> VLM:
+    """The VLM. With weights given, the student starts as CLIP and the LLM as pretrained.
+
+    `llm` is a real LLM that is built already.
+    """
+    torch.manual_seed(c.seed)
+    student = build_student(c, weights)
+    if c.llm:
+        language = llm or PretrainedLLM(c.llm)
+    else:
+        language = TinyLLM(*llm_shape(c, tokenizer))
+        if "llm" in weights:
+            language.load_state_dict(load_file(weights["llm"]))
+    torch.manual_seed(c.seed)  # again: with experts or without, the projector starts the same
+    return VLM(student, language, tokenizer.image)
+
+
+def build_movekd(c: Config, vlm: VLM, teachers: Teachers) -> MoVEKD:
+    """Everything that is trained, with its adapters new."""
+    torch.manual_seed(c.seed)
+    adapters = build_adapters(teachers, vlm.student.num_tokens, vlm.student.dim, c.adapter_form,
+                              c.adapter_direction)
+    return MoVEKD(vlm, adapters, distil=c.lambda_kd != 0, student_learns=c.student == "trained",
+                  clip_share=c.clip_share, token_weight=c.kd_token_weight,
+                  teacher_weight=c.kd_teacher_weight, detach=c.kd_teacher_grad == "detached",
+                  collapse=c.kd_collapse == "second_softmax", direction=c.adapter_direction,
+                  balance_form=c.balance_form)
+
+
+def find_device(device: str) -> str:
+    """cpu or cuda."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_place(c: Config) -> None:
+    """Raise InputError if data or GPU are not there, before any process is started."""
+    if c.data_root:
+        llava_layout(Path(c.data_root))
+    elif not c.data and is_real(c.clip):
+        raise InputError("a real CLIP and no data: name --data-root DIR for LLaVA's sets, or "
+                         "--data FILE and --eval-data FILE")
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, "
+                         "slowly, and `python -m tools.plan` says what GPUs it wants")

@@ -1,0 +1,46 @@
+"""Programs end bad input with one line, `error: ...`, on stderr and exit status 2."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from data import DataError
+
+
+class InputError(DataError):
+    """Bad input from the user; its text names the file, row or flag and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are one line like all others.
+
+    The description is a module's docstring, printed as it stands.
+    """
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists the arguments)")
+
+
+def run(program: Callable) -> None:
+    """Run a program's main(); bad input becomes its line and exit status 2."""
+    try:
+        program()
+    except Exception as e:
+        bad_input = isinstance(e, DataError)
+        rank = int(os.environ.get("RANK", 0))
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        # another process may know better what is wrong: then the launcher ends this one
+        if rank > 0 or (world > 1 and not bad_input):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        if not bad_input:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

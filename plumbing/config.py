@@ -1,0 +1,185 @@
+"""Config: every field is a flag (--lambda-kd 0), is saved with the run, and says why it is so.
+
+The defaults stand here and nowhere else. They are the TINY preset; SMALL and FULL change names and
+numbers, never the code that runs.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from kd_loss import TeacherWeight, TokenWeight
+from mole import BalanceForm, MoleForm, MoleInit, RouterGrad
+from teachers import AdapterDirection, AdapterForm
+from tiny.world import COUNTS
+
+
+def encoder(spec: str):
+    """A field that specifies an encoder: a timm name, its resolution, and what shrinks it."""
+    return dataclasses.field(default=spec, metadata={"encoder": True})
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    out: str = "runs/tiny"                  # the run folder
+    seed: int = 0                           # sets everything random: weights, order, dropout
+    device: Literal["cpu", "cuda", "auto"] = "cpu"  # "auto": a GPU if there is one
+
+    # --- data: "" means the built-in tiny world
+    data: str = ""                          # stage 2, LLaVA-format JSON
+    eval_data: str = ""                     # held-out questions of the same format
+    pretrain_data: str = ""                 # stage 1 captions; without it stage 1 uses `data`
+    image_folder: str = ""                  # images are relative to it; "": the folder of `data`
+    data_root: str = ""                     # LLaVA's two sets, laid out as its docs say
+    skip_bad: bool = False                  # leave unusable rows out; else the first is an error
+    eval_split: Literal["test", "validation"] = "test"  # tune on validation: test stays unread
+    n_pretrain: int = COUNTS["pretrain"]    # how much of the tiny world; reasons in tiny/world.py
+    n_train: int = COUNTS["train"]
+    n_described: int = COUNTS["described"]
+    n_text: int = COUNTS["text"]
+    n_eval: int = COUNTS["eval"]
+    image_size: int = 96                    # px of the loader's square image
+    max_length: int = 2048                  # tokens of a conversation; LLaVA's; longer ones are cut
+    group_batches: int = 1                  # batches sorted by length together; 8: little padding
+    workers: int = 0                        # processes that load images; 0 suits images in memory
+
+    # --- encoders, which differ in width, token count and resolution
+    teachers: tuple[str, ...] = ("clip", "eva", "convnext")     # names of the fields below
+    clip: str = encoder("vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 "
+                        "embed_dim=96 depth=4 num_heads=4")                 # 36 tokens x 96
+    eva: str = encoder("eva02_tiny_patch14_224 img_size=64 patch_size=8 "
+                       "embed_dim=80 depth=3 num_heads=4")                  # 64 x 80
+    convnext: str = encoder("convnext_atto img_size=128 depths=(1,1,2,1) "
+                            "dims=(16,32,64,128) ls_init_value=None")       # 16 x 128
+    sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # 4096 x 256; not in tiny
+    weights: str = ""                       # folder of the encoders' files; "": timm's hub
+    init_from: str = ""                     # the authors' checkpoint or a run to start from
+    student: Literal["trained", "frozen", "ensemble"] = "trained"   # the others are baselines
+    compile: Literal["off", "on"] = "off"   # torch.compile of the encoders; meant for CUDA
+    cache_teachers: str = "runs/teachers"   # folder that keeps the teachers' outputs; "": none
+
+    # --- mixture of LoRA experts; "row" is a row of docs/differences.md
+    mole_experts: int = 3                   # E, the paper's; 0: none
+    mole_rank: int = 8                      # r of one expert; 32 at width 1024
+    mole_alpha: float = 8.0                 # LoRA's alpha: the scale is alpha / rank
+    mole_dropout: float = 0.0               # released runs 0.05; a run of minutes does without
+    mole_form: MoleForm = "ffn"             # row 1
+    mole_router_grad: RouterGrad = "straight_through"   # row 2; "none" is the paper's formula
+    mole_init: MoleInit = "zero"            # row 3; so that the student starts as CLIP
+
+    # --- loss
+    lambda_kd: float = 1.0                  # lambda, the weight of L_kd
+    clip_share: float = 0.4                 # CLIP's fixed share of the teacher weights
+    kd_token_weight: TokenWeight = "paper"                          # row 4
+    kd_teacher_weight: TeacherWeight = "paper"                      # row 5
+    kd_teacher_grad: Literal["detached", "attached"] = "detached"   # row 6
+    kd_collapse: Literal["none", "second_softmax"] = "none"         # row 7
+    adapter_form: AdapterForm = "token_mixing"                      # row 8
+    adapter_direction: AdapterDirection = "teacher_to_student"      # the other is AM-RADIO's
+    balance_weight: float = 0.01            # row 9; the paper's L_total has no such term
+    balance_form: BalanceForm = "per_layer"                         # row 9
+
+    # --- LLM
+    llm: str = ""                           # folder or hub name of a causal LM; "": the tiny one
+    lm_dim: int = 96                        # D of the tiny one
+    lm_depth: int = 3
+    lm_heads: int = 4
+    lm_hidden: int = 256                    # SwiGLU's inner width, 8/3 of D
+
+    # --- stages
+    stage0_scale: float = 1.0               # multiplies stage 0's steps; small for a smoke run
+    stage1_epochs: float = 1.0              # LLaVA's
+    stage1_batch: int = 64                  # four times stage 2's: captions are short
+    stage1_lr: float = 1e-3                 # LLaVA's
+    stage2_epochs: float = 5.0              # LLaVA's is 1, of 665k conversations; here 2,500
+    stage2_batch: int = 16                  # small: here steps matter more than smooth gradients
+    stage2_lr: float = 1e-3                 # a 7B LLM wants 2e-5; at width 96 too little
+    warmup: float = 0.03                    # share of the steps, LLaVA's
+    grad_clip: float = 1.0                  # norm; one odd batch cannot undo a short run
+    max_steps: int = 0                      # stop each stage after so many steps; 0: run it all
+
+    # --- machine: no value changes what is computed, but for bf16's rounding, for L_balance, whose
+    # shares are those of a micro-batch, and for the masks that LoRA dropout draws in a process
+    processes: int = 0                      # on this machine; 0: one a GPU, on a CPU one
+    micro_batch: int = 0                    # at most so many samples at once in a process; 0: all
+    precision: Literal["fp32", "bf16"] = "fp32"     # of arithmetic; no gain on a CPU
+    recompute: bool = False                 # activation checkpointing: more time, less memory
+    save_every: int = 0                     # steps between checkpoints; 0: only on SIGTERM
+    keep: int = 2                           # checkpoints
+
+    log_every: int = 10                     # steps
+    max_new_tokens: int = 16                # of a generated answer; an endless one must end
+    eval_batch: int = 256                   # questions answered at once
+
+
+ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("encoder"))
+# what a resumed run may change
+MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute", "save_every",
+           "workers")
+RENAMED = {"kd_alpha": "clip_share"}  # keys in the config.json of older runs
+
+# What differs from TINY, side by side. SMALL is for one consumer GPU or a patient laptop; nobody
+# has tuned it. FULL holds the published values.
+LARGER = {
+    # field             SMALL                                  FULL
+    "out":              ("runs/small",                         "runs/full"),
+    "device":           ("auto",                               "cuda"),
+    "image_size":       (512,                                  1024),
+    "group_batches":    (8,                                    8),
+    "workers":          (2,                                    8),
+    "clip":             ("vit_base_patch16_clip_quickgelu_224.openai img_size=224",    # 196 x 768
+                         "vit_large_patch14_clip_quickgelu_336.openai img_size=336"),  # 576 x 1024
+    "eva":              ("eva02_base_patch14_448.mim_in22k_ft_in22k img_size=448",     # 1024 x 768
+                         "eva02_large_patch14_448.mim_m38m_ft_in22k img_size=1024 "
+                         "patch_size=16"),                                             # 4096 x 1024
+    "convnext":         ("convnext_base.clip_laion2b img_size=512",                    # 256 x 1024
+                         "convnext_xxlarge.clip_laion2b_soup img_size=1024"),          # 1024 x 3072
+    "sam":              ("samvit_base_patch16.sa1b img_size=1024",                     # 4096 x 256
+                         "samvit_large_patch16.sa1b img_size=1024"),
+    "cache_teachers":   ("",                                   ""),
+    "mole_rank":        (32,                                   32),
+    "mole_alpha":       (1.0,                                  1.0),
+    "mole_dropout":     (0.05,                                 0.05),
+    "lambda_kd":        (0.5,                                  0.5),
+    "clip_share":       (0.8,                                  0.8),
+    "llm":              ("HuggingFaceTB/SmolLM2-135M-Instruct", "lmsys/vicuna-7b-v1.5"),
+    "stage1_epochs":    (1,                                    1),
+    "stage1_batch":     (256,                                  256),
+    "stage1_lr":        (1e-3,                                 1e-3),
+    "stage2_epochs":    (1,                                    1),
+    "stage2_batch":     (128,                                  128),
+    "stage2_lr":        (1e-4,                                 2e-5),  # narrower: larger steps
+    "micro_batch":      (8,                                    16),
+    "precision":        ("bf16",                               "bf16"),
+    "recompute":        (True,                                 True),
+    "save_every":       (500,                                  500),
+    "eval_batch":       (16,                                   16),
+    "max_new_tokens":   (64,                                   64),
+}
+TINY = Config()
+SMALL = Config(**{name: values[0] for name, values in LARGER.items()})
+FULL = Config(**{name: values[1] for name, values in LARGER.items()})
+PRESETS = {"tiny": TINY, "small": SMALL, "full": FULL}
+
+RECIPES = {  # --recipe sets rows 1-9 of docs/differences.md at once
+    # field               paper           released
+    "mole_form":          ("ffn",          "fc1_fc2"),
+    "mole_router_grad":   ("none",         "none"),
+    "mole_init":          ("zero",         "kaiming"),
+    "kd_token_weight":    ("paper",        "released"),
+    "kd_teacher_weight":  ("paper",        "released"),
+    "kd_teacher_grad":    ("detached",     "attached"),
+    "kd_collapse":        ("none",         "second_softmax"),
+    "adapter_form":       ("token_mixing", "released"),     # "paper": row 8 stays at ours
+    "balance_weight":     (0.0,            0.01),
+    "balance_form":       ("per_layer",    "pooled"),
+}
+RECIPE_NAMES = ("paper", "released")
+
+
+def recipe(name: str) -> dict:
+    """The fields that a recipe sets, and their values."""
+    column = RECIPE_NAMES.index(name)
+    return {field: values[column] for field, values in RECIPES.items()}

@@ -1,0 +1,281 @@
+"""Many processes, one run: start them, share each batch among them, keep them in step.
+
+train.py is written as if it were alone. What it asks of `Machine` is the same with one process,
+where most of it does nothing. Nothing of the method is here.
+"""
+
+import dataclasses
+import logging
+import math
+import os
+import signal
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.run import parse_args
+from torch.distributed.run import run as torchrun
+from tqdm import tqdm
+
+from data import IGNORE, blank_image
+from model import MoVEKD
+from plumbing.checkpoints import Checkpoints, Progress, load_checkpoint
+from plumbing.cli import InputError
+from plumbing.config import Config
+from plumbing.sharding import SHARD_TEACHERS_ABOVE, recompute, shard, shard_frozen
+from teachers import Teachers
+from tiny.flops import flop_counter
+
+# one process is meant
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+
+
+class Share(NamedTuple):
+    """A micro-batch's share of a step's answer tokens and of its images, over all processes.
+
+    Means over micro-batches, weighed so, add up to the mean over the step's batch.
+    """
+
+    text: float
+    images: float
+
+    def weigh(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """L_text is a mean over answer tokens, all other terms are means over images."""
+        weighed = {}
+        for name, term in terms.items():
+            weighed[name] = (self.text if name == "L_text" else self.images) * term
+        return weighed
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes
+
+
+def launched() -> bool:
+    """Whether torchrun, or `launch`, started this process."""
+    return "RANK" in os.environ
+
+
+def wanted_processes(c: Config) -> int:
+    """How many processes this one should start in its place; 1: none."""
+    if launched():
+        return 1
+    return c.processes or (torch.cuda.device_count() if c.device == "cuda" else 1)
+
+
+def launch(script: str, argv: list[str], processes: int) -> int:
+    """Run `script argv` in so many processes of this machine, as torchrun does.
+
+    Returns the exit status. The processes speak for themselves: no report of the launcher's own. A
+    SIGTERM is passed on, and they have ten minutes to save.
+    """
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    try:
+        torchrun(parse_args(["--standalone", f"--nproc-per-node={processes}",
+                             "--shutdown-timeout=600", script, *argv]))
+    except ChildFailedError as e:
+        return max(1, e.get_first_failure()[1].exitcode)  # below 0: ended by a signal
+    except SignalException:
+        pass  # the processes have saved and ended
+    return 0
+
+
+class Machine:
+    """This process among those of a run: its device, its part of each batch, the checkpoints."""
+
+    def __init__(self, c: Config):
+        self.c = c
+        self.stop = False
+        self.former_handler = None
+        if launched() or c.precision == "bf16":
+            self.join()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.first = self.rank == 0
+        self.sharded = self.world > 1 or c.precision == "bf16"
+        self.checkpoints = Checkpoints(Path(c.out) / "checkpoints", c.keep, self.rank, self.world)
+
+    def join(self) -> None:
+        """Meet the other processes. One that is alone joins too, for FSDP's mixed precision."""
+        backend = "gloo"
+        if self.c.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            backend = "cpu:gloo,cuda:nccl"
+        if launched():
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+    def leave(self) -> None:
+        """Part from the other processes, and stop listening."""
+        if self.former_handler is not None:
+            signal.signal(signal.SIGTERM, self.former_handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def listen(self) -> None:
+        """From now on a SIGTERM sets `stop`: the scheduler wants the machine back."""
+        self.former_handler = signal.signal(signal.SIGTERM, self.note_stop)
+
+    def note_stop(self, *_) -> None:
+        self.stop = True
+
+    @contextmanager
+    def first_alone(self):
+        """The first process does the block by itself, then the others: what it made they find."""
+        if self.rank:
+            dist.barrier()
+        yield
+        if self.first and self.world > 1:
+            dist.barrier()
+
+    def total(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sums over the processes, in one message."""
+        if self.world == 1:
+            return values
+        flat = torch.cat([value.detach().double().flatten().cpu() for value in values.values()])
+        dist.all_reduce(flat)
+        pieces = flat.split([value.numel() for value in values.values()])
+        sums = {}
+        for (name, value), piece in zip(values.items(), pieces):
+            sums[name] = piece.view(value.shape).to(value.dtype)
+        return sums
+
+    def total_terms(self, sums: dict[str, torch.Tensor], counts: dict) -> dict[str, torch.Tensor]:
+        """A step's terms over all processes; without an image only the losses mean something."""
+        values = self.total(sums)
+        if not counts["images"]:
+            values = {name: value for name, value in values.items() if name.startswith("L_")}
+        return values
+
+    # --- models
+
+    def place(self, model: MoVEKD, teachers: Teachers) -> None:
+        """Bring all models to their devices, in their precision, sharded and compiled as asked."""
+        c = self.c
+        if c.precision == "bf16":
+            teachers.bfloat16()
+        if c.recompute:
+            recompute(model.vlm.blocks)
+        if self.sharded:
+            shard(model, model.vlm.blocks, c.device, self.world, c.precision == "bf16")
+        else:
+            model.float().to(c.device)
+        for name, encoder in teachers.encoders.items():
+            large = sum(p.numel() for p in encoder.parameters()) > SHARD_TEACHERS_ABOVE
+            # CLIP stays whole: its [CLS] row reads the weights of a block from outside
+            if self.world > 1 and name != "clip" and large:
+                shard_frozen(encoder, c.device, self.world)
+        teachers.to(c.device)
+        if c.compile == "on":
+            for encoder in (model.vlm.student, *teachers.encoders.values()):
+                encoder.compile()
+
+    # --- batches
+
+    def micro_batches(self, batch_size: int) -> tuple[int, range]:
+        """In how many micro-batches a batch is dealt out, and which are this process's."""
+        own = 1
+        if self.c.micro_batch:
+            own = math.ceil(batch_size / self.world / self.c.micro_batch)
+        return self.world * own, range(self.rank * own, (self.rank + 1) * own)
+
+    def share_work(self, micro: list[dict]) -> tuple[list[tuple[dict, Share]], dict]:
+        """This process's micro-batches of a step, each with its Share; and counts over all.
+
+        Raises InputError for a row that cannot be used.
+        """
+        for batch in micro:
+            if "fault" in batch:
+                raise InputError(f'{batch["fault"]}; --skip-bad leaves such rows out')
+            for line in batch["skipped"]:
+                tqdm.write(f"skipped: {line}", file=sys.stderr)
+        texts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro]
+        images = [len(batch["image_names"]) for batch in micro]
+        counts = {
+            "text": sum(texts),
+            "images": sum(images),
+            "tokens": sum(int(batch["attention_mask"].sum()) for batch in micro),
+            "skipped": sum(len(batch["skipped"]) for batch in micro),
+            "cut": sum(batch["cut"] for batch in micro),
+            "stop": int(self.stop),
+        }
+        sums = self.total({name: torch.tensor(count) for name, count in counts.items()})
+        counts = {name: int(count) for name, count in sums.items()}
+        work = []
+        for batch, text, pictured in zip(micro, texts, images):
+            share = Share(text / max(1, counts["text"]), pictured / max(1, counts["images"]))
+            work.append((self.on_device(batch), share))
+        return work, counts
+
+    def on_device(self, batch: dict) -> dict:
+        """A batch on this process's device.
+
+        If the models are sharded, one without an image gets a blank picture to stand in, which
+        stands in no text and whose share is 0. A process that left the student out would keep the
+        others waiting; and a last micro-batch that left it out would not send the gradients that
+        the ones before have added up.
+        """
+        if self.sharded and batch["images"] is None:
+            blank = blank_image(self.c.image_size)[None]                    # (1, 3, R, R)
+            batch = {**batch, "images": blank, "image_names": [None], "stand_in": True}
+        moved = {}
+        for name, value in batch.items():
+            moved[name] = value.to(self.c.device) if torch.is_tensor(value) else value
+        return moved
+
+    # --- a step
+
+    def seed_step(self, progress: Progress) -> None:
+        """Seed LoRA dropout, so that a resumed run draws what the straight one drew."""
+        seed = self.c.seed * 1_000_003 + progress.stage * 1_000_000 + progress.step
+        torch.manual_seed(seed * 1_009 + self.rank)
+
+    @contextmanager
+    def count_flops(self, progress: Progress, steps: int):
+        """Count the stage's FLOPs: those of its first step, over all processes, times the steps."""
+        if str(progress.stage) in progress.flops:
+            yield
+            return
+        with flop_counter() as counter:
+            yield
+        count = torch.tensor(float(counter.get_total_flops()), dtype=torch.float64)
+        progress.flops[str(progress.stage)] = steps * self.total({"": count})[""].item()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of a micro-batch. FSDP takes the mean over the processes of what is a sum."""
+        (loss * self.world).backward()
+
+    def sync_gradients(self, model: MoVEKD, on: bool) -> None:
+        """Off for all but the last micro-batch: gradients add up where they are, are sent once."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(on)
+
+    # --- checkpoints
+
+    def save_due(self, progress: Progress, steps: int, counts: dict) -> bool:
+        """Whether a state is to be kept now: every --save-every steps, after stage 1, on a stop."""
+        if counts["stop"] or not self.c.save_every:
+            return bool(counts["stop"])
+        end_of_stage1 = progress.stage == 1 and progress.step == steps
+        return end_of_stage1 or progress.step % self.c.save_every == 0
+
+    def save(self, model: MoVEKD, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        name = f"stage{progress.stage}-{progress.step:08}"
+        self.checkpoints.save(name, model, optimizer, dataclasses.asdict(progress))
+
+    def resume(self, path: Path | None, model: nn.Module,
+               optimizer: torch.optim.Optimizer) -> None:
+        """Fill model and optimizer from a checkpoint, if there is one to go on from."""
+        if path:
+            load_checkpoint(path, model, optimizer, self.world)

@@ -1,0 +1,116 @@
+"""A real LLM: any causal LM of transformers, and its tokenizer, in the tiny ones' places.
+
+Letters: B samples, T tokens, D width, V vocabulary.
+"""
+
+import inspect
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from plumbing.cli import InputError
+from plumbing.encoder_weights import ask_hub
+from tiny.llm import token_positions
+
+
+def require_transformers():
+    """The library, wanted only for a real LLM. Raises InputError if it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("a real LLM needs transformers, which is not installed: "
+                         "pip install -r requirements-full.txt") from None
+    ask_hub()
+    return transformers
+
+
+def llm_error(name: str, what: str) -> InputError:
+    """The line for an LLM that cannot be used."""
+    return InputError(f"--llm {name}: {what}; name a folder with config.json, *.safetensors, and "
+                      "tokenizer.json or tokenizer.model (which needs sentencepiece and protobuf): "
+                      f"the files of https://huggingface.co/{name}, if that is a name of the hub")
+
+
+class PretrainedLLM(nn.Module):
+    """A causal LM of transformers behind the doors of tiny/llm.py's.
+
+    `name` is a folder, or a name on the hub. With `config`, a transformers config, the model is
+    built from it without weights; else it has its checkpoint's precision.
+    """
+
+    def __init__(self, name: str, config=None):
+        super().__init__()
+        causal = require_transformers().AutoModelForCausalLM
+        try:
+            if config is not None:
+                self.model = causal.from_config(config)
+            else:
+                self.model = causal.from_pretrained(name, dtype="auto")
+        except (OSError, ValueError) as e:
+            raise llm_error(name, f"cannot be loaded ({type(e).__name__})") from None
+        self.dim = self.model.config.hidden_size
+        # transformers 5.24 renamed it
+        accepted = inspect.signature(self.model.forward).parameters
+        self.cache_name = "cache" if "cache" in accepted else "past_key_values"
+
+    @classmethod
+    def without_weights(cls, folder: Path) -> "PretrainedLLM":
+        """The model that folder/config.json describes."""
+        config = require_transformers().AutoConfig.from_pretrained(folder)
+        return cls(str(folder), config)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.get_decoder().layers
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model.get_input_embeddings()(ids)                                    # (B, T, D)
+
+    def new_cache(self):
+        return require_transformers().DynamicCache()
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor,
+                cache=None) -> torch.Tensor:
+        """inputs_embeds (B, T, D), attention_mask (B, T_all) -> logits (B, T, V)"""
+        positions = token_positions(attention_mask)[:, -inputs_embeds.shape[1]:]            # (B, T)
+        output = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask,
+                            position_ids=positions, use_cache=cache is not None,
+                            **{self.cache_name: cache})
+        return output.logits                                                             # (B, T, V)
+
+
+class PretrainedTokenizer:
+    """A real LLM's tokenizer behind the names of WordTokenizer's.
+
+    Vicuna's instruction comes before the first question.
+    """
+
+    image = -200  # no word: VLM.splice puts the image's tokens there
+    system = ("A chat between a curious user and an artificial intelligence assistant. "
+              "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
+
+    def __init__(self, name: str):
+        try:
+            self.tokenizer = require_transformers().AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, ImportError) as e:
+            fault = f"its tokenizer cannot be loaded ({type(e).__name__})"
+            raise llm_error(name, fault) from None
+        self.eos = self.tokenizer.eos_token_id
+        self.bos = self.tokenizer.bos_token_id
+        if self.bos is None:
+            self.bos = self.eos
+        self.pad = self.eos  # never seen: the attention mask hides it, its label is IGNORE
+        # each piece is encoded by itself, so that the mask is exact; a sentencepiece model starts
+        # every piece with a space of its own
+        starts_with_space = self.tokenizer.tokenize("a")[0].startswith("\u2581")
+        self.space = "" if starts_with_space else " "
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text up to the end-of-sentence token."""
+        if self.eos in ids:
+            ids = ids[:ids.index(self.eos)]
+        return self.tokenizer.decode(ids).strip()

@@ -1,0 +1,224 @@
+"""What a run leaves behind: its config, log, weights and result; and how they are read again."""
+
+import dataclasses
+import json
+import platform
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from data import read_json, write_json
+from model import VLM, MoVEKD
+from plumbing.build import build_vlm, find_device
+from plumbing.checkpoints import Progress, newest_checkpoint, saved_checkpoints
+from plumbing.cli import InputError
+from plumbing.config import FULL, Config, recipe
+from plumbing.flags import load_config
+from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
+from plumbing.released_checkpoint import load_released, released_config
+from plumbing.sharding import full_state
+from tiny.llm import WordTokenizer
+
+
+def find_start(c: Config, resumed: bool) -> tuple[Path | None, Progress]:
+    """The checkpoint to go on from, if any, and where the run stands.
+
+    Raises InputError if there is none to resume from, or one that a new run would overwrite.
+    """
+    folder = Path(c.out) / "checkpoints"
+    if resumed:
+        path, meta = newest_checkpoint(folder)
+        return path, Progress(**meta)
+    if saved_checkpoints(folder):
+        raise InputError(f"--out {c.out}: holds checkpoints of an earlier run; go on with `python "
+                         f"train.py --resume {c.out}`, name another --out, or delete {folder}")
+    return None, Progress()
+
+
+def start_run_folder(c: Config, tokenizer) -> None:
+    """What a run folder says from its first minute on: config, versions, words."""
+    out = Path(c.out)
+    # an earlier run's result goes: it is written last, and says that a run is complete
+    (out / "result.json").unlink(missing_ok=True)
+    write_json(out / "config.json", dataclasses.asdict(c))
+    versions = {"python": platform.python_version()}
+    for library in (torch, torchvision, timm):
+        versions[library.__name__] = library.__version__
+    if c.llm:
+        versions["transformers"] = sys.modules["transformers"].__version__
+    else:
+        write_json(out / "vocabulary.json", tokenizer.vocabulary)
+    write_json(out / "versions.json", versions)
+
+
+class RunLog:
+    """log.jsonl and the lines on the screen; of the first process only, for the others nothing.
+
+    log.jsonl has no clock in it, so that one seed makes one log.
+    """
+
+    def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress):
+        self.every = c.log_every
+        self.first = first
+        self.file = None
+        if first:
+            self.file = open(Path(c.out) / "log.jsonl", "r+" if resumed else "w")
+            self.file.truncate(progress.log_bytes)
+            self.file.seek(0, 2)
+
+    def position(self) -> int:
+        """Bytes written so far."""
+        return self.file.tell() if self.file else 0
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(text, flush=True)
+
+    def bar(self, progress: Progress, steps: int) -> tqdm:
+        """The steps of a stage that are left, with a bar; the clock of tokens/s starts."""
+        self.clock = time.perf_counter()
+        self.tokens = 0
+        return tqdm(range(progress.step, steps), total=steps, initial=progress.step,
+                    desc=f"stage {progress.stage}", mininterval=1, disable=not self.first)
+
+    def write(self, progress: Progress, terms: dict, counts: dict, last: bool) -> None:
+        """Every --log-every steps and at the last: a line for programs, and one to read."""
+        self.tokens += counts["tokens"]
+        step = progress.step - 1
+        if not self.file or (step % self.every and not last):
+            return
+        values = {"stage": progress.stage, "step": step}
+        for name in sorted(terms, key=lambda name: not name.startswith("L_")):  # losses first
+            value = terms[name]
+            values[name] = value.tolist() if torch.is_tensor(value) else value
+        for name in ("skipped", "cut"):
+            if getattr(progress, name):
+                values[name] = getattr(progress, name)
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        words = [f"stage {values['stage']} step {values['step']}"]
+        words += [f"{name} {v:.3g}" for name, v in values.items() if isinstance(v, float)]
+        if "experts" in values:
+            layers = ["/".join(f"{100 * s:.0f}" for s in shares) for shares in values["experts"]]
+            words.append("experts " + " ".join(layers))
+        words.append(f"{self.tokens / (time.perf_counter() - self.clock):.0f} tokens/s")
+        tqdm.write("  ".join(words))
+
+
+# ------------------------------------------------------------------------------------------------
+# Final weights
+
+
+def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """folder/model.safetensors, or above 5 GB several files and their index, as on the hub.
+
+    The old files go when the new ones are complete.
+    """
+    temporary = folder / "weights.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    save_torch_state_dict(copies, temporary, metadata={"format": "pt"})
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    for file in temporary.iterdir():
+        file.rename(folder / file.name)
+    temporary.rmdir()
+
+
+def export(c: Config, first: bool, model: MoVEKD, tokenizer) -> None:
+    """Save the final weights, with a real LLM's config and tokenizer: all that load_run reads.
+
+    All processes gather them, the first one writes.
+    """
+    state = full_state(model)
+    if not first:
+        return
+    out = Path(c.out)
+    if c.precision == "bf16":
+        for name, tensor in state.items():
+            state[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
+    save_weights(out, state)
+    if c.llm:
+        model.vlm.llm.model.config.save_pretrained(out / "llm")
+        tokenizer.tokenizer.save_pretrained(out / "llm")
+
+
+def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
+    """The VLM of a finished run or of the authors' checkpoint, its tokenizer and its Config.
+
+    Strict: every tensor of the file must find its place. Raises InputError.
+    """
+    device = find_device(device)
+    released = released_config(folder)
+    if released:
+        fields, llm = released
+        fields = {**recipe("released"), **fields}
+        c = dataclasses.replace(FULL, llm=str(folder), **fields)
+        tokenizer = PretrainedTokenizer(c.llm)
+        vlm = build_vlm(c, tokenizer, {}, PretrainedLLM(c.llm, llm))
+        load_released(vlm, folder)
+    else:
+        c = load_config(folder / "config.json")
+        llm = None
+        if c.llm:
+            tokenizer = PretrainedTokenizer(str(folder / "llm"))
+            llm = PretrainedLLM.without_weights(folder / "llm")
+        else:
+            tokenizer = WordTokenizer(read_json(folder / "vocabulary.json"))
+        vlm = build_vlm(c, tokenizer, {}, llm)
+        load_vlm(vlm, folder)
+    c.device = device
+    on_gpu_in_bf16 = c.precision == "bf16" and device == "cuda"
+    vlm = vlm.bfloat16() if on_gpu_in_bf16 else vlm.float()
+    return vlm.to(device).eval(), tokenizer, c
+
+
+def load_vlm(vlm: VLM, folder: Path) -> None:
+    """Fill student, projector and LLM from a finished run of ours. Raises InputError."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}: holds no model.safetensors; the run has not finished")
+    weights = {}
+    for file in files:
+        for name, tensor in load_file(file).items():
+            if name.startswith("vlm."):
+                weights[current_name(name.removeprefix("vlm."))] = tensor
+    try:
+        vlm.load_state_dict(weights)
+    except RuntimeError as e:
+        fault = str(e).splitlines()[1].strip()[:200]
+        raise InputError(f"{folder}: its weights do not fit its config.json: {fault}") from None
+
+
+def current_name(name: str) -> str:
+    """A tensor's name today; older runs called LoRA's matrices A and B."""
+    if ".mlp.lora" not in name:
+        return name
+    for old, new in ((".A.", ".down."), (".B.", ".up.")):
+        name = name.replace(old, new)
+    stem, _, last = name.rpartition(".")
+    is_old_up_bias = last == "bias" and not stem.endswith((".down", ".up"))
+    return f"{stem}.up_bias" if is_old_up_bias else name
+
+
+def peak_rss_mb() -> float:
+    """Peak memory of the largest process of the run, this one or one of stage 0, in MB."""
+    peaks = [resource.getrusage(who).ru_maxrss
+             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(peaks) / 1024

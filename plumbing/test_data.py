@@ -1,0 +1,206 @@
+"""Loading data: pictures, batches, bad rows, LLaVA's layout, the teachers' cache."""
+
+import pytest
+import torch
+
+from data import (Conversations, DataError, batch_order, blank_image, collate, load_image,
+                  make_loader)
+from plumbing.build import llava_layout
+from plumbing.cli import InputError
+from plumbing.teacher_cache import CachedTeachers, TeacherCache
+from teachers import Teachers
+from tests_common import save_png, some_conversations, tiny_teachers
+from tiny.llm import WordTokenizer
+from tiny.world import WorldImages, world_records
+
+
+def test_padding_to_square_keeps_the_whole_image(tmp_path):
+    """A wide image is padded above and below with CLIP's mean colour, never cropped."""
+    wide = torch.full((3, 24, 96), 200, dtype=torch.uint8)
+    save_png(tmp_path / "wide.png", wide)
+    square = load_image(tmp_path / "wide.png", 96)
+    assert torch.equal(square[:, 36:60], wide)
+    assert torch.equal(square[:, :36], blank_image(96)[:, :36])
+    assert torch.equal(square[:, 60:], blank_image(96)[:, 60:])
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    """The same seed gives the same order, another seed or epoch another.
+
+    An epoch visits each sample once.
+    """
+    tokenizer = WordTokenizer(WordTokenizer.SPECIAL)
+    dataset = Conversations(world_records("train", "text", 8), None, tokenizer, "v1", 0, 99)
+    orders = []
+    for seed in (0, 0, 1):
+        orders.append(list(make_loader(dataset, 2, 2, seed, 0).batch_sampler))
+    assert orders[0] == orders[1] != orders[2]
+    first, second = sum(orders[0][:4], []), sum(orders[0][4:], [])
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
+
+
+def padding(dataset: Conversations, batches: list[list[int]]) -> int:
+    """Words of padding in some batches."""
+    sizes = dataset.sizes()
+    total = 0
+    for batch in batches:
+        words = [sizes[row][1] for row in batch]
+        total += max(words) * len(batch) - sum(words)
+    return total
+
+
+def test_grouped_batches_hold_every_row_once():
+    """Grouped batches are all rows but the left-over, each once; other epochs, other order.
+
+    They are of one kind and of like lengths, but for the mixed ones.
+    """
+    dataset = some_conversations(40, 25)
+    batches = batch_order(dataset, 4, seed=1, epoch=0, group=3)
+    rows = [row for batch in batches for row in batch]
+    assert len(rows) == len(set(rows)) == 64
+    assert all(len(batch) == 4 for batch in batches)
+    assert batches == batch_order(dataset, 4, 1, 0, 3) != batch_order(dataset, 4, 1, 1, 3)
+    kinds = [{"image" in dataset.records[row] for row in batch} for batch in batches]
+    assert sum(len(kind) == 2 for kind in kinds) <= 1
+    assert {True} in kinds
+    assert {False} in kinds
+    assert padding(dataset, batches) < padding(dataset, batch_order(dataset, 4, 1, 0))
+
+
+def test_micro_batches_and_workers_change_nothing():
+    """What two processes get of a batch, in two micro-batches each, is together the batch.
+
+    Worker processes and a later start give the same batches.
+    """
+    dataset = some_conversations()
+    batches = list(make_loader(dataset, 8, 2, 5, 0))
+    parts = []
+    for own, workers in ((range(2), 0), (range(2, 4), 1)):
+        loader = make_loader(dataset, 8, 2, 5, 0, pieces=4, own_pieces=own, workers=workers)
+        parts.append(list(loader))
+    for step, batch in enumerate(batches):
+        names = []
+        for part in parts:
+            for micro in part[2 * step:2 * step + 2]:
+                names += micro["image_names"]
+        assert sorted(names) == sorted(batch["image_names"])
+    later = list(make_loader(dataset, 8, 2, 5, 0, start=3))
+    assert len(later) == len(batches) - 3
+    for a, b in zip(later, batches[3:]):
+        assert a["input_ids"].tolist() == b["input_ids"].tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows that cannot be used
+
+
+def conversations_with_a_broken_image() -> Conversations:
+    """12 dialogues; the image of row 3 cannot be read."""
+    def get_image(name: str) -> torch.Tensor:
+        if name.endswith("/3.png"):
+            raise DataError("3.png: not a readable image")
+        return torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+    dataset = some_conversations(n_text=0)
+    dataset.get_image = get_image
+    return dataset
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_row_is_named(workers):
+    """A bad image is a fault that names the row, even from a worker process."""
+    loader = make_loader(conversations_with_a_broken_image(), 4, 1, 0, 0, workers=workers)
+    faults = [batch["fault"] for batch in loader if "fault" in batch]
+    expected = "row 3 (counted from 0, id train-chat-3) has a bad image: 3.png: not a readable"
+    assert len(faults) == 1
+    assert faults[0].startswith(expected)
+
+
+def test_a_bad_row_is_skipped_and_counted():
+    """With skip_bad the next good row comes in its place, and a line is kept."""
+    dataset = conversations_with_a_broken_image()
+    dataset.skip_bad = True
+    batches = list(make_loader(dataset, 4, 1, 0, 0, workers=1))
+    names = [name for batch in batches for name in batch["image_names"]]
+    assert sum(len(batch["skipped"]) for batch in batches) == 1
+    assert "train-0/3.png" not in names
+    assert names.count("train-0/4.png") == 2
+
+
+def test_a_long_conversation_is_cut_and_counted():
+    """What is longer than max_length is cut; without an answer left it is a bad row."""
+    dataset = some_conversations(n_text=0)
+    length = len(dataset.sample(4)["input_ids"])
+    assert not dataset.sample(4)["cut"]
+    dataset.max_length = length - 4
+    sample = dataset.sample(4)
+    assert sample["cut"]
+    assert len(sample["input_ids"]) == len(sample["labels"]) == length - 4
+    assert collate([sample, sample], 0)["cut"] == 2
+    dataset.max_length = 40
+    fault = "row 4 .* has no answer within --max-length 40 tokens"
+    with pytest.raises(DataError, match=fault):
+        dataset.sample(4)
+
+
+def test_llava_layout_says_what_is_missing(real_folder, tmp_path):
+    """--data-root with a part missing is one line with that part and the whole layout."""
+    assert set(llava_layout(real_folder)) == {"pretrain", "train"}
+    fault = ("has no LLaVA-Pretrain/blip_laion_cc_sbu_558k.json; LLaVA's layout .* gqa/images")
+    with pytest.raises(InputError, match=fault):
+        llava_layout(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# The teachers' cache
+
+
+NAMES = [f"train-0/{i}.png" for i in range(5)]
+
+
+def make_caches(teachers: Teachers, pictures: WorldImages, folder) -> dict[str, TeacherCache]:
+    caches = {}
+    for name, encoder in teachers.encoders.items():
+        caches[name] = TeacherCache(folder, name, encoder, NAMES, pictures, "here",
+                                    pictures.fingerprint(NAMES), batch=2)
+    return caches
+
+
+def test_cached_teachers_are_the_teachers_in_fp16(tmp_path):
+    """From --cache-teachers come the teachers' own outputs, rounded to fp16, without running them.
+
+    For any images in any order; made once.
+    """
+    teachers, pictures = tiny_teachers(), WorldImages("train", 5)
+    plain = teachers(torch.stack([pictures(NAMES[i]) for i in (3, 0)]), [])
+    make_caches(teachers, pictures, tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    cached = CachedTeachers(teachers, make_caches(teachers, pictures, tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+    assert not list(tmp_path.glob("*.tmp"))
+    outputs = cached(torch.zeros(2, 3, 96, 96), [NAMES[3], NAMES[0]])
+    for name, output in plain.items():
+        for field, value in output._asdict().items():
+            read = getattr(outputs[name], field)
+            if value is None:
+                assert read is None
+            else:
+                torch.testing.assert_close(read, value, rtol=2 ** -10, atol=1e-3)
+
+
+def test_a_stale_cache_is_refused(tmp_path):
+    """Weights or images that have changed under the same names are an error."""
+    teachers, pictures = tiny_teachers(), WorldImages("train", 5)
+    make_caches(teachers, pictures, tmp_path)
+    pictures.images[0] += 1
+    with pytest.raises(InputError, match="images have changed"):
+        make_caches(teachers, pictures, tmp_path)
+    pictures.images[0] -= 1
+    next(teachers.encoders["eva"].parameters()).data += 1
+    with pytest.raises(InputError, match="weights have changed"):
+        make_caches(teachers, pictures, tmp_path)

@@ -1,0 +1,188 @@
+"""The tiny LLM: Vicuna (a Llama) in miniature, and its tokenizer of whole words.
+
+Parameter names are those of transformers' Llama, so weights can be exchanged.
+
+Letters: B samples, T tokens (T_all with those in the cache), D width, h heads, V vocabulary.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class WordTokenizer:
+    """One token a word or punctuation mark, lower case; the vocabulary is what the data holds.
+
+    The role names are one token each, so that the real prompt costs a tiny LLM nothing.
+    """
+
+    SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:"]
+    pad, unk, bos, eos, image = range(5)
+    system = ""     # no instruction before the first question
+    space = ""      # none before an answer: words are split anyway
+    _pattern = re.compile("|".join(SPECIAL) + r"|\w+|[^\w\s]")
+
+    def __init__(self, vocabulary: list[str]):
+        self.vocabulary = vocabulary
+        self.ids = {word: i for i, word in enumerate(vocabulary)}
+
+    @classmethod
+    def from_texts(cls, texts: list[str]) -> "WordTokenizer":
+        """The tokenizer whose vocabulary is the words of some texts, in alphabetical order."""
+        words = set()
+        for text in texts:
+            words.update(cls.words(text))
+        return cls(cls.SPECIAL + sorted(words - set(cls.SPECIAL)))
+
+    @classmethod
+    def from_records(cls, records: list[dict]) -> "WordTokenizer":
+        """The same from LLaVA-format records."""
+        return cls.from_texts([turn["value"] for r in records for turn in r["conversations"]])
+
+    @classmethod
+    def words(cls, text: str) -> list[str]:
+        """A text as words and marks."""
+        return [w if w in cls.SPECIAL else w.lower() for w in cls._pattern.findall(text)]
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids.get(word, self.unk) for word in self.words(text)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text up to the end-of-sentence token, words joined by one space."""
+        if self.eos in ids:
+            ids = ids[:ids.index(self.eos)]
+        return " ".join(self.vocabulary[i] for i in ids)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count real tokens, whichever side the padding is on: (B, T) -> (B, T)"""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)                                  # (B, T)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding: turns the pair (x_i, x_{i + D/2h}) by position * theta_i.
+
+    (B, h, T, D/h) -> the same
+    """
+    a, b = x.chunk(2, dim=-1)                                                      # (B, h, T, D/2h)
+    turned = torch.cat([-b, a], dim=-1)                                             # (B, h, T, D/h)
+    return (x * cos + turned * sin).to(x.dtype)                                     # (B, h, T, D/h)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary position embedding.  (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: torch.Tensor, rotary: tuple, mask: torch.Tensor,
+                cache: list | None) -> torch.Tensor:
+        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, h, T, D/h)
+        k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, h, T, D/h)
+        v = self.v_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, h, T, D/h)
+        q = rotate(q, *rotary)                                                      # (B, h, T, D/h)
+        k = rotate(k, *rotary)                                                      # (B, h, T, D/h)
+        if cache is not None:
+            if cache:  # keys and values of the tokens before these
+                k = torch.cat([cache[0], k], dim=2)                             # (B, h, T_all, D/h)
+                v = torch.cat([cache[1], v], dim=2)                             # (B, h, T_all, D/h)
+            cache[:] = [k, v]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                 # (B, h, T, D/h)
+        return self.o_proj(x.transpose(1, 2).flatten(2))                                 # (B, T, D)
+
+
+class SwiGLU(nn.Module):
+    """FFN(x) = W_down( SiLU(W_gate x) * W_up x ).  (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))               # (B, T, D)
+
+
+class DecoderLayer(nn.Module):
+    """x + Attention(norm(x)), then x + SwiGLU(norm(x)).  (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, dim: int, heads: int, hidden: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(dim, eps=1e-6)
+        self.self_attn = Attention(dim, heads)
+        self.post_attention_layernorm = nn.RMSNorm(dim, eps=1e-6)
+        self.mlp = SwiGLU(dim, hidden)
+
+    def forward(self, x: torch.Tensor, rotary: tuple, mask: torch.Tensor,
+                cache: list | None) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)             # (B, T, D)
+        return x + self.mlp(self.post_attention_layernorm(x))                            # (B, T, D)
+
+
+class TinyLLM(nn.Module):
+    """A small causal LM behind two doors: `embed(ids)` and `forward(inputs_embeds, mask)`."""
+
+    def __init__(self, vocab_size: int, dim: int, depth: int, heads: int, hidden: int):
+        super().__init__()
+        self.dim = dim
+        self.embed_tokens = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, hidden) for _ in range(depth))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.lm_head = nn.Linear(dim, vocab_size, bias=False)
+        # Llama's 0.02 is for width 4096; at this width look-up in context then comes late
+        nn.init.normal_(self.embed_tokens.weight, std=0.3)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(ids)                                                    # (B, T, D)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
+
+    def new_cache(self) -> list:
+        """One list a layer, for its keys and values."""
+        return [[] for _ in self.layers]
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor,
+                cache: list | None = None) -> torch.Tensor:
+        """inputs_embeds (B, T, D), attention_mask (B, T_all) -> logits (B, T, V)
+
+        With a cache, empty before the prompt, the mask covers the past too. Padding may stand on
+        either side: positions count real tokens.
+        """
+        T, T_all = inputs_embeds.shape[1], attention_mask.shape[1]
+        positions = token_positions(attention_mask)[:, -T:]                                 # (B, T)
+        rotary = self.rotary(positions)                                         # 2 x (B, 1, T, D/h)
+        causal = torch.ones(T, T_all, dtype=torch.bool, device=positions.device)        # (T, T_all)
+        causal = causal.tril(T_all - T)                                                 # (T, T_all)
+        mask = causal & attention_mask[:, None, None, :].bool()                   # (B, 1, T, T_all)
+        # padding sees itself: no empty softmax
+        itself = torch.eye(T_all, dtype=torch.bool, device=mask.device)[-T:]            # (T, T_all)
+        mask = mask | itself                                                      # (B, 1, T, T_all)
+        x = inputs_embeds
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotary, mask, None if cache is None else cache[i])              # (B, T, D)
+        return self.lm_head(self.norm(x))                                                # (B, T, V)
+
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of position * theta_i, theta_i = 10000^(-2i / (D/h))
+
+        (B, T) -> 2 x (B, 1, T, D/h)
+        """
+        size = self.dim // self.layers[0].self_attn.heads
+        even = torch.arange(0, size, 2, device=positions.device)                           # (D/2h,)
+        theta = 10000.0 ** (-even / size)                                                  # (D/2h,)
+        angle = positions[:, None, :, None] * theta                                # (B, 1, T, D/2h)
+        angle = angle.repeat(1, 1, 1, 2)                                            # (B, 1, T, D/h)
+        return angle.cos(), angle.sin()

@@ -1,0 +1,102 @@
+"""The pictures of the tiny world: one object with a pattern, turned and placed, on a background.
+
+Letters: N scenes, R pixels of a picture, x, y places in a picture.
+"""
+
+import math
+
+import torch
+
+from tiny.scenes import ATTRIBUTES, scene_geometry
+
+WORLD_SIZE = 96  # px
+
+
+def _polygon(x: torch.Tensor, y: torch.Tensor, *edges: tuple) -> torch.Tensor:
+    """Signed distance to a convex polygon, the largest of its half planes a x + b y <= c."""
+    return torch.stack([(a * x + b * y - c) / math.hypot(a, b) for a, b, c in edges]).amax(0)
+
+
+def _shape_distance(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Signed distance (negative inside) to a shape that points up and fills radius 1."""
+    def box(x0, x1, y0, y1):
+        return _polygon(x, y, (-1, 0, -x0), (1, 0, x1), (0, -1, -y0), (0, 1, y1))
+
+    def disc(cx, cy, r):
+        return torch.hypot(x - cx, y - cy) - r
+
+    if name == "arrow":
+        head = _polygon(x, y, (1.1, -1, 1.0), (-1.1, -1, 1.0), (0, 1, 0.0))
+        return torch.minimum(head, box(-0.35, 0.35, -0.1, 1.0))
+    if name == "fish":
+        tail = _polygon(x, y, (0.8, -1, -0.3), (-0.8, -1, -0.3), (0, 1, 1.0))
+        return torch.minimum((torch.hypot(x / 0.6, (y + 0.2) / 0.8) - 1) * 0.6, tail)
+    if name == "hammer":
+        return torch.minimum(box(-0.9, 0.9, -0.95, -0.3), box(-0.28, 0.28, -0.9, 1.0))
+    if name == "heart":
+        point = _polygon(x, y, (1, 1, 0.8), (-1, 1, 0.8), (0, -1, 0.28))
+        lobes = torch.minimum(disc(-0.45, -0.38, 0.52), disc(0.45, -0.38, 0.52))
+        return torch.minimum(lobes, point)
+    if name == "house":
+        roof = _polygon(x, y, (1, -1, 0.98), (-1, -1, 0.98), (0, 1, 0.0))
+        return torch.minimum(box(-0.68, 0.68, -0.1, 0.9), roof)
+    return torch.maximum(disc(0, 0.1, 0.98), -disc(0, 0.68, 0.72))  # moon
+
+
+_COLOURS = torch.tensor([[.95, .15, .15], [1., .60, .10], [1., .95, .25],
+                         [.15, .85, .25], [.25, .50, 1.], [.75, .30, .95]])
+_BACKGROUNDS = torch.tensor([[[.45, .70, .95], [.85, .93, 1.]],     # sky: top, bottom
+                             [[.35, .60, .25], [.50, .75, .35]],    # grass
+                             [[.85, .75, .55], [.95, .88, .70]],    # sand
+                             [[.88, .88, .92], [.98, .98, 1.]]])    # snow
+_GRAIN = torch.tensor([0.02, 0.16, 0.08, 0.10])     # grass is rough, the sky smooth
+# a pattern is paint on the surface, a mix of two waves: a sin(u) + b sin(v) + c sin(u) sin(v) + d
+_PAINT = torch.tensor([[0., 0, 0, -1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0]])
+
+
+def render(scenes: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Pictures of scenes (N, 7): uint8 (N, 3, R, R). The same scenes and seed, the same bytes."""
+    generator = torch.Generator().manual_seed(seed + 2_000_003)
+    geometry = scene_geometry(scenes, seed)
+    chunks = []
+    for i in range(0, len(scenes), 64):  # 64 at a time stay in the processor's cache
+        part = {key: value[i:i + 64] for key, value in geometry.items()}
+        chunks.append(_render_chunk(scenes[i:i + 64], part, generator))
+    return torch.cat(chunks)
+
+
+def _render_chunk(scenes: torch.Tensor, geometry: dict, generator: torch.Generator) -> torch.Tensor:
+    n, R = len(scenes), WORLD_SIZE
+    shape, colour, pattern, background = (scenes[:, i] for i in (0, 1, 2, 6))
+    line = (torch.arange(R) + 0.5) / R * 2 - 1
+    Y, X = line[None, :, None], line[None, None, :]
+
+    # background: a vertical gradient and a noise of its own kind
+    top, bottom = _BACKGROUNDS[background].unbind(1)
+    t = ((Y + 1) / 2)[:, None]                                                    # (1, 1, R, 1)
+    gradient = top[:, :, None, None] * (1 - t) + bottom[:, :, None, None] * t     # (N, 3, R, 1)
+    noise = torch.rand(n, 1, R, R, generator=generator) - 0.5                     # (N, 1, R, R)
+    image = gradient + _GRAIN[background][:, None, None, None] * noise            # (N, 3, R, R)
+
+    # the object's own frame: centred, turned, in pixels
+    cx, cy, radius, angle = (geometry[k][:, None, None] for k in ("x", "y", "radius", "angle"))
+    dx, dy, radius = (X - cx) * (R / 2), (Y - cy) * (R / 2), radius * (R / 2)
+    cos, sin = angle.cos(), angle.sin()
+    x, y = cos * dx + sin * dy, cos * dy - sin * dx                               # (N, R, R)
+    distance = torch.empty(n, R, R)
+    for k, name in enumerate(ATTRIBUTES["shape"]):
+        rows = (shape == k).nonzero()[:, 0]
+        unit = _shape_distance(name, x[rows] / radius[rows], y[rows] / radius[rows])
+        distance[rows] = unit * radius[rows]
+    inside = (0.5 - distance).clamp(0, 1)[:, None]                   # one pixel of anti-aliasing
+    rim = (1.5 - (distance + 1.5).abs()).clamp(0, 1)[:, None]        # a dark outline, 2 px
+
+    # the pattern: stripes 12 px wide and bands of 8 px, faint, whatever the object's size
+    u, v = (x * (2 * math.pi / 12)).sin(), (y * (2 * math.pi / 8)).sin()          # (N, R, R)
+    a, b, c, d = _PAINT[pattern].T[:, :, None, None]
+    paint = (3 * (a * u + b * v + c * u * v + d)).clamp(-1, 1)[:, None]           # (N, 1, R, R)
+    tint = 0.06 * torch.randn(n, 3, generator=generator)
+    body = (_COLOURS[colour] + tint)[:, :, None, None]                            # (N, 3, 1, 1)
+    body = body * ((0.7 - 0.2 * paint) * (1 - 0.75 * rim))                        # (N, 3, R, R)
+    image = torch.lerp(image, body, inside)                                       # (N, 3, R, R)
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)

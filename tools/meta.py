@@ -1,0 +1,201 @@
+"""A run's models on the meta device: shapes without numbers, for what can be counted beforehand.
+
+Letters: B samples, n tokens and d width of the student, m teachers, T tokens of the LLM's sequence,
+D its width, V its vocabulary, h its heads.
+"""
+
+import gc
+
+import torch
+from torch import nn
+
+from kd_loss import kd_loss, token_weights
+from model import VLM, MoVEKD, text_loss
+from plumbing.build import build_movekd, build_teachers, build_vlm
+from plumbing.cli import InputError
+from plumbing.config import Config
+from plumbing.pretrained_llm import PretrainedLLM, require_transformers
+from plumbing.sharding import recompute
+from teachers import Teachers, VisionEncoder
+from tools.measuring import PeakMemory, count_flops
+
+# ------------------------------------------------------------------------------------------------
+# Models
+
+LLMS = {  # what the hub's config.json says, so that no hub is needed
+    "lmsys/vicuna-7b-v1.5": dict(),  # LlamaConfig's own defaults
+    "lmsys/vicuna-13b-v1.5": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                                  num_attention_heads=40, num_key_value_heads=40),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": dict(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": dict(
+        vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
+        num_attention_heads=15, num_key_value_heads=5, tie_word_embeddings=True),
+}
+
+
+class MetaTokenizer:
+    """As much of a tokenizer as building a model needs."""
+
+    image = -200
+    vocabulary = range(300)
+
+
+def meta_models(c: Config) -> tuple[MoVEKD, Teachers]:
+    """All models of a run without their numbers."""
+    with torch.device("meta"):
+        llm = PretrainedLLM(c.llm, llm_config(c.llm)) if c.llm else None
+        vlm = build_vlm(c, MetaTokenizer, {}, llm)
+        teachers = build_teachers(c, {})
+        model = build_movekd(c, vlm, teachers)
+    # the others look at values, which there are none of; they cost next to nothing
+    model.token_weight = "paper"
+    model.teacher_weight = "uniform"
+    return model, teachers
+
+
+def llm_config(name: str):
+    """The transformers config of an LLM. Raises InputError if it cannot be had."""
+    transformers = require_transformers()
+    if name in LLMS:
+        return transformers.LlamaConfig(**LLMS[name])
+    try:
+        return transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        raise InputError(f"--llm {name}: has no config.json that can be read; name a folder with "
+                         f"one, or one of {', '.join(LLMS)}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+@torch.no_grad()
+def forward_flops(c: Config, model: MoVEKD, teachers: Teachers, tokens: int) -> dict[str, float]:
+    """FLOPs of each model's forward with one sample that has an image; `tokens` is the LLM's T."""
+    vlm = model.vlm
+    student = vlm.student
+    found = {}
+    if c.student == "trained":
+        found["student"] = encoder_flops(student)
+    for name, encoder in teachers.encoders.items():
+        found[f"teacher {name}"] = encoder_flops(encoder)
+        if name in model.adapters:
+            adapter = model.adapters[name]
+            V_i = torch.empty(1, encoder.num_tokens, encoder.dim, device="meta")    # (1, n_i, d_i)
+            found[f"adapter {name}"] = float(count_flops(lambda: adapter(V_i)))
+    V_s = torch.empty(1, student.num_tokens, student.dim, device="meta")            # (1, n, d)
+    x = torch.empty(1, tokens, vlm.llm.dim, device="meta")                          # (1, T, D)
+    found["projector"] = float(count_flops(lambda: vlm.projector(V_s)))
+    found["LLM"] = float(count_flops(lambda: run_llm(vlm, x)))
+    return found
+
+
+def encoder_flops(encoder: VisionEncoder) -> float:
+    """FLOPs of an encoder with one image."""
+    dtype = next(encoder.parameters()).dtype
+    shape = (1, 3, encoder.image_size, encoder.image_size)
+    view = torch.empty(shape, device="meta", dtype=dtype)                       # (1, 3, R_i, R_i)
+    return float(count_flops(lambda: encoder.net.forward_features(view)))
+
+
+def run_llm(vlm: VLM, x: torch.Tensor) -> torch.Tensor:
+    """The LLM on (B, T, D), nothing padded -> (B, T, V)
+
+    It runs layer by layer, for transformers' own forward looks at values, which the meta device
+    does not have.
+    """
+    if not isinstance(vlm.llm, PretrainedLLM):
+        mask = torch.ones(x.shape[:2], dtype=torch.long, device="meta")             # (B, T)
+        return vlm.llm(x, mask)                                                     # (B, T, V)
+    decoder = vlm.llm.model.get_decoder()
+    positions = torch.arange(x.shape[1], device="meta")[None]                       # (1, T)
+    rotary = decoder.rotary_emb(x, positions)                                  # 2 x (1, T, D/h)
+    for layer in decoder.layers:
+        x = layer(x, attention_mask=None, position_ids=positions,
+                  position_embeddings=rotary)                                       # (B, T, D)
+    return vlm.llm.model.get_output_embeddings()(decoder.norm(x))                   # (B, T, V)
+
+
+def step_flops(c: Config, stage: int, forward: dict[str, float]) -> dict[str, float]:
+    """FLOPs of each model in a training step with one sample that has an image.
+
+    Forward once; backward to the inputs as much again (the student's inputs are the images, but in
+    stage 1 the experts of its first block want the gradient); to the weights as much again where
+    they are trained; blocks that are recomputed, once more.
+    """
+    blocks = 3 if stage == 2 else 2
+    if c.recompute:
+        blocks += 1
+    times = {"teacher": 1, "adapter": 3, "projector": 3, "student": blocks, "LLM": blocks}
+    found = {}
+    for name, flops in forward.items():
+        kind = name.split()[0]
+        if c.lambda_kd or kind not in ("teacher", "adapter"):
+            found[name] = times[kind] * flops
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+
+
+def activations(c: Config, model: MoVEKD, teachers: Teachers, tokens: int) -> int:
+    """Bytes that one more sample in the micro-batch takes at the worst moment of a step.
+
+    They come beside weights, gradients and optimizer. Counted by running the whole loss forward and
+    backward with one sample and with two.
+    """
+    dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
+    if c.recompute:
+        recompute(model.vlm.blocks)
+    model.to(dtype)
+    teachers.to(dtype)
+    hooks = []
+    for p in model.parameters():
+        if p.requires_grad:
+            hooks.append(p.register_post_accumulate_grad_hook(drop_gradient))
+
+    peaks = []
+    for batch_size in (1, 2):
+        gc.collect()
+        with PeakMemory() as memory:
+            meta_step(c, model, teachers, batch_size, tokens)
+        peaks.append(memory.peak)
+
+    # as they were
+    for hook in hooks:
+        hook.remove()
+    if c.recompute:
+        for block in model.vlm.blocks:
+            del block.forward
+    model.float()
+    teachers.float()
+    return peaks[1] - peaks[0]
+
+
+def drop_gradient(p: nn.Parameter) -> None:
+    """Gradients have a line of their own in the plan; here they would hide what a sample takes."""
+    p.grad = None
+
+
+def meta_step(c: Config, model: MoVEKD, teachers: Teachers, batch_size: int, tokens: int) -> None:
+    """MoVEKD.forward without what looks at values, and its backward."""
+    vlm = model.vlm
+    shape = (batch_size, 3, c.image_size, c.image_size)
+    images = torch.empty(shape, dtype=torch.uint8, device="meta")               # (B, 3, R, R)
+    ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")      # (B, T)
+    V_s = vlm.student(images)                                                   # (B, n, d)
+    x = vlm.llm.embed(ids)                                                      # (B, T, D)
+    projected = vlm.projector(V_s)                                              # (B, n, D)
+    # the words' embeddings go, as they do in VLM.splice
+    x = torch.cat([projected.to(x.dtype), x[:, projected.shape[1]:]], dim=1)    # (B, T, D)
+    L_total = text_loss(run_llm(vlm, x), ids)                                   # ()
+    if c.lambda_kd:
+        outputs = teachers(images, [])
+        student, targets, w_tea = model.pairs(V_s, outputs)                     # m x (B, n, d) each
+        w_tok = token_weights(outputs["clip"].cls_scores, model.token_weight)   # (B, n)
+        L_kd, _ = kd_loss(student, targets, w_tok, w_tea)                       # ()
+        L_total = L_total + L_kd                                                # ()
+    L_total.backward()

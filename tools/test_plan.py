@@ -1,0 +1,121 @@
+"""tools.plan: its counts are timm's and transformers', its predictions those of a measured step."""
+
+import pytest
+import timm
+import torch
+
+from plumbing.flags import parse_config
+from teachers import parse_spec
+from tiny.flops import flop_counter
+from tiny.llm import TinyLLM
+from tools import plan
+from tools.measuring import PeakMemory, count
+from tools.meta import activations, forward_flops, llm_config, meta_models, step_flops
+from tools.tiny_step import TinyStep
+
+
+@pytest.fixture(scope="module")
+def full_meta():
+    """The config of --full and its models without their numbers."""
+    pytest.importorskip("transformers")
+    c = parse_config(["--full"])
+    return c, *meta_models(c)
+
+
+def test_plan_counts_encoders_as_timm_does(full_meta):
+    """Every teacher of --full has the parameters of timm's own model; CLIP less what is not run."""
+    c, _, teachers = full_meta
+    for name, encoder in teachers.encoders.items():
+        model, size, options = parse_spec(getattr(c, name))
+        if name != "convnext":
+            options["img_size"] = size
+        with torch.device("meta"):
+            own = timm.create_model(model, num_classes=0, **options)
+        expected = count(own.parameters())
+        if name == "clip":
+            expected -= count(own.blocks[-1].parameters()) + count(own.norm.parameters())
+        assert count(encoder.parameters()) == expected
+
+
+def test_plan_counts_llms_as_transformers_does(full_meta):
+    """Vicuna-7B and SmolLM2-135M have the parameters of their real checkpoints."""
+    transformers = pytest.importorskip("transformers")
+    _, model, _ = full_meta
+    with torch.device("meta"):
+        llama = transformers.LlamaForCausalLM(transformers.LlamaConfig())
+        config = llm_config("HuggingFaceTB/SmolLM2-135M-Instruct")
+        smollm = transformers.LlamaForCausalLM(config)
+    assert count(model.vlm.llm.parameters()) == count(llama.parameters()) == 6_738_415_616
+    assert count(smollm.parameters()) == 134_515_008
+
+
+def test_plan_counts_experts_and_flops_by_hand(full_meta):
+    """The student is CLIP and its experts; FLOPs are those of the formulas."""
+    c, model, teachers = full_meta
+    experts = 23 * (3 * 2 * 1024 * 32 + 3 * 1025)
+    clip = count(teachers.encoders["clip"].parameters())
+    assert count(model.vlm.student.parameters()) == clip + experts
+    forward = forward_flops(c, model, teachers, 676)
+    tokens, D, H, V = 676, 4096, 11008, 32000
+    layer = 2 * tokens * (4 * D * D + 3 * D * H) + 4 * tokens * tokens * D
+    assert forward["LLM"] == pytest.approx(32 * layer + 2 * tokens * D * V, rel=1e-6)
+    assert 0.36e12 < forward["teacher clip"] < 0.38e12
+    assert 4.0e12 < forward["teacher eva"] < 4.2e12
+    assert 6.2e12 < forward["teacher convnext"] < 6.4e12
+
+
+def measured_step(step: TinyStep) -> tuple[int, float]:
+    """FLOPs of a step, and its peak memory beside weights: bytes."""
+    step()
+    with flop_counter() as counter:
+        step()
+    step.optimizer.state.clear()
+    with PeakMemory() as measured:
+        step()
+        step()  # only the second has the optimizer's state from the start
+    return counter.get_total_flops(), measured.peak
+
+
+def test_plan_predicts_a_measured_step():
+    """FLOPs and memory of the plan against a real step of stage 2 on this machine.
+
+    FLOPs within 5 %; memory within 15 % of weights and optimizer as allocated and the measured peak
+    of everything made during the step.
+    """
+    # small, but large enough that its tensors are more than crumbs
+    c = parse_config("--tiny --cache-teachers= --n-pretrain 64 --n-train 64 --n-described 0 "
+                     "--n-text 0 --stage2-batch 8".split())
+    step = TinyStep(c)
+    flops, peak = measured_step(step)
+    model, teachers = meta_models(c)
+    with torch.device("meta"):
+        # the same words: the meta models' vocabulary is a stand-in
+        words = len(step.model.vlm.llm.embed_tokens.weight)
+        model.vlm.llm = TinyLLM(words, c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden)
+    model.set_stage(2)
+    tokens = step.batch["input_ids"].shape[1]
+    per_step = step_flops(c, 2, forward_flops(c, model, teachers, tokens))
+    assert 8 * sum(per_step.values()) == pytest.approx(flops, rel=0.05)
+    per_sample = activations(c, model, teachers, tokens)
+    m = plan.memory(c, model, teachers, 1, False, per_sample)
+    weights = 4 * (count(step.model.parameters()) + count(step.teachers.parameters()))
+    assert m.fixed + 8 * per_sample == pytest.approx(weights + peak, rel=0.15)
+
+
+def test_plan_says_what_does_not_fit(full_meta, capsys):
+    """7B does not fit one card of 24 GB, eight of 80 GB hold it.
+
+    The plan says so, and what would help.
+    """
+    c, model, teachers = full_meta
+    model.set_stage(2)
+    one, eight = (plan.memory(c, model, teachers, gpus, False, 0.0).fixed for gpus in (1, 8))
+    assert one > 100e9
+    assert eight < 25e9
+    plan.main("--tiny --gpus 1 --gpu-memory 0.01".split())
+    stage2 = capsys.readouterr().out.split("\nstage 2: ")[1]
+    assert "DOES NOT FIT" in stage2
+    assert "more GPUs" in stage2
+    assert "780 steps" in stage2
+    plan.main("--tiny --gpus 1".split())
+    assert "DOES NOT FIT" not in capsys.readouterr().out
