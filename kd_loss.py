@@ -56,9 +56,10 @@ def teacher_weights(cls: torch.Tensor, teachers: dict[str, torch.Tensor], clip_s
     form      "released" leaves out the 1/sqrt(d): the softmax saturates. "uniform": equal shares.
     detach    no gradient: an adapter must not lower the loss by moving weight to the teacher that
               is easy to imitate. The released code does not detach, and its adapters do.
-    collapse  the released code's remedy: if the batch mean of the largest softmax weight exceeds
-              0.8, the weights become softmax(w + 0.2). The 0.2 cancels and the second softmax
-              flattens, so the weights jump, and an image's weights depend on its batch mates.
+    collapse  the released code's remedy: the batch mean of EACH teacher's softmax weight; if the
+              largest of these means exceeds 0.8, the weights become softmax(w + 0.2). The 0.2
+              cancels and the second softmax flattens, so the weights jump, and an image's weights
+              depend on its batch mates. Images that collapse to different teachers escape it.
 
     Raises ValueError if CLIP is not the first teacher.
     """
@@ -83,7 +84,7 @@ def teacher_weights(cls: torch.Tensor, teachers: dict[str, torch.Tensor], clip_s
     if form == "paper":
         scores = scores / cls.shape[-1] ** 0.5                                       # (B, m - 1)
     w = scores.softmax(dim=-1)                                                       # (B, m - 1)
-    if collapse and w.amax(dim=-1).mean() > 0.8:
+    if collapse and w.mean(dim=0).max() > 0.8:
         w = (w + 0.2).softmax(dim=-1)                                                # (B, m - 1)
     return torch.cat([clip, (1 - clip_share) * w], dim=1)                            # (B, m)
 

@@ -162,20 +162,22 @@ class MoVEKD(nn.Module):
     """VLM and encoder adapters: all that is trained, and the whole method in one forward.
 
     distil             False leaves L_kd out: no teacher runs
-    student_learns     False keeps the student frozen in both stages (the baselines)
+    student            what of it learns: "trained" all of it (its backbone in stage 2), "experts"
+                       MoLE only, else nothing (the baselines)
     clip_share         CLIP's fixed share of the teacher weights
     the others         the switches of kd_loss.py, teachers.py and mole.py
     """
 
-    def __init__(self, vlm: VLM, adapters: nn.ModuleDict, *, distil: bool, student_learns: bool,
-                 clip_share: float, token_weight: TokenWeight, teacher_weight: TeacherWeight,
-                 detach: bool, collapse: bool, direction: AdapterDirection,
-                 balance_form: BalanceForm):
+    def __init__(self, vlm: VLM, adapters: nn.ModuleDict, target_norms: nn.ModuleDict, *,
+                 distil: bool, student: str, clip_share: float, token_weight: TokenWeight,
+                 teacher_weight: TeacherWeight, detach: bool, collapse: bool,
+                 direction: AdapterDirection, balance_form: BalanceForm):
         super().__init__()
         self.vlm = vlm
         self.adapters = adapters
+        self.target_norms = target_norms
         self.distil = distil
-        self.student_learns = student_learns
+        self.student = student
         self.clip_share = clip_share
         self.token_weight = token_weight
         self.teacher_weight = teacher_weight
@@ -230,7 +232,8 @@ class MoVEKD(nn.Module):
             student = dict.fromkeys(targets, V_s)                                    # m x (B, n, d)
             form = self.teacher_weight
         else:
-            student, targets = adapt_student(V_s, outputs, self.adapters)        # m x (B, n_i, d_i)
+            student, targets = adapt_student(V_s, outputs, self.adapters,
+                                             self.target_norms)                  # m x (B, n_i, d_i)
             form = "uniform"  # V^cls has no product with the tokens of another space
         w_tea = teacher_weights(outputs["clip"].cls, targets, self.clip_share, form, self.detach,
                                 self.collapse)                                              # (B, m)
@@ -258,9 +261,12 @@ class MoVEKD(nn.Module):
 
         Stage 1 trains the experts, the adapters and the projector, stage 2 everything here.
         """
+        frozen = {"student backbone", "LLM"} if stage == 1 else set()
+        if self.student != "trained":
+            frozen.add("student backbone")
+        if self.student not in ("trained", "experts"):
+            frozen.add("student MoLE")
         for name, parameters in self.parameter_groups().items():
-            trained = stage == 2 or name not in ("student backbone", "LLM")
-            if name.startswith("student") and not self.student_learns:
-                trained = False
+            trained = name not in frozen
             for p in parameters:
                 p.requires_grad_(trained)

@@ -39,7 +39,8 @@ class ExpertLoRA(nn.Module):
     processes agree on which gradients exist even when an expert gets no token.
 
     init: "zero", LoRA's convention, starts with E_i(x) = 0, so that the student starts as CLIP;
-    "kaiming" (released code) draws `up` as it draws `down`: the student starts away from CLIP.
+    "kaiming" (released code) draws both matrices of each expert from U(+-sqrt(6 / fan_in)), biases
+    0 (PyTorch's kaiming_uniform_ for relu): the student starts away from CLIP.
     """
 
     def __init__(self, dim_in: int, dim_out: int, *, num_experts: int, rank: int, alpha: float,
@@ -53,10 +54,12 @@ class ExpertLoRA(nn.Module):
         self.dropout = nn.Dropout(dropout)
         if init == "zero":
             nn.init.zeros_(self.up.weight)
-        else:  # nn.Linear's own draw for each up matrix of r inputs, not for one of E*r
-            nn.init.uniform_(self.up.weight, -rank ** -0.5, rank ** -0.5)
+        else:
+            # fan_in is that of one expert: dim_in into down, r (not E*r) into up
+            nn.init.uniform_(self.down.weight, -(6 / dim_in) ** 0.5, (6 / dim_in) ** 0.5)
+            nn.init.uniform_(self.up.weight, -(6 / rank) ** 0.5, (6 / rank) ** 0.5)
             if bias:
-                nn.init.uniform_(self.up_bias, -rank ** -0.5, rank ** -0.5)
+                nn.init.zeros_(self.down.bias)
 
     def forward(self, x: torch.Tensor, route: torch.Tensor) -> torch.Tensor:
         """x (B, 1 + n, dim_in), route (B, 1 + n, E) -> (B, 1 + n, dim_out)"""

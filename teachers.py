@@ -19,8 +19,9 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-AdapterForm = Literal["token_mixing", "per_token", "released"]
+AdapterForm = Literal["token_mixing", "per_token", "released", "interpolation"]
 AdapterDirection = Literal["teacher_to_student", "student_to_teacher"]   # the paper's, AM-RADIO's
+TargetNorm = Literal["layer", "channel"]            # of a teacher's tokens as targets of a head
 
 
 class TeacherOutput(NamedTuple):
@@ -180,6 +181,7 @@ class EncoderAdapter(nn.Module):
           "released" is the same without the norm.
           "per_token" resizes the map to the other grid, then W_1 and W_2 mix the channels of each
           token alone: place stays place.
+          "interpolation" has no parameters: the map and the channels are resized (an ablation).
     """
 
     def __init__(self, n_in: int, d_in: int, n_out: int, d_out: int, form: AdapterForm):
@@ -189,20 +191,30 @@ class EncoderAdapter(nn.Module):
         self.side_out = round(n_out ** 0.5)
         norm = nn.LayerNorm(d_in, elementwise_affine=False)
         self.norm = nn.Identity() if form == "released" else norm
+        self.d_out = d_out
+        if form == "interpolation":
+            return
         self.channels = nn.Linear(d_in, d_out)                                         # W_1
         second = (d_out, d_out) if form == "per_token" else (n_in, n_out)
         self.out = nn.Linear(*second)                                                  # W_2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.form == "interpolation":
+            x = self.on_output_grid(self.norm(x.float()))                        # (B, n_out, d_in)
+            return F.interpolate(x, self.d_out, mode="linear")                   # (B, n_out, d_out)
         x = self.norm(x.to(self.channels.weight.dtype))                          # (B, n_in, d_in)
         if self.form == "per_token":
-            x = x.transpose(1, 2).unflatten(2, (self.side_in, self.side_in))     # (B, d_in, ., .)
-            size = (self.side_out, self.side_out)
-            x = F.interpolate(x, size, mode="bilinear", antialias=True)          # (B, d_in, ., .)
-            x = x.flatten(2).transpose(1, 2)                                     # (B, n_out, d_in)
+            x = self.on_output_grid(x)                                           # (B, n_out, d_in)
             return self.out(F.gelu(self.channels(x)))                            # (B, n_out, d_out)
         x = F.gelu(self.channels(x))                                             # (B, n_in, d_out)
         return self.out(x.transpose(1, 2)).transpose(1, 2)                       # (B, n_out, d_out)
+
+    def on_output_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """The same map with n_out tokens: (B, n_in, d_in) -> (B, n_out, d_in)"""
+        x = x.transpose(1, 2).unflatten(2, (self.side_in, self.side_in))         # (B, d_in, ., .)
+        size = (self.side_out, self.side_out)
+        x = F.interpolate(x, size, mode="bilinear", antialias=True)              # (B, d_in, ., .)
+        return x.flatten(2).transpose(1, 2)                                      # (B, n_out, d_in)
 
 
 def build_adapters(teachers: Teachers, n: int, d: int, form: AdapterForm,
@@ -227,8 +239,37 @@ def adapt(outputs: dict[str, TeacherOutput], adapters: nn.ModuleDict) -> dict[st
     return V_t
 
 
-def adapt_student(V_s: torch.Tensor, outputs: dict[str, TeacherOutput], heads: nn.ModuleDict
-                  ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+class ChannelNorm(nn.Module):
+    """Standardises a teacher's tokens channel by channel, with fixed statistics of the data.
+
+    (x - mean_c) / std_c over all images and places, so that every channel weighs alike and a target
+    of one image does not depend on the others. (B, n_i, d_i) -> (B, n_i, d_i)
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() - self.mean) / self.std                                    # (B, n_i, d_i)
+
+
+def build_target_norms(teachers: Teachers, norm: TargetNorm) -> nn.ModuleDict:
+    """What brings each teacher's targets to one scale: per token ("layer") or per channel."""
+    norms = nn.ModuleDict()
+    for name, teacher in teachers.encoders.items():
+        if name == "clip":
+            continue
+        if norm == "layer":
+            norms[name] = nn.LayerNorm(teacher.dim, elementwise_affine=False)
+        else:
+            norms[name] = ChannelNorm(teacher.dim)
+    return norms
+
+
+def adapt_student(V_s: torch.Tensor, outputs: dict[str, TeacherOutput], heads: nn.ModuleDict,
+                  norms: nn.ModuleDict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """AM-RADIO's direction: H_i(V^s) and the teachers' own normalised tokens, m x (B, n_i, d_i)
 
     CLIP's tokens are in the student's space, so they are compared with V^s itself.
@@ -237,9 +278,9 @@ def adapt_student(V_s: torch.Tensor, outputs: dict[str, TeacherOutput], heads: n
     targets = {}
     for name, output in outputs.items():
         if name in heads:
-            student[name] = heads[name](V_s)                                       # (B, n_i, d_i)
-            targets[name] = F.layer_norm(output.tokens, output.tokens.shape[-1:])  # (B, n_i, d_i)
+            student[name] = heads[name](V_s)                                         # (B, n_i, d_i)
+            targets[name] = norms[name](output.tokens)                               # (B, n_i, d_i)
         else:
-            student[name] = V_s                                                    # (B, n, d)
-            targets[name] = output.tokens                                          # (B, n, d)
+            student[name] = V_s                                                      # (B, n, d)
+            targets[name] = output.tokens                                            # (B, n, d)
     return student, targets

@@ -171,7 +171,8 @@ def test_released_mole_is_a_lora_in_each_linear():
 def test_mole_init(form):
     """"zero" leaves either form at the plain FFN, bit for bit.
 
-    "kaiming" draws each expert's up and b as an nn.Linear(r, .) would, and so moves the FFN.
+    "kaiming" draws both matrices of each expert as PyTorch's kaiming_uniform_ for relu, bound
+    sqrt(6 / fan_in) of that one expert, biases 0, and so moves the FFN.
     """
     ffn, x = timm.layers.Mlp(64, 64), torch.randn(2, 5, 64)
     options = {**MOLE, "rank": 4}
@@ -179,9 +180,13 @@ def test_mole_init(form):
     drawn = form(ffn, 64, **{**options, "init": "kaiming"})
     assert not torch.allclose(drawn(x), ffn(x), atol=1e-2)
     for lora in drawn.added()[1:]:
-        assert 0.9 * 4 ** -0.5 < lora.up.weight.abs().max() <= 4 ** -0.5
+        for matrix, fan_in in ((lora.down.weight, 64), (lora.up.weight, 4)):
+            theirs = nn.init.kaiming_uniform_(torch.empty(64, fan_in), nonlinearity="relu")
+            bound = (6 / fan_in) ** 0.5
+            assert theirs.abs().max() <= bound
+            assert 0.9 * bound < matrix.abs().max() <= bound
         if form is ReleasedMoLE:
-            assert 0.9 * 4 ** -0.5 < lora.up_bias.abs().max() <= 4 ** -0.5
+            assert lora.up_bias.abs().max() == lora.down.bias.abs().max() == 0
 
 
 def test_mole_parameters_at_vit_l():
@@ -301,7 +306,18 @@ def test_released_teacher_weights():
 
 
 def test_the_collapse_branch_jumps_at_0_8():
-    """collapse: softmax(w + 0.2) if the batch mean of the largest weight exceeds 0.8, else w."""
+    """collapse: softmax(w + 0.2) if the largest batch mean of a teacher exceeds 0.8, else w.
+
+    The mean is each teacher's: images that collapse to different teachers escape it.
+    """
+    teachers = {"clip": torch.zeros(2, 4, 1), "eva": torch.ones(2, 4, 1),
+                "convnext": torch.zeros(2, 4, 1)}
+    opposite = torch.tensor([[3.0], [-3.0]])  # rows (0.95, 0.05) and (0.05, 0.95)
+    w = teacher_weights(opposite, teachers, 0.0, "released", True, True)
+    assert w[:, 1].tolist() == pytest.approx([softmax([3, 0])[0], softmax([-3, 0])[0]], rel=1e-4)
+    alike = teacher_weights(opposite.abs(), teachers, 0.0, "released", True, True)
+    assert alike[0, 1].item() == pytest.approx(softmax(softmax([3, 0]))[0], rel=1e-4)
+
     below = math.log(0.7999 / 0.2001)
     w, _ = weights_at_gap(below, detach=True, collapse=True)
     assert w[0].tolist() == pytest.approx([0.5, 0.5 * 0.7999, 0.5 * 0.2001], rel=1e-4)
@@ -489,7 +505,8 @@ def test_student_to_teacher_is_the_other_direction():
     outputs = {"clip": TeacherOutput(torch.randn(2, 4, 8), None, None),
                "eva": TeacherOutput(torch.randn(2, 16, 6), None, None)}
     heads = nn.ModuleDict({"eva": EncoderAdapter(4, 8, 16, 6, C.adapter_form)})
-    student, target = adapt_student(V_s, outputs, heads)
+    norms = nn.ModuleDict({"eva": nn.LayerNorm(6, elementwise_affine=False)})
+    student, target = adapt_student(V_s, outputs, heads, norms)
     assert student["clip"] is V_s
     assert target["clip"] is outputs["clip"].tokens
     close(student["eva"], heads["eva"](V_s))

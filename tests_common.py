@@ -41,7 +41,7 @@ C = TINY
 
 
 def images(n: int) -> torch.Tensor:
-    """n pictures of the tiny world, uint8 (n, 3, 96, 96)."""
+    """n pictures of the tiny world, uint8 (n, 3, R, R)."""
     return render(sample_scenes("train", n))
 
 
@@ -220,7 +220,7 @@ def released_tensors(llama: nn.Module, vision: nn.Module) -> dict[str, torch.Ten
         mlp = f"{prefix}encoder.layers.{i}.mlp."
         tensors[mlp + "router.weight"] = torch.randn(2, 128)
         tensors[mlp + "router.bias"] = torch.randn(2)
-        for part, d_in, d_out in (("moe_up", 128, 512), ("moe_down", 512, 128)):
+        for part, d_in, d_out in (("moe_down", 128, 512), ("moe_up", 512, 128)):
             for e in range(2):
                 tensors[f"{mlp}{part}.{e}.lora_A.weight"] = torch.randn(4, d_in)
                 tensors[f"{mlp}{part}.{e}.lora_A.bias"] = torch.randn(4)
@@ -239,8 +239,10 @@ def released_json(llama_folder: Path, folder: Path) -> None:
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "config.json").read_text())
-    config.update(model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"],
-                  mm_hidden_size=128)
-    config["moe"] = {"moe_encoder_lora_rank": 4, "lora_alpha": 1, "num_experts": 2,
-                     "dense": False}
+    config.update(model_type="move_llava_llama", mm_hidden_size=128, mm_projector_type="mlp2x_gelu",
+                  architectures=["MoVELlavaLlamaForCausalLM"], mm_vision_select_layer=-2,
+                  image_aspect_ratio="pad", kd={"kd_mode": False})
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    config["moe"] = {"moe_encoder": True, "moe_encoder_dense": False, "moe_encoder_lora_rank": 4,
+                     "moe_encoder_lora_alpha": 1, "moe_encoder_num_experts": 2}
     write_json(folder / "config.json", config)

@@ -40,6 +40,7 @@ from plumbing.released_checkpoint import load_released, released_config
 from plumbing.run_folder import (RunLog, export, find_start, load_run, load_vlm, peak_rss_mb,
                                  start_run_folder)
 from plumbing.sharding import gather_full
+from plumbing.target_statistics import measure_targets
 from plumbing.teacher_cache import cache_teachers
 from teachers import Teachers
 
@@ -77,7 +78,7 @@ def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
     stage0 = (time.perf_counter() - stage0_start, stage0_tflops)
 
     # Models: frozen teachers, and MoVEKD, all that is trained. The student starts as CLIP.
-    model, teachers = build_models(c, machine, sets, tokenizer, weights)
+    model, teachers = build_models(c, machine, sets, tokenizer, weights, resumed)
     datasets = build_datasets(c, sets, tokenizer, model.vlm.student.num_tokens)
 
     # Both stages, or what a resumed run has left of them.
@@ -109,8 +110,8 @@ def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
         report(c, sets, tokenizer, vlm, progress, start, stage0)
 
 
-def build_models(c: Config, machine: Machine, sets: dict, tokenizer,
-                 weights: dict) -> tuple[MoVEKD, Teachers]:
+def build_models(c: Config, machine: Machine, sets: dict, tokenizer, weights: dict,
+                 resumed: bool) -> tuple[MoVEKD, Teachers]:
     """The student's side and the teachers, on their devices."""
     released = released_config(Path(c.init_from)) if c.init_from else None
     llm = PretrainedLLM(c.llm, released[1]) if released else None
@@ -120,11 +121,14 @@ def build_models(c: Config, machine: Machine, sets: dict, tokenizer,
     elif c.init_from:
         load_vlm(vlm, Path(c.init_from))
     teachers = build_teachers(c, weights)
+    training_sets = [sets["pretrain"], sets["train"]]
     if c.cache_teachers and c.lambda_kd:
         with machine.first_alone():
-            teachers = cache_teachers(teachers.to(c.device), Path(c.cache_teachers),
-                                      [sets["pretrain"], sets["train"]])
+            teachers = cache_teachers(teachers.to(c.device), Path(c.cache_teachers), training_sets)
     model = build_movekd(c, vlm, teachers)
+    if c.lambda_kd and not resumed:  # a checkpoint has them
+        measure_targets(model.target_norms, teachers, training_sets, machine.first, c.device,
+                        c.skip_bad)
     machine.place(model, teachers)
     return model, teachers
 

@@ -12,7 +12,7 @@ from plumbing.config import Config
 from plumbing.encoder_weights import find_weights, is_real, load_net
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import read_records
-from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters
+from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pretrain import MAKERS, stage0
 from tiny.world import tiny_set
@@ -174,7 +174,8 @@ def build_movekd(c: Config, vlm: VLM, teachers: Teachers) -> MoVEKD:
     torch.manual_seed(c.seed)
     adapters = build_adapters(teachers, vlm.student.num_tokens, vlm.student.dim, c.adapter_form,
                               c.adapter_direction)
-    return MoVEKD(vlm, adapters, distil=c.lambda_kd != 0, student_learns=c.student == "trained",
+    norms = build_target_norms(teachers, c.target_norm)
+    return MoVEKD(vlm, adapters, norms, distil=c.lambda_kd != 0, student=c.student,
                   clip_share=c.clip_share, token_weight=c.kd_token_weight,
                   teacher_weight=c.kd_teacher_weight, detach=c.kd_teacher_grad == "detached",
                   collapse=c.kd_collapse == "second_softmax", direction=c.adapter_direction,

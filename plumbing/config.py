@@ -10,7 +10,7 @@ from typing import Literal
 
 from kd_loss import TeacherWeight, TokenWeight
 from mole import BalanceForm, MoleForm, MoleInit, RouterGrad
-from teachers import AdapterDirection, AdapterForm
+from teachers import AdapterDirection, AdapterForm, TargetNorm
 from tiny.world import COUNTS
 
 
@@ -40,7 +40,7 @@ class Config:
     n_described: int = COUNTS["described"]
     n_text: int = COUNTS["text"]
     n_eval: int = COUNTS["eval"]
-    image_size: int = 96                    # px of the loader's square image
+    image_size: int = 128                   # px of the loader's square image
     max_length: int = 2048                  # tokens of a conversation; LLaVA's; longer ones are cut
     group_batches: int = 1                  # batches sorted by length together; 8: little padding
     workers: int = 0                        # processes that load images; 0 suits images in memory
@@ -56,7 +56,8 @@ class Config:
     sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # 4096 x 256; not in tiny
     weights: str = ""                       # folder of the encoders' files; "": timm's hub
     init_from: str = ""                     # the authors' checkpoint or a run to start from
-    student: Literal["trained", "frozen", "ensemble"] = "trained"   # the others are baselines
+    # what of the student learns; "experts": MoLE alone; "frozen" and "ensemble" are baselines
+    student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"
     compile: Literal["off", "on"] = "off"   # torch.compile of the encoders; meant for CUDA
     cache_teachers: str = "runs/teachers"   # folder that keeps the teachers' outputs; "": none
 
@@ -78,6 +79,7 @@ class Config:
     kd_collapse: Literal["none", "second_softmax"] = "none"         # row 7
     adapter_form: AdapterForm = "token_mixing"                      # row 8
     adapter_direction: AdapterDirection = "teacher_to_student"      # the other is AM-RADIO's
+    target_norm: TargetNorm = "layer"       # of the targets of student_to_teacher
     balance_weight: float = 0.01            # row 9; the paper's L_total has no such term
     balance_form: BalanceForm = "per_layer"                         # row 9
 
@@ -91,10 +93,10 @@ class Config:
     # --- stages
     stage0_scale: float = 1.0               # multiplies stage 0's steps; small for a smoke run
     stage1_epochs: float = 1.0              # LLaVA's
-    stage1_batch: int = 64                  # four times stage 2's: captions are short
+    stage1_batch: int = 16                  # small: here steps matter more than smooth gradients
     stage1_lr: float = 1e-3                 # LLaVA's
     stage2_epochs: float = 5.0              # LLaVA's is 1, of 665k conversations; here 2,500
-    stage2_batch: int = 16                  # small: here steps matter more than smooth gradients
+    stage2_batch: int = 16                  # likewise
     stage2_lr: float = 1e-3                 # a 7B LLM wants 2e-5; at width 96 too little
     warmup: float = 0.03                    # share of the steps, LLaVA's
     grad_clip: float = 1.0                  # norm; one odd batch cannot undo a short run
@@ -163,23 +165,27 @@ SMALL = Config(**{name: values[0] for name, values in LARGER.items()})
 FULL = Config(**{name: values[1] for name, values in LARGER.items()})
 PRESETS = {"tiny": TINY, "small": SMALL, "full": FULL}
 
-RECIPES = {  # --recipe sets rows 1-9 of docs/differences.md at once
-    # field               paper           released
-    "mole_form":          ("ffn",          "fc1_fc2"),
-    "mole_router_grad":   ("none",         "none"),
-    "mole_init":          ("zero",         "kaiming"),
-    "kd_token_weight":    ("paper",        "released"),
-    "kd_teacher_weight":  ("paper",        "released"),
-    "kd_teacher_grad":    ("detached",     "attached"),
-    "kd_collapse":        ("none",         "second_softmax"),
-    "adapter_form":       ("token_mixing", "released"),     # "paper": row 8 stays at ours
-    "balance_weight":     (0.0,            0.01),
-    "balance_form":       ("per_layer",    "pooled"),
+RECIPES = {  # --recipe sets these at once; None leaves a field as it is
+    # field               paper                 released              ours
+    "mole_form":          ("ffn",                "fc1_fc2",            "ffn"),
+    "mole_router_grad":   ("none",               "none",               "straight_through"),
+    "mole_init":          ("zero",               "kaiming",            "zero"),
+    "kd_token_weight":    ("paper",              "released",           "paper"),
+    "kd_teacher_weight":  ("paper",              "released",           "uniform"),
+    "kd_teacher_grad":    ("detached",           "attached",           "detached"),
+    "kd_collapse":        ("none",               "second_softmax",     "none"),
+    "adapter_form":       ("token_mixing",       "released",           "per_token"),
+    "adapter_direction":  ("teacher_to_student", "teacher_to_student", "student_to_teacher"),
+    "target_norm":        (None,                 None,                 "channel"),
+    "clip_share":         (None,                 None,                 0.1),
+    "balance_weight":     (0.0,                  0.01,                 0.01),
+    "balance_form":       ("per_layer",          "pooled",             "per_layer"),
 }
-RECIPE_NAMES = ("paper", "released")
+RECIPE_NAMES = ("paper", "released", "ours")
 
 
 def recipe(name: str) -> dict:
     """The fields that a recipe sets, and their values."""
     column = RECIPE_NAMES.index(name)
-    return {field: values[column] for field, values in RECIPES.items()}
+    rows = {field: values[column] for field, values in RECIPES.items()}
+    return {field: value for field, value in rows.items() if value is not None}

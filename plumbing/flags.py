@@ -124,9 +124,11 @@ def check_config(c: Config) -> None:
         if name not in ("clip", "eva", "convnext") and not is_real(getattr(c, name)):
             raise InputError(f"--{name} {getattr(c, name)}: stage 0 makes no such model of the "
                              "tiny world; name one with real weights")
-    if c.student != "trained" and (c.lambda_kd or c.mole_experts):
+    if c.student in ("frozen", "ensemble") and (c.lambda_kd or c.mole_experts):
         raise InputError(f"--student {c.student}: nothing is distilled and no expert trained; add "
                          "--lambda-kd 0 --mole-experts 0")
+    if c.student == "experts" and not c.mole_experts:
+        raise InputError("--student experts: there is none; give --mole-experts at least 1")
     if not 0 <= c.clip_share <= 1:
         raise InputError(f"--clip-share {c.clip_share}: CLIP's share of the teacher weights must "
                          "be between 0 and 1")

@@ -34,7 +34,8 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image: Ca
     pictured = [i for i, row in enumerate(rows) if "image" in row["record"]]
     generator = torch.Generator().manual_seed(0)
     order = [pictured[k] for k in torch.randperm(len(pictured), generator=generator).tolist()]
-    figure = Figure(figsize=(15, 7.5), layout="tight")
+    figure = Figure(figsize=(15, 8.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.12)  # titles must not touch other pictures
     axes = figure.subplots(3, 7)
     for axis in axes.flat:
         axis.axis("off")
@@ -43,7 +44,7 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image: Ca
         axis.imshow(get_image(row["record"]["image"]).permute(1, 2, 0).numpy())
         color = "green" if normalise(given) == row["answer"] else "red"
         title = f"{row['question'][:40]}\n{row['answer'][:25]} | {given[:25]}"
-        axis.set_title(title, fontsize=9, parse_math=False, color=color)
+        axis.set_title(title, fontsize=10, pad=5, parse_math=False, color=color)
     figure.suptitle("held-out images: question, answer | the model's answer")
     save_figure(figure, path)
 

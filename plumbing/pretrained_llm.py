@@ -44,7 +44,7 @@ class PretrainedLLM(nn.Module):
         causal = require_transformers().AutoModelForCausalLM
         try:
             if config is not None:
-                self.model = causal.from_config(config)
+                self.model = causal.from_config(config, dtype=config.dtype)
             else:
                 self.model = causal.from_pretrained(name, dtype="auto")
         except (OSError, ValueError) as e:

@@ -1,10 +1,11 @@
 """The authors' released weights: a LLaVA checkpoint whose vision tower carries the experts."""
 
+import pickle
+import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from data import read_json
 from model import VLM
@@ -23,13 +24,27 @@ BLOCK = {  # in a block: their name, ours
 }
 
 
-def released_files(folder: Path) -> list[Path]:
-    """The files with weights. Raises InputError if there is none."""
-    files = sorted(folder.glob("*.safetensors"))
+# their encoder adapters lie in the checkpoint too; the VLM has no use for them
+ADAPTER = re.compile(r"[a-z0-9]+_adapter_[12]\.")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The shards: *.safetensors, or pytorch_model*.bin. Raises InputError if there are none."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise InputError(f"{folder}: holds no *.safetensors; convert its pytorch_model*.bin with "
-                         "safetensors first")
+        raise InputError(f"{folder}: holds no *.safetensors and no pytorch_model*.bin")
     return files
+
+
+def read_shard(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one shard, memory-mapped. Raises InputError if it cannot be read."""
+    try:
+        if file.suffix == ".bin":
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with safe_open(file, "pt") as shard:
+            return {name: shard.get_tensor(name) for name in shard.keys()}
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
+        raise InputError(f"{file}: not readable as weights ({type(e).__name__})") from None
 
 
 def released_config(folder: Path):
@@ -37,33 +52,48 @@ def released_config(folder: Path):
 
     None if the folder holds no such checkpoint. Raises InputError.
     """
-    config = read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = read_json(path)
     if not isinstance(config, dict) or "moe" not in config:
         return None
     moe = config["moe"]
-    if moe.get("dense"):
-        raise InputError(f"{folder / 'config.json'}: moe.dense is true: every token goes through "
-                         "all experts; only argmax routing is built here")
-    fields = {
-        "clip": tower_spec(folder),
-        "mole_rank": moe["moe_encoder_lora_rank"],
-        "mole_alpha": float(moe["lora_alpha"]),
-        "mole_experts": moe["num_experts"],
-    }
+    try:
+        if moe["moe_encoder_dense"]:
+            raise InputError(f"{path}: moe_encoder_dense is true: every token goes through all "
+                             "experts; only argmax routing is built here")
+        if not moe["moe_encoder"]:
+            raise InputError(f"{path}: moe_encoder is false: the checkpoint has no experts")
+        fields = {
+            "clip": tower_spec(folder),
+            "mole_rank": moe["moe_encoder_lora_rank"],
+            "mole_alpha": float(moe["moe_encoder_lora_alpha"]),
+            "mole_experts": moe["moe_encoder_num_experts"],
+        }
+    except (KeyError, TypeError) as missing:
+        raise InputError(f"{path}: its \"moe\" lacks {missing}; the authors' checkpoints have "
+                         "moe_encoder, moe_encoder_dense, moe_encoder_lora_rank, "
+                         "moe_encoder_lora_alpha and moe_encoder_num_experts") from None
+    for key, expected in (("mm_vision_select_layer", -2), ("mm_projector_type", "mlp2x_gelu")):
+        if config.get(key, expected) != expected:
+            raise InputError(f"{path}: {key} is {config[key]!r}; only {expected!r} is built here")
     LlamaConfig = require_transformers().LlamaConfig
     known = set(LlamaConfig().to_dict()) - {"model_type", "architectures"}
-    llm = LlamaConfig(**{key: value for key, value in config.items() if key in known})
-    return fields, llm
+    llama = {key: value for key, value in config.items() if key in known}
+    llama["dtype"] = config.get("torch_dtype", config.get("dtype", "float32"))
+    return fields, LlamaConfig(**llama)
 
 
 def tower_spec(folder: Path) -> str:
-    """The spec of the checkpoint's CLIP, read off its tensors' shapes."""
+    """The spec of the checkpoint's CLIP, read off its tensors' shapes. Raises InputError."""
     shapes = {}
-    for path in released_files(folder):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                if name.startswith(TOWER):
-                    shapes[name.removeprefix(TOWER)] = file.get_slice(name).get_shape()
+    for file in weight_files(folder):
+        for name, tensor in read_shard(file).items():
+            if name.startswith(TOWER):
+                shapes[name.removeprefix(TOWER)] = tensor.shape
+    for name in ("embeddings.position_embedding.weight", "embeddings.patch_embedding.weight"):
+        if name not in shapes:
+            raise InputError(f"{folder}: has no tensor {TOWER + name!r}; the authors' checkpoints "
+                             "have")
     tokens, d = shapes["embeddings.position_embedding.weight"]
     patch = shapes["embeddings.patch_embedding.weight"][-1]
     layers = [int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")]
@@ -77,11 +107,12 @@ def load_released(vlm: VLM, folder: Path) -> None:
     """Fill student (mole_form "fc1_fc2"), projector and LLM from the authors' checkpoint.
 
     Strict both ways: every tensor of ours is filled, every tensor of theirs is used, or belongs to
-    what is never run (the last block, the final norm, the position ids). Raises InputError.
+    what is not run here (the last block, the final norm, the position ids, their adapters). Raises
+    InputError.
     """
     theirs = {}
-    for file in released_files(folder):
-        theirs.update(load_file(file))
+    for file in weight_files(folder):
+        theirs.update(read_shard(file))
     try:
         ours = convert(theirs, vlm)
     except KeyError as missing:
@@ -120,7 +151,7 @@ def convert(theirs: dict, vlm: VLM) -> dict[str, torch.Tensor]:
     never_run = (f"{TOWER}encoder.layers.{len(blocks)}.", f"{TOWER}post_layernorm.",
                  f"{TOWER}embeddings.position_ids")
     for name, tensor in theirs.items():
-        if not name.startswith(never_run):
+        if not name.startswith(never_run) and not ADAPTER.match(name):
             ours[f"llm.model.{name}"] = tensor
     return ours
 
@@ -135,14 +166,12 @@ def convert_block(theirs: dict, prefix: str, mole: ReleasedMoLE) -> dict[str, to
         for name, our_name in BLOCK.items():
             ours[f"{our_name}.{kind}"] = take(f"{prefix}{name}.{kind}")
     experts = range(mole.router.out_features)
-    for part in ("moe_down", "moe_up"):
+    for part, lora in (("moe_down", "lora_fc1"), ("moe_up", "lora_fc2")):
         stem = f"{prefix}mlp.{part}"
         A = [take(f"{stem}.{e}.lora_A.weight") for e in experts]
         A_bias = [take(f"{stem}.{e}.lora_A.bias") for e in experts]
         B = [take(f"{stem}.{e}.lora_B.weight") for e in experts]
         B_bias = [take(f"{stem}.{e}.lora_B.bias") for e in experts]
-        # the shapes tell which Linear the LoRA belongs to
-        lora = "lora_fc1" if A[0].shape[1] == mole.ffn.fc1.in_features else "lora_fc2"
         ours[f"mlp.{lora}.down.weight"] = torch.cat(A)
         ours[f"mlp.{lora}.down.bias"] = torch.cat(A_bias)
         ours[f"mlp.{lora}.up.weight"] = torch.cat(B, dim=1)

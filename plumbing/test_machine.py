@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data import collate, make_loader
 from model import MoVEKD
@@ -70,6 +71,28 @@ def test_shares_of_micro_batches_add_up_to_the_batch():
     assert share == Share(1, 1)
     for name, term in share.weigh(model(batch, teachers)).items():
         close(sums[name], term)
+
+
+def test_our_recipe_on_two_processes_and_resumed(workplace):
+    """`--recipe ours`: two processes have the statistics and the losses of one.
+
+    A resumed run takes the statistics from its checkpoint, whatever is measured, and ends as the
+    straight run: same log, same weights, the statistics among them.
+    """
+    flags = [*SHORT, *SHARED, "--recipe", "ours", "--save-every", "5", "--keep", "9"]
+    done = run_script(workplace, *flags, "--out", "runs/ours2", "--processes", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run_here(workplace, *flags, "--out", "runs/ours1", "--micro-batch", "1")
+    assert_same_log(workplace / "runs/ours1", workplace / "runs/ours2")
+    one, two = (load_file(workplace / f"runs/ours{k}/model.safetensors") for k in (1, 2))
+    for name in ("target_norms.eva.mean", "target_norms.convnext.std"):
+        assert torch.equal(one[name], two[name]) and one[name].abs().max() > 0
+    shutil.copytree(workplace / "runs/ours1", workplace / "runs/ours1b")
+    for path in (workplace / "runs/ours1b/checkpoints").iterdir():
+        if path.name > "stage1-00000005":
+            shutil.rmtree(path)
+    run_here(workplace, "--resume", "runs/ours1b")
+    assert_same_run(workplace / "runs/ours1", workplace / "runs/ours1b")
 
 
 def test_two_processes_are_one(two_processes):
@@ -246,7 +269,7 @@ def test_a_last_micro_batch_without_image_loses_no_gradient(sharded_machine):
     work, counts = sharded_machine.share_work(micro)
     assert counts["images"] == 2
     assert [batch.get("stand_in", False) for batch, _ in work] == [False, True]
-    assert work[1][0]["images"].shape == (1, 3, 96, 96)
+    assert work[1][0]["images"].shape == (1, 3, C.image_size, C.image_size)
     assert work[1][1].images == 0
     sharded = copy.deepcopy(model)
     shard(sharded, sharded.vlm.blocks, "cpu", 1, bf16=False)

@@ -1,6 +1,7 @@
 """Weights that others made: encoder files, the hub, pretrained LLMs, the authors' checkpoint."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data import IGNORE, conversation_ids
+from data import IGNORE, conversation_ids, write_json
 from model import VLM, Student, text_loss
 from plumbing.cli import InputError
 from plumbing.config import ENCODERS, FULL, SMALL
@@ -264,8 +265,8 @@ def released_ffn(tensors: dict, mlp: str, x: torch.Tensor) -> torch.Tensor:
         added = tensors[lora + "B.weight"] @ low + tensors[lora + "B.bias"]
         return tensors[fc + "weight"] @ v + tensors[fc + "bias"] + added * 1 / 4
 
-    hidden = linear("fc1", "moe_up", x)
-    return linear("fc2", "moe_down", hidden * (1.702 * hidden).sigmoid())
+    hidden = linear("fc1", "moe_down", x)
+    return linear("fc2", "moe_up", hidden * (1.702 * hidden).sigmoid())
 
 
 def test_the_authors_checkpoint_loads(released_folder, llama_folder):
@@ -298,6 +299,35 @@ def test_a_tensor_too_many_or_too_few_is_named(released_folder, tmp_path):
     tensors.pop("model.mm_projector.2.bias")
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="mm_projector.2.bias"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_authors_shards_load(released_folder, tmp_path, kind):
+    """Several *.safetensors or pytorch_model*.bin; their encoder adapters in it are left alone."""
+    for path in released_folder.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(released_folder / "model.safetensors")
+    tensors["eva_adapter_1.weight"] = torch.zeros(2, 2)
+    names = sorted(tensors)
+    for i, part in enumerate((names[::2], names[1::2]), start=1):
+        shard = {name: tensors[name] for name in part}
+        if kind == "bin":
+            torch.save(shard, tmp_path / f"pytorch_model-{i:05}-of-00002.bin")
+        else:
+            save_file(shard, tmp_path / f"model-{i:05}-of-00002.safetensors")
+    whole, shards = load_run(released_folder)[0], load_run(tmp_path)[0]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, shards.state_dict()[name]), name
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["moe"]["moe_encoder_dense"] = True
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(InputError, match="moe_encoder_dense is true"):
+        load_run(tmp_path)
+    del config["moe"]["moe_encoder_dense"]
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(InputError, match="lacks 'moe_encoder_dense'"):
         load_run(tmp_path)
 
 

@@ -9,7 +9,12 @@ import torch
 
 from tiny.scenes import ATTRIBUTES, scene_geometry
 
-WORLD_SIZE = 96  # px
+WORLD_SIZE = 128  # px: the largest that an encoder of the tiny preset is shown
+
+# The pattern in half images: stripes and bands, faint, of one width whatever the object's size
+STRIPE = 0.25
+BAND = 0.167
+RIM = 0.04  # the dark outline
 
 
 def _polygon(x: torch.Tensor, y: torch.Tensor, *edges: tuple) -> torch.Tensor:
@@ -18,29 +23,32 @@ def _polygon(x: torch.Tensor, y: torch.Tensor, *edges: tuple) -> torch.Tensor:
 
 
 def _shape_distance(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Signed distance (negative inside) to a shape that points up and fills radius 1."""
+    """Signed distance (negative inside) to a shape that lies within radius 1."""
     def box(x0, x1, y0, y1):
         return _polygon(x, y, (-1, 0, -x0), (1, 0, x1), (0, -1, -y0), (0, 1, y1))
 
     def disc(cx, cy, r):
         return torch.hypot(x - cx, y - cy) - r
 
-    if name == "arrow":
+    if name == "arrow":  # points up
         head = _polygon(x, y, (1.1, -1, 1.0), (-1.1, -1, 1.0), (0, 1, 0.0))
-        return torch.minimum(head, box(-0.35, 0.35, -0.1, 1.0))
-    if name == "fish":
-        tail = _polygon(x, y, (0.8, -1, -0.3), (-0.8, -1, -0.3), (0, 1, 1.0))
-        return torch.minimum((torch.hypot(x / 0.6, (y + 0.2) / 0.8) - 1) * 0.6, tail)
+        return torch.minimum(head, box(-0.24, 0.24, -0.1, 0.96))
+    if name == "fish":  # swims to the left: an oval body, a forked tail
+        body = (torch.hypot((x + 0.22) / 0.75, y / 0.48) - 1) * 0.48
+        tail = _polygon(x, y, (-0.9, 1, -0.2), (-0.9, -1, -0.2), (1, 0, 0.8))
+        fork = _polygon(x, y, (-0.9, 1, -0.58), (-0.9, -1, -0.58))
+        return torch.minimum(body, torch.maximum(tail, -fork))
     if name == "hammer":
-        return torch.minimum(box(-0.9, 0.9, -0.95, -0.3), box(-0.28, 0.28, -0.9, 1.0))
+        return torch.minimum(box(-0.72, 0.72, -0.68, -0.14), box(-0.22, 0.22, -0.5, 0.96))
     if name == "heart":
-        point = _polygon(x, y, (1, 1, 0.8), (-1, 1, 0.8), (0, -1, 0.28))
-        lobes = torch.minimum(disc(-0.45, -0.38, 0.52), disc(0.45, -0.38, 0.52))
+        point = _polygon(x, y, (1, 1, 0.736), (-1, 1, 0.736), (0.425, -1, 0.33),
+                         (-0.425, -1, 0.33))
+        lobes = torch.minimum(disc(-0.43, -0.33, 0.45), disc(0.43, -0.33, 0.45))
         return torch.minimum(lobes, point)
     if name == "house":
-        roof = _polygon(x, y, (1, -1, 0.98), (-1, -1, 0.98), (0, 1, 0.0))
-        return torch.minimum(box(-0.68, 0.68, -0.1, 0.9), roof)
-    return torch.maximum(disc(0, 0.1, 0.98), -disc(0, 0.68, 0.72))  # moon
+        roof = _polygon(x, y, (1, -1, 0.96), (-1, -1, 0.96), (0, 1, 0.0))
+        return torch.minimum(box(-0.62, 0.62, -0.1, 0.76), roof)
+    return torch.maximum(disc(0, 0, 0.98), -disc(0.5, -0.1, 0.78))  # moon: a crescent
 
 
 _COLOURS = torch.tensor([[.95, .15, .15], [1., .60, .10], [1., .95, .25],
@@ -59,14 +67,15 @@ def render(scenes: torch.Tensor, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + 2_000_003)
     geometry = scene_geometry(scenes, seed)
     chunks = []
-    for i in range(0, len(scenes), 64):  # 64 at a time stay in the processor's cache
-        part = {key: value[i:i + 64] for key, value in geometry.items()}
-        chunks.append(_render_chunk(scenes[i:i + 64], part, generator))
+    for i in range(0, len(scenes), 32):  # 32 at a time stay in the processor's cache
+        part = {key: value[i:i + 32] for key, value in geometry.items()}
+        chunks.append(_render_chunk(scenes[i:i + 32], part, generator))
     return torch.cat(chunks)
 
 
 def _render_chunk(scenes: torch.Tensor, geometry: dict, generator: torch.Generator) -> torch.Tensor:
     n, R = len(scenes), WORLD_SIZE
+    pixel = 2 / R  # in half images
     shape, colour, pattern, background = (scenes[:, i] for i in (0, 1, 2, 6))
     line = (torch.arange(R) + 0.5) / R * 2 - 1
     Y, X = line[None, :, None], line[None, None, :]
@@ -78,9 +87,9 @@ def _render_chunk(scenes: torch.Tensor, geometry: dict, generator: torch.Generat
     noise = torch.rand(n, 1, R, R, generator=generator) - 0.5                     # (N, 1, R, R)
     image = gradient + _GRAIN[background][:, None, None, None] * noise            # (N, 3, R, R)
 
-    # the object's own frame: centred, turned, in pixels
+    # the object's own frame: centred and turned, in half images
     cx, cy, radius, angle = (geometry[k][:, None, None] for k in ("x", "y", "radius", "angle"))
-    dx, dy, radius = (X - cx) * (R / 2), (Y - cy) * (R / 2), radius * (R / 2)
+    dx, dy = X - cx, Y - cy
     cos, sin = angle.cos(), angle.sin()
     x, y = cos * dx + sin * dy, cos * dy - sin * dx                               # (N, R, R)
     distance = torch.empty(n, R, R)
@@ -88,11 +97,12 @@ def _render_chunk(scenes: torch.Tensor, geometry: dict, generator: torch.Generat
         rows = (shape == k).nonzero()[:, 0]
         unit = _shape_distance(name, x[rows] / radius[rows], y[rows] / radius[rows])
         distance[rows] = unit * radius[rows]
-    inside = (0.5 - distance).clamp(0, 1)[:, None]                   # one pixel of anti-aliasing
-    rim = (1.5 - (distance + 1.5).abs()).clamp(0, 1)[:, None]        # a dark outline, 2 px
+    inside = (0.5 - distance / pixel).clamp(0, 1)[:, None]           # one pixel of anti-aliasing
+    depth = (distance + RIM / 2).abs() - RIM / 2                     # negative on the outline
+    rim = (0.5 - depth / pixel).clamp(0, 1)[:, None]                              # (N, 1, R, R)
 
-    # the pattern: stripes 12 px wide and bands of 8 px, faint, whatever the object's size
-    u, v = (x * (2 * math.pi / 12)).sin(), (y * (2 * math.pi / 8)).sin()          # (N, R, R)
+    # the pattern
+    u, v = (x * (2 * math.pi / STRIPE)).sin(), (y * (2 * math.pi / BAND)).sin()   # (N, R, R)
     a, b, c, d = _PAINT[pattern].T[:, :, None, None]
     paint = (3 * (a * u + b * v + c * u * v + d)).clamp(-1, 1)[:, None]           # (N, 1, R, R)
     tint = 0.06 * torch.randn(n, 3, generator=generator)

@@ -42,7 +42,7 @@ IMAGES = 6_000
 RECIPES = {  # steps, batch, peak learning rate
     "clip": (450, 64, 1e-3),
     "eva": (350, 32, 2e-3),
-    "convnext": (500, 32, 2e-3),
+    "convnext": (700, 48, 2e-3),
     "llm": (250, 32, 3e-3),
 }
 

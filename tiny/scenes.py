@@ -58,6 +58,6 @@ def scene_geometry(scenes: torch.Tensor, seed: int = 0) -> dict[str, torch.Tenso
     return {
         "x": (place % 3 - 1) / 3 + 0.01 * jitter[:, 0],
         "y": (place // 3 - 1) / 3 + 0.01 * jitter[:, 1],
-        "radius": torch.tensor([0.42, 0.56, 0.74])[size] * (1 + 0.02 * jitter[:, 2]),
+        "radius": torch.tensor([0.42, 0.52, 0.63])[size] * (1 + 0.02 * jitter[:, 2]),
         "angle": (turn - 1) * 0.4 + 0.06 * jitter[:, 3],
     }

@@ -2,7 +2,7 @@
 
 import torch
 
-from tiny.pictures import _COLOURS, render
+from tiny.pictures import _COLOURS, WORLD_SIZE, render
 from tiny.scenes import ATTRIBUTES, QUESTIONS, SPLITS, sample_scenes, scene_geometry
 from tiny.world import tiny_set, world_records
 
@@ -35,7 +35,8 @@ def test_pictures_show_what_the_scene_says():
             x, y = geometry["x"].item(), geometry["y"].item()
             assert (round(3 * x) + 1, round(3 * y) + 1) == (place % 3, place // 3)
             picture = render(scene)[0].float() / 255
-            pixel = picture[:, int((y + 1) * 48), int((x + 1) * 48)]
+            half = WORLD_SIZE / 2
+            pixel = picture[:, int((y + 1) * half), int((x + 1) * half)]
             assert (_COLOURS - pixel).square().sum(1).argmin() == colour
 
 
@@ -53,3 +54,18 @@ def test_records_tell_what_the_scene_is():
         assert not said
         drawn = render(sample_scenes("train", 20))[i]
         assert torch.equal(get_image(record["image"]), drawn)
+
+
+def test_every_object_lies_inside_its_picture(monkeypatch):
+    """No object is cut off: with a blank background, the border of every picture is blank.
+
+    All shapes, places, sizes and turns are drawn.
+    """
+    monkeypatch.setattr("tiny.pictures._BACKGROUNDS", torch.ones(4, 2, 3))
+    monkeypatch.setattr("tiny.pictures._GRAIN", torch.zeros(4))
+    sizes = [6, 1, 1, 9, 3, 3, 1]  # of the attributes; colours, patterns, backgrounds do not matter
+    scenes = torch.cartesian_prod(*[torch.arange(size) for size in sizes])
+    pictures = render(scenes)
+    for edge in (pictures[:, :, 0], pictures[:, :, -1], pictures[..., 0], pictures[..., -1]):
+        assert edge.min() == 255
+    assert pictures.amin(dim=(1, 2, 3)).max() < 255  # and there is an object in each

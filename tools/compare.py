@@ -1,11 +1,13 @@
 """Does MoVE-KD help, which part of it, and why?  Arms of one experiment over several seeds.
 
-    python -m tools.compare                 # 12 arms x 5 seeds (an hour on 2 cores)
-    python -m tools.compare --seeds 1       # one pass, no intervals
+    python -m tools.compare                 # 13 arms x 5 seeds -> table.md, compare.png
+    python -m tools.compare --ladder        # the paper's components, then ours -> ladder.md, .png
+    python -m tools.compare --shares        # CLIP's share, both directions -> shares.md, .png
+    python -m tools.compare --mole          # when does MoLE help? -> mole.md, .png
     python -m tools.compare --arms movekd no-kd --eval-split validation --out runs/tune
 
-The result is runs/compare/table.md and compare.png. The last line is for tuning: never on the test
-split. Flags that are not its own go to every arm.
+The results are under runs/compare. The last line is for tuning: never on the test split. Flags that
+are not its own go to every arm.
 
 Each arm is a command line of train.py. Arms share data, number of steps, initial weights and what
 the teachers say of the images; they run seed by seed, one process of one thread for each core. A
@@ -16,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,30 +39,12 @@ from plumbing.run_folder import load_run
 from plumbing.teacher_cache import cache_teachers
 from tiny.pictures import WORLD_SIZE
 from tiny.scenes import ASKED
-from tools.compare_report import T_QUANTILE, plot, report
+from tools.arms import ARMS, EXPERIMENTS, TITLES
+from tools.compare_report import T_QUANTILE, accuracy_table, plot, report
+from tools.ladder_report import (ladder_table, plot_ladder, plot_mole, plot_shares, shares_table)
 from tools.measuring import count_flops
 from tools.probe import PROBE, explained, pooled, probe, probe_images
 
-ARMS = {  # name: (what it is, flags of train.py)
-    "llava": ("LLaVA-1.5: frozen CLIP", "--student frozen --lambda-kd 0 --mole-experts 0"),
-    "no-kd": ("fine-tuned, MoLE, no KD", "--lambda-kd 0"),
-    # an ablation and a baseline in one
-    "no-mole": ("MoVE-KD without MoLE: plain fine-tuning with KD", "--mole-experts 0"),
-    "movekd": ("**MoVE-KD**", ""),
-    "no-token-weight": ("MoVE-KD, token weights uniform", "--kd-token-weight uniform"),
-    "no-teacher-weight": ("MoVE-KD, teacher weights uniform", "--kd-teacher-weight uniform"),
-    # how much of the gain is no teaching at all?
-    "clip-only": ("teacher CLIP alone: fine-tuning that stays near CLIP", "--teachers clip"),
-    "clip-eva": ("MoVE-KD, teachers CLIP + EVA", "--teachers clip eva"),
-    "clip-convnext": ("MoVE-KD, teachers CLIP + ConvNeXt", "--teachers clip convnext"),
-    "student-to-teacher": ("heads student -> teacher (AM-RADIO)",
-                           "--adapter-direction student_to_teacher"),
-    "ensemble": ("multi-encoder VLM, nothing distilled",
-                 "--student ensemble --lambda-kd 0 --mole-experts 0"),
-    # alpha / rank is 1/32, theirs
-    "released": ("MoVE-KD, released code's arithmetic", "--recipe released --mole-alpha 0.25"),
-}
-TITLES = {arm: title for arm, (title, _) in ARMS.items()}
 TAUGHT = ("eva", "convnext")  # the teachers but CLIP
 
 # ------------------------------------------------------------------------------------------------
@@ -149,15 +134,6 @@ def collect(runs: dict[tuple[str, int], list[str]]) -> dict[str, dict[str, list]
     return results
 
 
-# ------------------------------------------------------------------------------------------------
-# What an arm's vision side costs at inference
-
-
-def arm_student(arm: str, rest: list[str], tokenizer, weights: dict) -> nn.Module:
-    """The vision side of an arm before training."""
-    return build_vlm(parse_config(arm_flags(arm, rest)), tokenizer, weights).student
-
-
 @torch.no_grad()
 def encoder_cost(encoder: nn.Module) -> tuple[float, int]:
     """FLOPs per image and parameters of what runs at inference: images in, tokens out."""
@@ -166,25 +142,25 @@ def encoder_cost(encoder: nn.Module) -> tuple[float, int]:
     return count_flops(lambda: encoder(image)), sum(p.numel() for p in encoder.parameters())
 
 
-def relative_cost(encoder: nn.Module, clip: nn.Module) -> tuple[float, float]:
-    """Both as multiples of CLIP's, which is LLaVA's vision side."""
-    flops, parameters = encoder_cost(encoder)
-    clip_flops, clip_parameters = encoder_cost(clip)
-    return flops / clip_flops, parameters / clip_parameters
-
-
 # ------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run all arms, then write the report."""
+    """Run all arms of an experiment, then write its report."""
     parser = Parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(T_QUANTILE) + 2),
-                        help="how many (default 5)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM",
+    parser.add_argument("--seeds", type=int, choices=range(1, len(T_QUANTILE) + 2),
+                        help="how many (default 5; fewer with --ladder, --shares, --mole)")
+    choice = parser.add_mutually_exclusive_group()
+    for name in ("ladder", "shares", "mole"):
+        choice.add_argument(f"--{name}", dest="experiment", action="store_const", const=name)
+    choice.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM",
                         help=f"of: {' '.join(ARMS)}")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     args, rest = parser.parse_known_args(argv)
+    experiment = args.experiment or "main"
+    arms, seeds = EXPERIMENTS[experiment]
+    arms = args.arms or arms
+    seeds = args.seeds or seeds
 
     # What all runs share: the stage-0 models, and what the teachers say of the training images.
     c = parse_config(["--tiny", *rest])
@@ -196,28 +172,73 @@ def main(argv: list[str] | None = None) -> None:
 
     # The runs, seed by seed.
     runs = {}
-    for seed in range(args.seeds):
-        for arm in args.arms:
+    for seed in range(seeds):
+        for arm in arms:
             out = args.out / arm / str(seed)
             runs[arm, seed] = [*arm_flags(arm, rest), "--seed", str(seed), "--out", str(out),
                                "--cache-teachers", str(cache)]
     args.out.mkdir(parents=True, exist_ok=True)
     run_missing(list(runs.values()), weights)
 
-    llava = arm_student("llava", rest, tokenizer, weights)
-    costs = {}
-    for arm in args.arms:
-        costs[arm] = relative_cost(arm_student(arm, rest, tokenizer, weights), llava)
+    results = collect(runs)
+    write = WRITERS[experiment]
+    print(write(results, args.out, seeds, rest, tokenizer, weights))
+
+
+def write_main(results: dict, out: Path, seeds: int, rest: list[str], tokenizer,
+               weights: dict) -> str:
+    """table.md and compare.png."""
+    # What the encoders hold before any distillation.
+    llava = build_vlm(parse_config(arm_flags("llava", rest)), tokenizer, weights).student
     before = {"CLIP, also the student before": student_holds(llava, weights)}
     for name in TAUGHT:
-        before[f"{name}, the teacher"] = probe(build_encoder(c, name, weights))
+        teacher = build_encoder(TINY, name, weights)
+        before[f"{name}, the teacher"] = probe(teacher)
+    costs = arm_costs(results, rest, tokenizer, weights)
+    text = report(results, TITLES, costs, before, seeds)
+    (out / "table.md").write_text(text)
+    plot(results, out / "compare.png")
+    return text
 
-    # The report.
-    results = collect(runs)
-    text = report(results, TITLES, costs, before, args.seeds)
-    (args.out / "table.md").write_text(text)
-    plot(results, args.out / "compare.png")
-    print(text)
+
+def write_ladder(results: dict, out: Path, seeds: int, *_) -> str:
+    """ladder.md and ladder.png."""
+    text = ladder_table(results, seeds)
+    (out / "ladder.md").write_text(text)
+    plot_ladder(results, out / "ladder.png")
+    return text
+
+
+def write_shares(results: dict, out: Path, seeds: int, *_) -> str:
+    """shares.md and shares.png."""
+    text = shares_table(results, seeds)
+    (out / "shares.md").write_text(text)
+    plot_shares(results, out / "shares.png")
+    return text
+
+
+def write_mole(results: dict, out: Path, seeds: int, rest: list[str], tokenizer,
+               weights: dict) -> str:
+    """mole.md and mole.png."""
+    costs = arm_costs(results, rest, tokenizer, weights)
+    text = "\n".join(accuracy_table(results, TITLES, costs, seeds)) + "\n"
+    (out / "mole.md").write_text(text)
+    plot_mole(results, out / "mole.png")
+    return text
+
+
+WRITERS = {"main": write_main, "ladder": write_ladder, "shares": write_shares, "mole": write_mole}
+
+
+def arm_costs(arms: Iterable[str], rest: list[str], tokenizer, weights: dict) -> dict:
+    """(FLOPs, parameters) of each arm's vision side, relative to CLIP, which is LLaVA's."""
+    costs = {}
+    for arm in {"llava", *arms}:
+        student = build_vlm(parse_config(arm_flags(arm, rest)), tokenizer, weights).student
+        costs[arm] = encoder_cost(student)
+    clip_flops, clip_parameters = costs["llava"]
+    return {arm: (flops / clip_flops, parameters / clip_parameters)
+            for arm, (flops, parameters) in costs.items()}
 
 
 if __name__ == "__main__":

@@ -101,23 +101,24 @@ def reading(results: dict) -> list[str]:
     """The questions of the experiment, answered by its numbers."""
     macro = {arm: result["macro"] for arm, result in results.items()}
     lines = []
-    if "movekd" not in macro:
-        return lines
-    for base in ("no-kd", "llava"):
-        if base in macro:
-            gain = show(paired(macro["movekd"], macro[base]), "+")
-            lines.append(f"- MoVE-KD against `{base}`: {gain} points.")
-    if "llava" in macro and "ensemble" in macro:
-        gap = mean(macro["ensemble"]) - mean(macro["llava"])
-        closed = 100 * (mean(macro["movekd"]) - mean(macro["llava"])) / gap
-        lines.append(f"- From LLaVA-1.5 to the multi-encoder VLM it is {gap:.1f} points; MoVE-KD "
-                     f"closes {closed:.0f} % of them.")
-    if "no-kd" in macro:
-        for skill, teacher in (("place", "EVA"), ("pattern", "ConvNeXt")):
-            gain = paired(column(results, "movekd", "accuracy", skill),
-                          column(results, "no-kd", "accuracy", skill))
-            lines.append(f"- {skill}, the skill of {teacher}: {show(gain, '+')} points over "
-                         "`no-kd`.")
+    for arm, name in (("movekd", "MoVE-KD"), ("ours", "Our recipe")):
+        if arm not in macro:
+            continue
+        for base in ("no-kd", "llava"):
+            if base in macro:
+                gain = show(paired(macro[arm], macro[base]), "+")
+                lines.append(f"- {name} against `{base}`: {gain} points.")
+        if "llava" in macro and "ensemble" in macro:
+            gap = mean(macro["ensemble"]) - mean(macro["llava"])
+            closed = 100 * (mean(macro[arm]) - mean(macro["llava"])) / gap
+            lines.append(f"- From LLaVA-1.5 to the multi-encoder VLM it is {gap:.1f} points; "
+                         f"{name} closes {closed:.0f} % of them.")
+        if "no-kd" in macro:
+            for skill, teacher in (("place", "EVA"), ("pattern", "ConvNeXt")):
+                gain = paired(column(results, arm, "accuracy", skill),
+                              column(results, "no-kd", "accuracy", skill))
+                lines.append(f"- {skill}, the skill of {teacher}: {show(gain, '+')} points over "
+                             "`no-kd`.")
     return lines
 
 
@@ -134,7 +135,7 @@ def plot(results: dict, path: Path) -> None:
         macro = results[arm]["macro"]
         center, width = interval(macro)
         error = 0 if math.isnan(width) else width
-        color = "C3" if arm == "movekd" else "C0"
+        color = "C3" if arm in ("movekd", "ours") else "C0"
         left.errorbar(center, y, xerr=error, fmt="o", color=color, capsize=3)
         left.plot(macro, [y] * len(macro), "|", color="grey", markersize=8)
     left.set(xlabel="macro accuracy, %; mean, 95 % interval, seeds")

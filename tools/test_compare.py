@@ -24,8 +24,15 @@ TRAINED = {  # arm: what stage 2 trains beside projector and LLM, if not all
     "clip-only": STUDENT,
     "clip-eva": STUDENT | {"adapter eva"},
     "clip-convnext": STUDENT | {"adapter convnext"},
+    "interpolation": {"student backbone"},  # its adapters have no parameters
+    "adapters": {"student backbone"} | ADAPTERS,
+    "ours-no-mole": {"student backbone"} | ADAPTERS,
+    "ours-few-no-mole": {"student backbone"} | ADAPTERS,
+    "movekd-experts": {"student MoLE"} | ADAPTERS,
+    "ours-experts": {"student MoLE"} | ADAPTERS,
 }
-WITHOUT_EXPERTS = ("llava", "ensemble", "no-mole")
+WITHOUT_EXPERTS = ("llava", "ensemble", "no-mole", "interpolation", "adapters", "ours-no-mole",
+                   "ours-few-no-mole")
 
 
 @pytest.mark.parametrize("arm", compare.ARMS)
@@ -53,7 +60,8 @@ def test_arms_build_what_they_say(arm):
     assert ("experts" in terms) == (arm not in WITHOUT_EXPERTS)
     assert (terms["L_kd"] > 0) == ("kd_clip" in terms)
     for name in ("eva", "convnext"):
-        assert (f"kd_{name}" in terms) == (f"adapter {name}" in learns)
+        compared = f"adapter {name}" in learns or arm == "interpolation"
+        assert (f"kd_{name}" in terms) == compared
     if arm != "ensemble":
         movekd = build_vlm(C, tokenizer, {})
         for a, b in zip(first, movekd.projector.parameters(), strict=True):

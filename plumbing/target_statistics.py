@@ -1,0 +1,81 @@
+"""The channel statistics of the teachers' tokens, measured once over the training images."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from data import DataError
+from plumbing.teacher_cache import CachedTeachers
+from teachers import ChannelNorm, Teachers
+
+SAMPLE = 4000   # images, if the teachers must run for it; all of them if their outputs are cached
+BATCH = 64
+SMALLEST_STD = 1e-4  # a channel that never changes is not blown up
+
+
+@torch.no_grad()
+def measure_targets(norms: nn.ModuleDict, teachers: Teachers, sets: list[tuple], first: bool,
+                    device: str, skip_bad: bool) -> None:
+    """Fill every ChannelNorm with its teacher's mean and std per channel, over images and places.
+
+    `sets` are (records, get_image). The first process measures and sends what it found, so that any
+    number of processes has the same numbers. Raises DataError for an image that cannot be read,
+    unless such are skipped.
+    """
+    channel_norms = {name: norm for name, norm in norms.items() if isinstance(norm, ChannelNorm)}
+    if not channel_norms:
+        return
+    if first:
+        fill(channel_norms, teachers, sets, device, skip_bad)
+    if dist.is_initialized():
+        for norm in channel_norms.values():
+            dist.broadcast(norm.mean, src=0)
+            dist.broadcast(norm.std, src=0)
+
+
+def fill(norms: dict[str, ChannelNorm], teachers: Teachers, sets: list[tuple], device: str,
+         skip_bad: bool) -> None:
+    """Measure in this process."""
+    source = {}
+    for records, get_image in sets:
+        for record in records:
+            if "image" in record:
+                source[record["image"]] = get_image
+    names = sorted(source)
+    cached = isinstance(teachers, CachedTeachers)
+    if not cached:
+        names = names[::max(1, len(names) // SAMPLE)]
+    sums = {name: torch.zeros(2, len(norm.mean), dtype=torch.float64)
+            for name, norm in norms.items()}
+    places = dict.fromkeys(norms, 0)
+    for i in tqdm(range(0, len(names), BATCH), desc="statistics of the teachers", leave=False):
+        batch = names[i:i + BATCH]
+        pixels = torch.empty(0)  # a cache does not look at them
+        if not cached:
+            readable = read_images(batch, source, skip_bad)
+            if not readable:
+                continue
+            pixels = torch.stack(readable)                                          # (B, 3, R, R)
+        outputs = teachers(pixels.to(device), batch)
+        for name in norms:
+            tokens = outputs[name].tokens.flatten(0, 1).double().cpu()              # (B * n_i, d_i)
+            sums[name] += torch.stack([tokens.sum(dim=0), tokens.square().sum(dim=0)])
+            places[name] += len(tokens)
+    for name, norm in norms.items():
+        mean, square = sums[name] / places[name]                                    # (d_i,) each
+        std = (square - mean.square()).clamp(min=0).sqrt().clamp(min=SMALLEST_STD)  # (d_i,)
+        norm.mean.copy_(mean)
+        norm.std.copy_(std)
+
+
+def read_images(names: list[str], source: dict, skip_bad: bool) -> list[torch.Tensor]:
+    """The images by name, uint8 (3, R, R) each; with skip_bad without those that are unreadable."""
+    images = []
+    for name in names:
+        try:
+            images.append(source[name](name))
+        except DataError:
+            if not skip_bad:
+                raise
+    return images
