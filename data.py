@@ -14,12 +14,9 @@ Letters: B samples, B_img of them with an image, T text tokens, R pixels of the 
 """
 
 import functools
-import hashlib
 import itertools
 import json
-import math
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -51,39 +48,36 @@ def conversation_ids(record: dict, template: str, tokenizer, n: int) -> tuple[li
     becomes n copies of the image token: the places of the student's tokens. "plain" drops the
     human's words: the image alone must explain the caption. A real LLM has Vicuna's instruction
     before the first USER: and a space before each answer. A record that ends with a question ends
-    after "ASSISTANT:".
+    after "ASSISTANT:". Words of a text are never control tokens, even if it reads </s> or USER:.
     """
     ids = [tokenizer.bos]
     labels = [IGNORE]
     for i, turn in enumerate(record["conversations"]):
+        text = turn["value"]
         if turn["from"] == "gpt":
             space = tokenizer.space if template == "v1" else ""
-            answer = tokenizer.encode(space + turn["value"]) + [tokenizer.eos]
+            answer = tokenizer.encode(space + tokenizer.plain(text)) + [tokenizer.eos]
             ids += answer
             labels += answer
             continue
-        images = turn["value"].count("<image>")
+        # only a record with an image has a place for it; elsewhere <image> is a word of the text
+        pictured = "image" in record and "<image>" in text
+        image = [tokenizer.image] * n if pictured else []
         if template == "plain":
-            prompt = "<image>" * images
+            asked = image
         else:
-            # the image first, wherever the question has it, as LLaVA does
             system = tokenizer.system if i == 0 else ""
-            picture = "<image>" * images + "\n" if images else ""
-            question = turn["value"].replace("<image>", "").strip()
-            prompt = f"{system}USER: {picture}{question} ASSISTANT:"
-        asked = encode_with_images(prompt, tokenizer, n)
+            question = text.replace("<image>", "") if pictured else text
+            question = f"{tokenizer.plain(question.strip())} ASSISTANT:"
+            if pictured:
+                # the image first, wherever the question has it, as LLaVA does
+                asked = tokenizer.encode(f"{system}USER: ") + image
+                asked += tokenizer.encode(f"\n{question}")
+            else:
+                asked = tokenizer.encode(f"{system}USER: {question}")
         ids += asked
         labels += [IGNORE] * len(asked)
     return ids, labels
-
-
-def encode_with_images(prompt: str, tokenizer, n: int) -> list[int]:
-    """Token ids of a prompt, with n image tokens in place of each <image>."""
-    before, *after = prompt.split("<image>")
-    ids = tokenizer.encode(before)
-    for text in after:
-        ids += [tokenizer.image] * n + tokenizer.encode(text)
-    return ids
 
 
 # ------------------------------------------------------------------------------------------------
@@ -91,22 +85,38 @@ def encode_with_images(prompt: str, tokenizer, n: int) -> list[int]:
 
 
 def read_json(path: Path):
-    """The value of a JSON file. Raises DataError if it is missing, unreadable or not JSON."""
+    """The value of a JSON file, or the list of the values of a JSON Lines file.
+
+    It is UTF-8 whatever the locale, with a byte order mark or without. Raises DataError if it is
+    missing, unreadable or not JSON.
+    """
     try:
-        return json.loads(Path(path).read_text())
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: not valid JSON: {e}") from None
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path}: not valid JSON: not UTF-8: {e}") from None
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror}") from None
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise DataError(f"{path}: not valid JSON: nested too deep") from None
+    except json.JSONDecodeError as e:
+        fault = e
+    try:
+        lines = [line for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in lines]
+    except (json.JSONDecodeError, RecursionError):
+        raise DataError(f"{path}: not valid JSON: {fault}") from None
 
 
 def write_json(path: Path, value) -> None:
     """Write a JSON file atomically: a reader sees the old file or the new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
 
 
@@ -120,24 +130,16 @@ def blank_image(size: int) -> torch.Tensor:
     return colour[:, None, None].repeat(1, size, size)
 
 
-def load_image(path: Path, size: int) -> torch.Tensor:
-    """An image file as uint8 (3, size, size). Raises DataError if it is missing or unreadable."""
-    try:
-        with Image.open(path) as file:
-            return square_image(file.convert("RGB"), size)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image file") from None
-    except Exception as e:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"{path}: not a readable image ({type(e).__name__}); replace the file or "
-                        "drop its row") from None
-
-
 def square_image(picture: Image.Image, size: int) -> torch.Tensor:
     """An RGB picture padded to a square, then resized: uint8 (3, size, size).
 
     So nothing is cut off and all encoders see one geometry. The padding is CLIP's mean colour, as
-    in LLaVA.
+    in LLaVA. A long thin picture is shrunk first: its square would take far more memory than it.
     """
+    long, short = max(picture.size), min(picture.size)
+    if long > 4 * short and long > size:
+        shrunk = [max(1, round(pixels * size / long)) for pixels in picture.size]
+        picture = picture.resize(shrunk, Image.Resampling.BILINEAR)
     image = TF.pil_to_tensor(picture)                                       # (3, height, width)
     _, height, width = image.shape
     if height != width:
@@ -148,24 +150,6 @@ def square_image(picture: Image.Image, size: int) -> torch.Tensor:
         canvas[:, top:top + height, left:left + width] = image
         image = canvas                                                      # (3, side, side)
     return TF.resize(image, [size, size], antialias=True)                   # (3, size, size)
-
-
-class DiskImages:
-    """get_image for records of a file on disk, whose image names are relative to `folder`."""
-
-    def __init__(self, folder: Path, size: int):
-        self.folder = Path(folder)
-        self.size = size
-        self.source = str(self.folder.resolve())
-
-    def __call__(self, name: str) -> torch.Tensor:
-        return load_image(self.folder / name, self.size)
-
-    def fingerprint(self, names: list[str]) -> str:
-        """Changes when a file's size or time does: half a million files are too many to read."""
-        stats = [os.stat(self.folder / name) for name in names]
-        seen = [(s.st_size, s.st_mtime_ns) for s in stats]
-        return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -323,10 +307,32 @@ def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: in
     Each is dealt out into `pieces` micro-batches, of which this process gets those in `own_pieces`,
     one after the other.
     """
-    steps = count_steps(len(dataset), batch_size, epochs)
-    batches = []
-    for epoch in range(math.ceil(epochs)):
-        batches += batch_order(dataset, batch_size, seed, epoch, group)
-    micro_batches = [batch[k::pieces] for batch in batches[start:steps] for k in own_pieces]
-    return DataLoader(dataset, batch_sampler=micro_batches, num_workers=workers,
+    rows = MicroBatches(dataset, batch_size, epochs, seed, group, pieces, own_pieces, start)
+    return DataLoader(dataset, batch_sampler=rows, num_workers=workers,
                       collate_fn=functools.partial(collate, pad=pad))
+
+
+class MicroBatches:
+    """The rows of this process's micro-batches, one after the other, made as they are asked for."""
+
+    def __init__(self, dataset: Conversations, batch_size: int, epochs: float, seed: int,
+                 group: int, pieces: int, own_pieces: range, start: int):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.steps = count_steps(len(dataset), batch_size, epochs)
+        self.seed = seed
+        self.group = group
+        self.pieces = pieces
+        self.own_pieces = own_pieces
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = 0
+        for epoch in itertools.count():
+            for batch in batch_order(self.dataset, self.batch_size, self.seed, epoch, self.group):
+                if step >= self.steps:
+                    return
+                if step >= self.start:
+                    for k in self.own_pieces:
+                        yield batch[k::self.pieces]
+                step += 1

@@ -10,7 +10,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import contextlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,12 +125,8 @@ SHARED = ("--stage1-batch 2 --stage2-batch 2 --max-steps 10 --log-every 1 --save
 
 def run_here(folder: Path, *flags: str) -> None:
     """train.py in this process, as if started in `folder`."""
-    on_sigterm = signal.getsignal(signal.SIGTERM)  # a run has a handler of its own
-    try:
-        with contextlib.chdir(folder):
-            train.main(list(flags))
-    finally:
-        signal.signal(signal.SIGTERM, on_sigterm)
+    with contextlib.chdir(folder):
+        train.main(list(flags))
 
 
 def run_script(folder: Path, *flags: str) -> subprocess.CompletedProcess:

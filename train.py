@@ -6,6 +6,7 @@
     python -m tools.plan --full             # what the real run wants of your GPUs (30 s)
     python train.py --full --data-root D    # the real encoders, Vicuna-7B and LLaVA's data
     python train.py --resume runs/full      # go on from the last checkpoint
+    python train.py --evaluate runs/tiny    # evaluate a run again, or on another --eval-data
 
 Every field of Config (plumbing/config.py) is a flag. Two stages, as LLaVA's recipe has them: stage
 1 aligns (captions; trains experts, adapters, projector), stage 2 finetunes (conversations; trains
@@ -14,6 +15,7 @@ all but the teachers). One loss in both, below in `train_stage`:
     L_total = L_text + lambda_kd * L_kd + balance_weight * L_balance
 """
 
+import json
 import math
 import sys
 import time
@@ -27,20 +29,21 @@ from torch import nn
 from data import Conversations, count_steps, make_loader, write_json
 from model import VLM, MoVEKD
 from plumbing.build import (build_datasets, build_movekd, build_teachers, build_tokenizer,
-                            build_vlm, check_place, find_device, load_sets, pretrained_weights)
+                            build_vlm, check_lengths, check_place, find_device, load_eval_set,
+                            load_sets, pretrained_weights)
 from plumbing.checkpoints import Progress
-from plumbing.cli import InputError, run
+from plumbing.cli import InputError, Stopped, run
 from plumbing.config import Config
-from plumbing.evaluate import evaluate, print_result
+from plumbing.evaluate import evaluate, print_accuracy, print_result
 from plumbing.flags import parse_flags
 from plumbing.machine import Machine, launch, wanted_processes
 from plumbing.plots import plot_curves, plot_samples
 from plumbing.pretrained_llm import PretrainedLLM
 from plumbing.released_checkpoint import load_released, released_config
-from plumbing.run_folder import (RunLog, export, find_start, load_run, load_vlm, peak_rss_mb,
-                                 start_run_folder)
+from plumbing.run_folder import (RunLog, check_data, export, load_run, load_vlm, open_run_folder,
+                                 peak_rss_mb, start_run_folder)
 from plumbing.sharding import gather_full
-from plumbing.target_statistics import measure_targets
+from plumbing.target_statistics import check_teachers, measure_targets
 from plumbing.teacher_cache import cache_teachers
 from teachers import Teachers
 
@@ -49,15 +52,18 @@ def main(argv: list[str] | None = None) -> None:
     """A run from the command line, in this process or in as many as it asks for."""
     start = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
-    c, resumed = parse_flags(argv, description=__doc__)
+    c, mode = parse_flags(argv, description=__doc__)
     check_place(c)
     c.device = find_device(c.device)
+    if mode == "evaluate":
+        evaluate_run(c)
+        return
     processes = wanted_processes(c)
     if processes > 1:
         sys.exit(launch(__file__, argv, processes))
     machine = Machine(c)
     try:
-        train(c, machine, resumed, start)
+        train(c, machine, mode == "resume", start)
     finally:
         if machine.world == 1:  # several end with their process: leaving in disorder may hang
             machine.leave()
@@ -66,10 +72,11 @@ def main(argv: list[str] | None = None) -> None:
 def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
     """The whole run: data, stage 0, models, stage 1, stage 2, export, evaluation."""
     machine.listen()
-    checkpoint, progress = find_start(c, resumed)
-
+    machine.lock, checkpoint, progress = open_run_folder(c, machine.first, resumed)
     sets = load_sets(c)
     tokenizer = build_tokenizer(c, sets)
+    if machine.first:
+        check_data(c, sets, tokenizer, progress, resumed)
 
     # Stage 0 makes what the tiny preset has in place of downloads. The first process makes it.
     stage0_start = time.perf_counter()
@@ -79,35 +86,24 @@ def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
 
     # Models: frozen teachers, and MoVEKD, all that is trained. The student starts as CLIP.
     model, teachers = build_models(c, machine, sets, tokenizer, weights, resumed)
+    check_lengths(c, sets, tokenizer, model.vlm.student.num_tokens)
     datasets = build_datasets(c, sets, tokenizer, model.vlm.student.num_tokens)
 
     # Both stages, or what a resumed run has left of them.
     if machine.first:
         start_run_folder(c, tokenizer)
     log = RunLog(c, machine.first, resumed, progress)
-    for stage in range(progress.stage, 3):
-        if stage > progress.stage:
-            progress.stage, progress.step, checkpoint = stage, 0, None
-        model.set_stage(stage)
-        log.say(stage_table(stage, model, teachers))
-        done = train_stage(c, machine, model, teachers, datasets[stage], tokenizer.pad, progress,
-                           checkpoint, log)
-        if not done:
-            break
+    train_stages(c, machine, model, teachers, datasets, tokenizer.pad, progress, checkpoint, log)
     log.close()
-    machine.checkpoints.finish()
-    if not done:
-        log.say(f"stopped by SIGTERM at stage {progress.stage}, step {progress.step}; to go on: "
-                f"python train.py --resume {c.out}")
-        return
 
     # What the run leaves behind. A sharded model is read back from its files to be evaluated.
     export(c, machine.first, model, tokenizer)
+    machine.trained(f"after training; to evaluate: python train.py --evaluate {c.out}")
     vlm = None if machine.sharded else model.vlm
     del model, teachers  # a GPU has no room for them and for what is loaded next
-    machine.leave()
     if machine.first:
         report(c, sets, tokenizer, vlm, progress, start, stage0)
+    machine.leave()
 
 
 def build_models(c: Config, machine: Machine, sets: dict, tokenizer, weights: dict,
@@ -126,6 +122,8 @@ def build_models(c: Config, machine: Machine, sets: dict, tokenizer, weights: di
         with machine.first_alone():
             teachers = cache_teachers(teachers.to(c.device), Path(c.cache_teachers), training_sets)
     model = build_movekd(c, vlm, teachers)
+    if c.lambda_kd:
+        check_teachers(teachers.to(c.device), training_sets, c.device)
     if c.lambda_kd and not resumed:  # a checkpoint has them
         measure_targets(model.target_norms, teachers, training_sets, machine.first, c.device,
                         c.skip_bad)
@@ -144,6 +142,27 @@ def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
         trained = any(p.requires_grad for p in parameters)
         rows.append(f"  {name:28} {count:12,}  {'trained' if trained else 'frozen'}")
     return "\n".join(rows)
+
+
+def train_stages(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
+                 datasets: dict[int, Conversations], pad: int, progress: Progress,
+                 checkpoint: Path | None, log: RunLog) -> None:
+    """Train from where progress stands to the end. Raises Stopped if a signal ended it."""
+    machine.training = True
+    for stage in range(progress.stage, 3):
+        if stage > progress.stage:
+            progress.stage, progress.step, checkpoint = stage, 0, None
+        if getattr(c, f"stage{stage}_epochs") == 0:
+            continue  # left out
+        model.set_stage(stage)
+        log.say(stage_table(stage, model, teachers))
+        done = train_stage(c, machine, model, teachers, datasets[stage], pad, progress, checkpoint,
+                           log)
+        if not done:
+            machine.checkpoints.finish()
+            raise Stopped(f"stopped by {machine.stop or 'a signal'} at stage {progress.stage}, "
+                          f"step {progress.step}; to go on: python train.py --resume {c.out}")
+    machine.checkpoints.finish()
 
 
 class StagePlan(NamedTuple):
@@ -175,7 +194,7 @@ def plan_stage(c: Config, machine: Machine, dataset: Conversations, pad: int,
 def train_stage(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
                 dataset: Conversations, pad: int, progress: Progress, checkpoint: Path | None,
                 log: RunLog) -> bool:
-    """Train progress.stage from progress.step on; False if a SIGTERM ended it."""
+    """Train progress.stage from progress.step on; False if a signal ended it."""
     plan = plan_stage(c, machine, dataset, pad, progress)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=0.0, fused=True)
@@ -199,10 +218,10 @@ def train_stage(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
 
         # The step's numbers over all processes. A loss that is no number ends the run.
         values = machine.total_terms(sums, counts)
+        values["grad_norm"] = clip_gradients(parameters, c.grad_clip)
         check_finite(values, progress, plan.lr)
 
         # The update: AdamW without weight decay; warm-up, then cosine.
-        values["grad_norm"] = gather_full(nn.utils.clip_grad_norm_(parameters, c.grad_clip))
         values["lr"] = plan.lr * lr_share(step, plan.steps, c.warmup)
         optimizer.param_groups[0]["lr"] = values["lr"]
         optimizer.step()
@@ -225,14 +244,18 @@ def add(sums: dict[str, torch.Tensor], terms: dict[str, torch.Tensor]) -> None:
         sums[name] = sums[name] + term.detach() if name in sums else term.detach()
 
 
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale the gradients down to a norm of max_norm (0: leave them); returns the norm they had."""
+    return gather_full(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
+
+
 def check_finite(values: dict[str, torch.Tensor], progress: Progress, lr: float) -> None:
-    """Raise InputError, with the term's name, if L_total is no number."""
-    if values["L_total"].isfinite():
-        return
+    """Raise InputError, with the term's name, if a loss or the gradient is no number."""
     for name, value in values.items():
         if not value.isfinite().all():
-            raise InputError(f"{name} is {value.item()} at stage {progress.stage}, step "
-                             f"{progress.step}: lower --stage{progress.stage}-lr {lr}")
+            bad = value[~value.isfinite()].flatten()[0].item()
+            raise InputError(f"{name} is {bad} at stage {progress.stage}, step {progress.step}: "
+                             f"lower --stage{progress.stage}-lr {lr}")
 
 
 def lr_share(step: int, steps: int, warmup: float) -> float:
@@ -267,6 +290,22 @@ def report(c: Config, sets: dict, tokenizer, vlm: VLM | None, progress: Progress
         result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
     write_json(out / "result.json", result)
     print_result(result, out)
+
+
+def evaluate_run(c: Config) -> None:
+    """Evaluate a run that has been trained: its accuracies are printed, and kept beside it."""
+    out = Path(c.out)
+    vlm, tokenizer, _ = load_run(out, c.device)
+    held_out = load_eval_set(c)
+    if held_out is None:
+        raise InputError(f"{out}: has no held-out set; name one with --eval-data FILE "
+                         "--image-folder DIR")
+    check_lengths(c, {"eval": held_out}, tokenizer, vlm.student.num_tokens)
+    result, rows, answers = evaluate(c, vlm, tokenizer, *held_out)
+    plot_samples(out / "samples.png", rows, answers, held_out[1])
+    write_json(out / "evaluation.json", result)
+    print_accuracy(result)
+    print("result: " + json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from data import Conversations, DiskImages, conversation_ids
+from data import Conversations, conversation_ids, read_json
 from model import VLM, Ensemble, MoVEKD, Student
 from plumbing.cli import InputError
 from plumbing.config import Config
 from plumbing.encoder_weights import find_weights, is_real, load_net
+from plumbing.image_files import DiskImages
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
-from plumbing.records import read_records
+from plumbing.records import place_of, read_records
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pretrain import MAKERS, stage0
@@ -48,32 +49,49 @@ def load_sets(c: Config) -> dict[str, tuple]:
     if c.data_root:
         sets = {}
         for name, (file, folder) in llava_layout(Path(c.data_root)).items():
-            records = read_records(file, folder, open_images=False, skip_bad=c.skip_bad)
-            sets[name] = (records, DiskImages(folder, c.image_size))
-        if c.eval_data:
-            folder = Path(c.image_folder)
-            records = read_records(Path(c.eval_data), folder, open_images=True, skip_bad=False)
-            sets["eval"] = (records, DiskImages(folder, c.image_size))
-        return sets
-    if c.data:
+            # too many images to open them all beforehand
+            records = read_records(file, folder, c.skip_bad)
+            sets[name] = (records, DiskImages(folder, c.image_size, c.allow_outside))
+    elif c.data:
         folder = Path(c.image_folder or Path(c.data).parent)
-        get_image = DiskImages(folder, c.image_size)
-        paths = {"pretrain": c.pretrain_data or c.data, "train": c.data, "eval": c.eval_data}
-        sets = {}
-        for name, path in paths.items():
-            records = read_records(Path(path), folder, open_images=True, skip_bad=c.skip_bad)
-            sets[name] = (records, get_image)
-        return sets
-    return {"pretrain": tiny_set("pretrain", c.n_pretrain),
-            "train": tiny_set("train", c.n_train, c.n_described, c.n_text),
-            "eval": tiny_set(c.eval_split, c.n_eval)}
+        sets = {"pretrain": checked_set(c, Path(c.pretrain_data or c.data), folder),
+                "train": checked_set(c, Path(c.data), folder)}
+    else:
+        sets = {"pretrain": tiny_set("pretrain", c.n_pretrain),
+                "train": tiny_set("train", c.n_train, c.n_described, c.n_text)}
+    held_out = load_eval_set(c)
+    if held_out:
+        sets["eval"] = held_out
+    return sets
+
+
+def load_eval_set(c: Config) -> tuple | None:
+    """(records, get_image) of the held-out questions, if there are any."""
+    if c.eval_data:
+        folder = c.image_folder or Path(c.data or c.eval_data).parent
+        return checked_set(c, Path(c.eval_data), Path(folder))
+    return None if c.data_root else tiny_set(c.eval_split, c.n_eval)
+
+
+def checked_set(c: Config, file: Path, folder: Path) -> tuple:
+    """(records, get_image) of a file whose rows and images are all looked at beforehand."""
+    records = read_records(file, folder, c.skip_bad, DiskImages(folder, 16, c.allow_outside))
+    return records, DiskImages(folder, c.image_size, c.allow_outside)
 
 
 def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | PretrainedTokenizer:
-    """The LLM's own tokenizer, or for the tiny one a word a token, the words those of the data."""
+    """The LLM's own tokenizer, or for the tiny one a word a token, the words those of the data.
+
+    The words of a run to start from keep their numbers, and new words come after them.
+    """
     if c.llm:
         return PretrainedTokenizer(c.llm)
-    return WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
+    tokenizer = WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
+    if c.init_from:
+        known = read_json(Path(c.init_from) / "vocabulary.json")
+        new = [word for word in tokenizer.vocabulary if word not in set(known)]
+        tokenizer = WordTokenizer(known + new)
+    return tokenizer
 
 
 def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict:
@@ -91,6 +109,27 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
     template = "plain" if captions else "v1"
     return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad),
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
+
+
+def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
+    """Raise InputError for a prompt that leaves no room for an answer, before anything is trained.
+
+    Of the training rows their first question, of the held-out ones every question.
+    """
+    files = {"train": c.data or c.data_root, "eval": c.eval_data}
+    for name in ("train", "eval"):
+        records, _ = sets.get(name, ([], None))
+        for row, record in enumerate(records):
+            turns = record["conversations"]
+            turns = turns[:1] if name == "train" else turns[:-1]
+            # a token has at least one character: most rows need not be tokenised
+            if sum(len(turn["value"]) for turn in turns) + n + 300 < c.max_length:
+                continue
+            ids, _ = conversation_ids({**record, "conversations": turns}, "v1", tokenizer, n)
+            if len(ids) >= c.max_length and not (name == "train" and c.skip_bad):
+                place = f"{files[name] or 'the tiny world'}: {place_of(row, record)}"
+                raise InputError(f"{place} has a prompt of {len(ids)} tokens, and --max-length is "
+                                 f"{c.max_length}: shorten it or raise the flag")
 
 
 # ------------------------------------------------------------------------------------------------

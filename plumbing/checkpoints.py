@@ -1,7 +1,14 @@
-"""Checkpoints to resume from, written by all processes at once (DCP)."""
+"""Checkpoints to resume from, written by all processes at once (DCP).
 
+Nothing that is read from disk can run code: DCP's index is unpickled by a reader that knows DCP's
+own classes only, all else by torch.load(weights_only=True).
+"""
+
+import io
 import json
+import pickle
 import shutil
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_optimizer_state_dict,
                                                      set_model_state_dict,
@@ -27,6 +36,7 @@ class Progress:
     skipped: int = 0            # rows that --skip-bad left out
     cut: int = 0                # conversations cut at --max-length
     flops: dict = field(default_factory=dict)   # of each stage: its first step's times the steps
+    data: dict = field(default_factory=dict)    # a fingerprint of what the run is trained on
 
     def advance(self, counts: dict) -> None:
         """A step is done."""
@@ -55,8 +65,9 @@ class Checkpoints:
 
     def save(self, name: str, root: nn.Module, optimizer: torch.optim.Optimizer,
              meta: dict) -> None:
-        """Return when the state is copied; the files follow."""
+        """Return when the state is copied; the files follow. Raises InputError for nan or inf."""
         self.finish()
+        check_parameters(root)
         temporary = self.folder / (name + ".tmp")
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -67,16 +78,32 @@ class Checkpoints:
                                 no_dist=self.world == 1)
         self.pending = future, temporary
 
+    def written(self) -> bool:
+        """Whether this process has written its files of a save that is not finished yet."""
+        return self.pending is not None and self.pending[0].done()
+
     def finish(self) -> None:
-        """Wait for the files of the last save, give them their name, and drop what is too old."""
+        """Wait for the files of the last save, give them their name, and drop what is too old.
+
+        All processes call it. meta.json, written last, has a checksum of each file.
+        """
         if self.pending is None:
             return
         future, temporary = self.pending
         future.result()
         self.pending = None
+        own = checksums(temporary, f"__{self.rank}_*")
+        parts = [own]
         if self.world > 1:
-            dist.barrier()
+            parts = [None] * self.world
+            dist.all_gather_object(parts, own, group=self.group)
         if self.rank == 0:
+            files = checksums(temporary, ".metadata")
+            for part in parts:
+                files.update(part)
+            meta = json.loads((temporary / "meta.json").read_text())
+            meta["files"] = files
+            (temporary / "meta.json").write_text(json.dumps(meta))
             final = temporary.with_suffix("")
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
@@ -84,18 +111,68 @@ class Checkpoints:
                 shutil.rmtree(old)
 
 
+def check_parameters(root: nn.Module) -> None:
+    """Raise InputError if a parameter is no number: such a state is not worth keeping."""
+    for name, p in root.named_parameters():
+        local = p.to_local() if hasattr(p, "to_local") else p
+        if not local.isfinite().all():
+            raise InputError(f"{name} has become nan or inf; the last checkpoint is from before: "
+                             "go on from it with a lower learning rate")
+
+
+def checksums(folder: Path, pattern: str) -> dict[str, list[int]]:
+    """{file: [bytes, CRC-32]} of the files that a pattern names."""
+    found = {}
+    for path in sorted(folder.glob(pattern)):
+        crc = 0
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 24), b""):
+                crc = zlib.crc32(block, crc)
+        found[path.name] = [path.stat().st_size, crc]
+    return found
+
+
 def saved_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first: their names are in the order of the run."""
     return sorted(path for path in folder.glob("stage*-*") if path.suffix != ".tmp")
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict]:
-    """The newest checkpoint and its meta. Raises InputError if there is none."""
+def newest_checkpoint(folder: Path, skip_damaged: bool) -> tuple[Path, dict]:
+    """The newest checkpoint and its meta. Raises InputError if there is none, or it is damaged.
+
+    With skip_damaged an older one is taken in place of a damaged one.
+    """
     found = saved_checkpoints(folder)
     if not found:
         raise InputError(f"{folder}: holds no checkpoint to go on from; a run saves one every "
-                         "--save-every steps and when it gets a SIGTERM")
-    return found[-1], json.loads((found[-1] / "meta.json").read_text())
+                         "--save-every steps and when it is told to stop")
+    for path in reversed(found):
+        fault, meta = examine(path)
+        if fault is None:
+            return path, meta
+        if not skip_damaged:
+            raise InputError(f"{path}: damaged: {fault}; --resume {folder.parent} --skip-damaged "
+                             "goes on from an older one, if there is one")
+    raise InputError(f"{folder}: every checkpoint is damaged; the newest: {examine(found[-1])[0]}")
+
+
+def examine(path: Path) -> tuple[str | None, dict]:
+    """What is wrong with a checkpoint, or None; and its meta."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        files = meta.pop("files")
+        Progress(**meta)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return f"meta.json cannot be read ({type(e).__name__})", {}
+    for name, (size, crc) in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing", {}
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes in place of {size}", {}
+        if checksums(path, name)[name][1] != crc:
+            return f"{name} has changed since it was written", {}
+    return None, meta
 
 
 def state_of(root: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -108,10 +185,72 @@ def state_of(root: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
 def load_checkpoint(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer,
                     world: int) -> None:
     """Fill what is trained and the optimizer, in place."""
+    with open(path / ".metadata", "rb") as file:
+        SafeUnpickler(file).load()  # here, for DCP would wrap what it raises
     state = state_of(root, optimizer)
-    dcp.load(state, checkpoint_id=path, no_dist=world == 1)
+    try:
+        dcp.load(state, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=world == 1)
+    except CheckpointException as e:  # DCP's wrapper of what happened in each process
+        cause, _ = next(iter(e.failures.values()))
+        if isinstance(cause, InputError):
+            raise cause from None
+        raise InputError(f"{path}: cannot be read: {str(cause).splitlines()[0]}") from None
     # not strict: the frozen tensors are not in it
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     set_model_state_dict(root, state["model"], options=options)
     options = StateDictOptions(ignore_frozen_params=True)
     set_optimizer_state_dict(root, optimizer, state["optimizer"], options=options)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading without running
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+ADMITTED = {  # what DCP's index is made of
+    _METADATA: ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+                "BytesStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "bool",
+              "uint8", "device"),
+    "collections": ("OrderedDict",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),
+}
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """An unpickler of DCP's index, to which no other class or function is known."""
+
+    def find_class(self, module: str, name: str):
+        if name in ADMITTED.get(module, ()):
+            return super().find_class(module, name)
+        raise InputError(f"a checkpoint's .metadata names {module}.{name}, which no checkpoint "
+                         "needs: it was crafted to run code; delete it")
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader, but for how it reads the index."""
+
+    def read_metadata(self, *args, **kwargs):
+        original = pickle.load
+        pickle.load = lambda file: SafeUnpickler(file).load()
+        try:
+            return super().read_metadata(*args, **kwargs)
+        finally:
+            pickle.load = original
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """DCP's planner, but for scalars (the optimizer's settings), which it would unpickle."""
+
+    def load_bytes(self, read_item, value: io.BytesIO) -> None:
+        try:
+            loaded = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:
+            raise InputError("a checkpoint holds something that is no number: it was crafted to "
+                             "run code; delete it") from None
+        plain = io.BytesIO()
+        torch.save(loaded, plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)

@@ -14,6 +14,13 @@ class InputError(DataError):
     """Bad input from the user; its text names the file, row or flag and the remedy."""
 
 
+class Stopped(Exception):
+    """A signal has ended the program; its text says at what, and what is lost."""
+
+
+STOPPED = 3  # the exit status then
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line like all others.
 
@@ -29,10 +36,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(program: Callable) -> None:
-    """Run a program's main(); bad input becomes its line and exit status 2."""
+    """Run a program's main(); bad input becomes its line and exit status 2.
+
+    So does what the operating system refuses: a full disk, a place that may not be written.
+    """
     try:
         program()
+    except Stopped as e:
+        print(e, file=sys.stderr)
+        sys.exit(STOPPED)
     except Exception as e:
+        if isinstance(e, OSError) and e.strerror:
+            e = InputError(f"{e.filename or 'the machine'}: {e.strerror}")
         bad_input = isinstance(e, DataError)
         rank = int(os.environ.get("RANK", 0))
         world = int(os.environ.get("WORLD_SIZE", 1))
@@ -41,6 +56,6 @@ def run(program: Callable) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         if not bad_input:
-            raise
+            raise e
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

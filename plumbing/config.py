@@ -6,12 +6,29 @@ numbers, never the code that runs.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 from kd_loss import TeacherWeight, TokenWeight
 from mole import BalanceForm, MoleForm, MoleInit, RouterGrad
 from teachers import AdapterDirection, AdapterForm, TargetNorm
 from tiny.world import COUNTS
+
+
+class Range(NamedTuple):
+    """The values that a number may have, both ends included."""
+
+    low: float
+    high: float
+
+
+Count = Annotated[int, Range(1, 10_000_000)]
+CountOrZero = Annotated[int, Range(0, 10_000_000)]  # 0 has a meaning of its own
+Processes = Annotated[int, Range(0, 1024)]
+Share = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(0, 1e6)]
+Seed = Annotated[int, Range(0, 2 ** 32 - 1)]
+Pixels = Annotated[int, Range(16, 8192)]
+Dropout = Annotated[float, Range(0, 0.95)]  # nothing is learnt where nearly all is dropped
 
 
 def encoder(spec: str):
@@ -24,7 +41,7 @@ class Config:
     """One run."""
 
     out: str = "runs/tiny"                  # the run folder
-    seed: int = 0                           # sets everything random: weights, order, dropout
+    seed: Seed = 0                          # sets everything random: weights, order, dropout
     device: Literal["cpu", "cuda", "auto"] = "cpu"  # "auto": a GPU if there is one
 
     # --- data: "" means the built-in tiny world
@@ -34,16 +51,17 @@ class Config:
     image_folder: str = ""                  # images are relative to it; "": the folder of `data`
     data_root: str = ""                     # LLaVA's two sets, laid out as its docs say
     skip_bad: bool = False                  # leave unusable rows out; else the first is an error
+    allow_outside: bool = False             # images may lie outside of the image folder
     eval_split: Literal["test", "validation"] = "test"  # tune on validation: test stays unread
-    n_pretrain: int = COUNTS["pretrain"]    # how much of the tiny world; reasons in tiny/world.py
-    n_train: int = COUNTS["train"]
-    n_described: int = COUNTS["described"]
-    n_text: int = COUNTS["text"]
-    n_eval: int = COUNTS["eval"]
-    image_size: int = 128                   # px of the loader's square image
-    max_length: int = 2048                  # tokens of a conversation; LLaVA's; longer ones are cut
-    group_batches: int = 1                  # batches sorted by length together; 8: little padding
-    workers: int = 0                        # processes that load images; 0 suits images in memory
+    n_pretrain: Count = COUNTS["pretrain"]  # how much of the tiny world; reasons in tiny/world.py
+    n_train: Count = COUNTS["train"]
+    n_described: CountOrZero = COUNTS["described"]
+    n_text: CountOrZero = COUNTS["text"]
+    n_eval: Count = COUNTS["eval"]
+    image_size: Pixels = 128                # px of the loader's square image
+    max_length: Count = 2048                # tokens of a conversation; LLaVA's; longer ones are cut
+    group_batches: Count = 1                # batches sorted by length together; 8: little padding
+    workers: Processes = 0                  # processes that load images; 0 suits images in memory
 
     # --- encoders, which differ in width, token count and resolution
     teachers: tuple[str, ...] = ("clip", "eva", "convnext")     # names of the fields below
@@ -62,17 +80,17 @@ class Config:
     cache_teachers: str = "runs/teachers"   # folder that keeps the teachers' outputs; "": none
 
     # --- mixture of LoRA experts; "row" is a row of docs/differences.md
-    mole_experts: int = 3                   # E, the paper's; 0: none
-    mole_rank: int = 8                      # r of one expert; 32 at width 1024
-    mole_alpha: float = 8.0                 # LoRA's alpha: the scale is alpha / rank
-    mole_dropout: float = 0.0               # released runs 0.05; a run of minutes does without
+    mole_experts: CountOrZero = 3           # E, the paper's; 0: none
+    mole_rank: Count = 8                    # r of one expert; 32 at width 1024
+    mole_alpha: Weight = 8.0                # LoRA's alpha: the scale is alpha / rank
+    mole_dropout: Dropout = 0.0             # released runs 0.05; a run of minutes does without
     mole_form: MoleForm = "ffn"             # row 1
     mole_router_grad: RouterGrad = "straight_through"   # row 2; "none" is the paper's formula
     mole_init: MoleInit = "zero"            # row 3; so that the student starts as CLIP
 
     # --- loss
-    lambda_kd: float = 1.0                  # lambda, the weight of L_kd
-    clip_share: float = 0.4                 # CLIP's fixed share of the teacher weights
+    lambda_kd: Weight = 1.0                 # lambda, the weight of L_kd
+    clip_share: Share = 0.4                 # CLIP's fixed share of the teacher weights
     kd_token_weight: TokenWeight = "paper"                          # row 4
     kd_teacher_weight: TeacherWeight = "paper"                      # row 5
     kd_teacher_grad: Literal["detached", "attached"] = "detached"   # row 6
@@ -80,46 +98,51 @@ class Config:
     adapter_form: AdapterForm = "token_mixing"                      # row 8
     adapter_direction: AdapterDirection = "teacher_to_student"      # the other is AM-RADIO's
     target_norm: TargetNorm = "layer"       # of the targets of student_to_teacher
-    balance_weight: float = 0.01            # row 9; the paper's L_total has no such term
+    balance_weight: Weight = 0.01           # row 9; the paper's L_total has no such term
     balance_form: BalanceForm = "per_layer"                         # row 9
 
     # --- LLM
     llm: str = ""                           # folder or hub name of a causal LM; "": the tiny one
-    lm_dim: int = 96                        # D of the tiny one
-    lm_depth: int = 3
-    lm_heads: int = 4
-    lm_hidden: int = 256                    # SwiGLU's inner width, 8/3 of D
+    lm_dim: Count = 96                      # D of the tiny one
+    lm_depth: Count = 3
+    lm_heads: Count = 4
+    lm_hidden: Count = 256                  # SwiGLU's inner width, 8/3 of D
 
     # --- stages
-    stage0_scale: float = 1.0               # multiplies stage 0's steps; small for a smoke run
-    stage1_epochs: float = 1.0              # LLaVA's
-    stage1_batch: int = 16                  # small: here steps matter more than smooth gradients
-    stage1_lr: float = 1e-3                 # LLaVA's
-    stage2_epochs: float = 5.0              # LLaVA's is 1, of 665k conversations; here 2,500
-    stage2_batch: int = 16                  # likewise
-    stage2_lr: float = 1e-3                 # a 7B LLM wants 2e-5; at width 96 too little
-    warmup: float = 0.03                    # share of the steps, LLaVA's
-    grad_clip: float = 1.0                  # norm; one odd batch cannot undo a short run
-    max_steps: int = 0                      # stop each stage after so many steps; 0: run it all
+    stage0_scale: Weight = 1.0              # multiplies stage 0's steps; small for a smoke run
+    stage1_epochs: Weight = 1.0             # LLaVA's
+    stage1_batch: Count = 16                # small: here steps matter more than smooth gradients
+    stage1_lr: Weight = 1e-3                # LLaVA's
+    stage2_epochs: Weight = 5.0             # LLaVA's is 1, of 665k; here 2,500. 0: left out
+    stage2_batch: Count = 16                # likewise
+    stage2_lr: Weight = 1e-3                # a 7B LLM wants 2e-5; at width 96 too little
+    warmup: Share = 0.03                    # share of the steps, LLaVA's
+    grad_clip: Weight = 1.0                 # norm, against an odd batch; 0: no clipping
+    max_steps: CountOrZero = 0              # stop each stage after so many steps; 0: run it all
 
     # --- machine: no value changes what is computed, but for bf16's rounding, for L_balance, whose
     # shares are those of a micro-batch, and for the masks that LoRA dropout draws in a process
-    processes: int = 0                      # on this machine; 0: one a GPU, on a CPU one
-    micro_batch: int = 0                    # at most so many samples at once in a process; 0: all
+    processes: Processes = 0                # on this machine; 0: one a GPU, on a CPU one
+    micro_batch: CountOrZero = 0            # at most so many samples at once in a process; 0: all
     precision: Literal["fp32", "bf16"] = "fp32"     # of arithmetic; no gain on a CPU
     recompute: bool = False                 # activation checkpointing: more time, less memory
-    save_every: int = 0                     # steps between checkpoints; 0: only on SIGTERM
-    keep: int = 2                           # checkpoints
+    save_every: CountOrZero = 0             # steps between checkpoints; 0: only on SIGTERM
+    keep: Count = 2                         # checkpoints
+    overwrite: bool = False                 # a finished run in the folder may go
+    skip_damaged: bool = False              # --resume takes an older checkpoint for a damaged one
 
-    log_every: int = 10                     # steps
-    max_new_tokens: int = 16                # of a generated answer; an endless one must end
-    eval_batch: int = 256                   # questions answered at once
+    log_every: Count = 10                   # steps
+    max_new_tokens: Count = 16              # of a generated answer; an endless one must end
+    eval_batch: Count = 256                 # questions answered at once
 
 
 ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("encoder"))
 # what a resumed run may change
 MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute", "save_every",
-           "workers")
+           "skip_damaged", "workers")
+# what an evaluation may change
+EVALUATION = ("allow_outside", "device", "eval_batch", "eval_data", "eval_split", "image_folder",
+              "max_length", "max_new_tokens", "n_eval")
 RENAMED = {"kd_alpha": "clip_share"}  # keys in the config.json of older runs
 
 # What differs from TINY, side by side. SMALL is for one consumer GPU or a patient laptop; nobody

@@ -7,6 +7,7 @@ import socket
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import timm
 from huggingface_hub import constants
@@ -93,10 +94,14 @@ def ask_hub() -> None:
     """Call before a model hub is asked.
 
     Where it cannot be reached its tools would try for minutes; so they are told to look in their
-    cache only.
+    cache only. Behind a proxy (HTTPS_PROXY, ALL_PROXY, less NO_PROXY) names need not resolve here.
     """
+    host = urlsplit(constants.ENDPOINT).hostname
+    proxies = getproxies()
+    if ("https" in proxies or "all" in proxies) and not proxy_bypass(host):
+        return
     try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        socket.getaddrinfo(host, 443)
     except OSError:
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"

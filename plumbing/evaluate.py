@@ -101,15 +101,20 @@ def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict],
     return result, rows, answers
 
 
+def print_accuracy(result: dict) -> None:
+    """The accuracies as a table for the reader."""
+    print(f"\nheld-out accuracy, %{'':9} model   blank image   majority   chance")
+    columns = [result[f"{name}accuracy"] for name in ("", "blank_", "majority_", "chance_")]
+    for name in result["accuracy"]:
+        model, blank, majority, chance = (column[name] for column in columns)
+        print(f"  {name[:26]:26} {model:7.1f} {blank:13.1f} {majority:10.1f} {chance:8.1f}")
+    print(f"  {'macro':26} {result['macro_accuracy']:7.1f}\n")
+
+
 def print_result(result: dict, out: Path) -> None:
     """A table for the reader; then the last line, for programs: `result: ` and a JSON object."""
     if "accuracy" in result:
-        print(f"\nheld-out accuracy, %{'':9} model   blank image   majority   chance")
-        columns = [result[f"{name}accuracy"] for name in ("", "blank_", "majority_", "chance_")]
-        for name in result["accuracy"]:
-            model, blank, majority, chance = (column[name] for column in columns)
-            print(f"  {name[:26]:26} {model:7.1f} {blank:13.1f} {majority:10.1f} {chance:8.1f}")
-        print(f"  {'macro':26} {result['macro_accuracy']:7.1f}\n")
+        print_accuracy(result)
     print(f"{result['seconds']} s, {result['seconds_stage0']} s of them stage 0; "
           f"{result['tflops']} TFLOPs in the two stages, {result['tflops_stage0']} in stage 0; "
           f"peak {result['peak_rss_mb']} MB; everything is in {out}/")

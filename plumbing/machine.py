@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import IGNORE, blank_image
 from model import MoVEKD
 from plumbing.checkpoints import Checkpoints, Progress, load_checkpoint
-from plumbing.cli import InputError
+from plumbing.cli import STOPPED, InputError, Stopped
 from plumbing.config import Config
 from plumbing.sharding import SHARD_TEACHERS_ABOVE, recompute, shard, shard_frozen
 from teachers import Teachers
@@ -86,7 +86,7 @@ def launch(script: str, argv: list[str], processes: int) -> int:
     except ChildFailedError as e:
         return max(1, e.get_first_failure()[1].exitcode)  # below 0: ended by a signal
     except SignalException:
-        pass  # the processes have saved and ended
+        return STOPPED  # the processes have saved and ended
     return 0
 
 
@@ -95,8 +95,11 @@ class Machine:
 
     def __init__(self, c: Config):
         self.c = c
-        self.stop = False
-        self.former_handler = None
+        self.stop = ""          # the signal that told the run to stop
+        self.training = False
+        self.doing = "before the first step: nothing is lost"
+        self.former_handlers = {}
+        self.lock = None        # the open file that holds the run folder
         if launched() or c.precision == "bf16":
             self.join()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -117,18 +120,42 @@ class Machine:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
     def leave(self) -> None:
-        """Part from the other processes, and stop listening."""
-        if self.former_handler is not None:
-            signal.signal(signal.SIGTERM, self.former_handler)
+        """Part from the other processes, stop listening, and let another run into the folder."""
+        if self.lock is not None:
+            self.lock.close()
+        for number, handler in self.former_handlers.items():
+            signal.signal(number, handler)
+        self.disconnect()
+
+    @staticmethod
+    def disconnect() -> None:
+        """Part from the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def listen(self) -> None:
-        """From now on a SIGTERM sets `stop`: the scheduler wants the machine back."""
-        self.former_handler = signal.signal(signal.SIGTERM, self.note_stop)
+    def trained(self, then: str) -> None:
+        """The model is written: no process needs another, and a signal ends what follows.
 
-    def note_stop(self, *_) -> None:
-        self.stop = True
+        `then` is what the run says if a signal comes, or has come while the model was written.
+        """
+        self.disconnect()
+        self.training = False
+        self.doing = then
+        if self.stop:
+            raise Stopped(f"stopped by {self.stop} {then}")
+
+    def listen(self) -> None:
+        """From now on SIGTERM, Ctrl-C and a closed terminal (SIGHUP) end the run in order."""
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None:
+                self.former_handlers[number] = signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, _) -> None:
+        """While a stage is trained note it, to end the step and save; else end at once."""
+        self.stop = signal.Signals(number).name
+        if not self.training:
+            raise Stopped(f"stopped by {self.stop} {self.doing}")
 
     @contextmanager
     def first_alone(self):
@@ -208,10 +235,13 @@ class Machine:
             "tokens": sum(int(batch["attention_mask"].sum()) for batch in micro),
             "skipped": sum(len(batch["skipped"]) for batch in micro),
             "cut": sum(batch["cut"] for batch in micro),
-            "stop": int(self.stop),
+            "stop": int(bool(self.stop)),
+            "written": int(self.checkpoints.written()),
         }
         sums = self.total({name: torch.tensor(count) for name, count in counts.items()})
         counts = {name: int(count) for name, count in sums.items()}
+        if counts["written"] == self.world:
+            self.checkpoints.finish()  # every process has written its files of the last one
         work = []
         for batch, text, pictured in zip(micro, texts, images):
             share = Share(text / max(1, counts["text"]), pictured / max(1, counts["images"]))

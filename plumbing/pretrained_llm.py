@@ -106,8 +106,13 @@ class PretrainedTokenizer:
         starts_with_space = self.tokenizer.tokenize("a")[0].startswith("\u2581")
         self.space = "" if starts_with_space else " "
 
+    @staticmethod
+    def plain(text: str) -> str:
+        """A text as it is: `encode` reads no control tokens in it."""
+        return text
+
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the end-of-sentence token."""

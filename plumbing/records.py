@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import DataError, load_image, read_json
+from data import DataError, read_json
+from plumbing.image_files import DiskImages
 
 
 def record_fault(record) -> str | None:
@@ -27,24 +28,27 @@ def record_fault(record) -> str | None:
     answers = [turn["value"] for turn in turns[1::2]]
     if len(turns) % 2 or not all(answer.strip() for answer in answers):
         return "has a question without an answer"
+    if not isinstance(record.get("type", ""), str):
+        return 'has a "type" that is no text'
+    if "image" not in record:
+        return None  # an <image> in its text is a word
+    if not isinstance(record["image"], str):
+        return '"image" is not a file name'
     if any("<image>" in answer for answer in answers):
         return "has an <image> in an answer"
-    images = sum(turn["value"].count("<image>") for turn in turns)
-    if images != ("image" in record):
-        files = "one" if "image" in record else "no"
-        return f'has {images} <image> token(s) but {files} "image" file'
-    if "image" in record and (not isinstance(record["image"], str) or not record["image"]):
-        return '"image" is not a file name'
+    places = sum(turn["value"].count("<image>") for turn in turns)
+    if places != 1:
+        return f'has {places} <image> token(s) but one "image" file'
     return None
 
 
-def row_faults(records: list, folder: Path | None) -> Iterator[tuple[int, str]]:
-    """(row, what is wrong) of every bad row: its form and, with a folder, its image file."""
+def row_faults(records: list, get_image: DiskImages | None) -> Iterator[tuple[int, str]]:
+    """(row, what is wrong) of every bad row: its form and, with get_image, its image file."""
     def fault_of(record) -> str | None:
         fault = record_fault(record)
-        if fault is None and folder and "image" in record:
+        if fault is None and get_image and "image" in record:
             try:
-                load_image(folder / record["image"], 16)
+                get_image(record["image"])
             except DataError as e:
                 fault = f"has a bad image: {e}"
         return fault
@@ -62,7 +66,8 @@ def row_faults(records: list, folder: Path | None) -> Iterator[tuple[int, str]]:
 def read_list(path: Path) -> list:
     """The rows of a LLaVA-format file.
 
-    A dialogue that begins in the middle, with an answer, loses that answer, as in LLaVA.
+    A dialogue that begins in the middle, with an answer, loses that answer, as in LLaVA. An "image"
+    that is null or empty is none. Half a character (a lone surrogate) is read as U+FFFD.
     """
     records = read_json(path)
     if not isinstance(records, list) or not records:
@@ -71,22 +76,45 @@ def read_list(path: Path) -> list:
         match record:
             case {"conversations": [{"from": "gpt"}, _, *_]}:
                 del record["conversations"][0]
+        if not isinstance(record, dict):
+            continue
+        for key in ("image", "type"):
+            if key in record and record[key] in (None, "", []):
+                del record[key]
+        turns = record.get("conversations")
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict) and isinstance(turn.get("value"), str):
+                turn["value"] = whole_characters(turn["value"])
     return records
 
 
-def read_records(path: Path, folder: Path, open_images: bool, skip_bad: bool) -> list[dict]:
+def whole_characters(text: str) -> str:
+    """A text with U+FFFD in the place of each lone surrogate, which no encoding has."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def place_of(row: int, record) -> str:
+    """Where a record is, in words: a bad row may be anything, and have no id."""
+    if isinstance(record, dict) and "id" in record:
+        return f"row {row} (counted from 0, id {record['id']})"
+    return f"row {row} (counted from 0)"
+
+
+def read_records(path: Path, folder: Path, skip_bad: bool, get_image: DiskImages | None = None
+                 ) -> list[dict]:
     """The records of a LLaVA-format file, every row validated before anything is trained.
 
-    Their images, relative to `folder`, are opened too if asked for. Raises DataError for the first
-    bad row (rows count from 0), or with skip_bad leaves such rows out and says so on stderr.
+    With get_image their images are opened too. Raises DataError for the first bad row (rows count
+    from 0), or with skip_bad leaves such rows out and says so on stderr.
     """
     records = read_list(path)
     bad = {}
-    for row, fault in row_faults(records, folder if open_images else None):
+    for row, fault in row_faults(records, get_image):
+        place = place_of(row, records[row])
         if not skip_bad:
-            raise DataError(f"{path}: row {row} (counted from 0) {fault}; "
+            raise DataError(f"{path}: {place} {fault}; "
                             f"`python -m tools.check_data {path} {folder}` lists every bad row")
-        print(f"skipped: {path}: row {row} (counted from 0) {fault}", file=sys.stderr)
+        print(f"skipped: {path}: {place} {fault}", file=sys.stderr)
         bad[row] = fault
     if len(bad) == len(records):
         raise DataError(f"{path}: every row is bad, the first {bad[0]}")

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import os
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -26,7 +26,50 @@ from plumbing.flags import load_config
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.released_checkpoint import load_released, released_config
 from plumbing.sharding import full_state
+from plumbing.teacher_cache import digest
 from tiny.llm import WordTokenizer
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
+
+
+def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
+    """(a lock on the run folder, the checkpoint to go on from or None, where the run stands).
+
+    The first process holds the lock for as long as it keeps it. Raises InputError.
+    """
+    lock = lock_run_folder(c, resumed) if first else None
+    checkpoint, progress = find_start(c, resumed)
+    return lock, checkpoint, progress
+
+
+def lock_run_folder(c: Config, resumed: bool):
+    """An open file that no other run can hold at the same time.
+
+    Raises InputError if another run is in it, or a finished one that is not to be overwritten.
+    """
+    out = Path(c.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / "run.lock", "a+", encoding="utf-8")
+    if fcntl:  # Windows has no such lock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(f"--out {out}: a run is in it, {file.read().strip()}; wait for it, or "
+                             "name another --out") from None
+    if (out / "result.json").exists() and not resumed and not c.overwrite:
+        raise InputError(f"--out {out}: holds a finished run; name another --out, or add "
+                         "--overwrite")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    for left in (*out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")):  # of a run that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return file
 
 
 def find_start(c: Config, resumed: bool) -> tuple[Path | None, Progress]:
@@ -36,19 +79,49 @@ def find_start(c: Config, resumed: bool) -> tuple[Path | None, Progress]:
     """
     folder = Path(c.out) / "checkpoints"
     if resumed:
-        path, meta = newest_checkpoint(folder)
+        path, meta = newest_checkpoint(folder, c.skip_damaged)
         return path, Progress(**meta)
     if saved_checkpoints(folder):
-        raise InputError(f"--out {c.out}: holds checkpoints of an earlier run; go on with `python "
-                         f"train.py --resume {c.out}`, name another --out, or delete {folder}")
+        if not c.overwrite:
+            raise InputError(f"--out {c.out}: holds checkpoints of an earlier run; go on with "
+                             f"`python train.py --resume {c.out}`, name another --out, or add "
+                             "--overwrite")
+        shutil.rmtree(folder)
     return None, Progress()
+
+
+def check_data(c: Config, sets: dict, tokenizer, progress: Progress, resumed: bool) -> None:
+    """Note a fingerprint of what the run is trained on, or compare it with a checkpoint's.
+
+    Raises InputError, which names the file, if rows, words or images have changed since.
+    """
+    files = {"pretrain": c.pretrain_data or c.data or c.data_root, "train": c.data or c.data_root}
+    found = {}
+    for name, file in files.items():
+        records, get_image = sets[name]
+        text = json.dumps(records, sort_keys=True)
+        found[f"{file or 'the tiny world'} ({name} rows)"] = digest(text)
+        if not c.data_root:  # half a million files are too many to look at
+            images = sorted({record["image"] for record in records if "image" in record})
+            found[f"{get_image.source} ({name} images)"] = get_image.fingerprint(images)
+    if not c.llm:
+        found["the words of the data"] = digest(*tokenizer.vocabulary)
+    if not resumed:
+        progress.data = found
+        return
+    for name, fingerprint in progress.data.items():
+        if found.get(name) != fingerprint:
+            raise InputError(f"{name}: changed since the checkpoint in {c.out} was made; put the "
+                             "old back, or start a new run")
 
 
 def start_run_folder(c: Config, tokenizer) -> None:
     """What a run folder says from its first minute on: config, versions, words."""
     out = Path(c.out)
-    # an earlier run's result goes: it is written last, and says that a run is complete
+    # what an earlier run left goes: its result, which says that a run is complete, and its weights
     (out / "result.json").unlink(missing_ok=True)
+    for old in out.glob("model*.safetensors*"):
+        old.unlink()
     write_json(out / "config.json", dataclasses.asdict(c))
     versions = {"python": platform.python_version()}
     for library in (torch, torchvision, timm):
@@ -71,7 +144,7 @@ class RunLog:
         self.first = first
         self.file = None
         if first:
-            self.file = open(Path(c.out) / "log.jsonl", "r+" if resumed else "w")
+            self.file = open(Path(c.out) / "log.jsonl", "r+" if resumed else "w", encoding="utf-8")
             self.file.truncate(progress.log_bytes)
             self.file.seek(0, 2)
 
@@ -134,6 +207,10 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         copies[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     save_torch_state_dict(copies, temporary, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in temporary.iterdir():
+        file.chmod(0o666 & ~umask)  # as any other file: the library makes them private
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     for file in temporary.iterdir():
@@ -199,6 +276,11 @@ def load_vlm(vlm: VLM, folder: Path) -> None:
         for name, tensor in load_file(file).items():
             if name.startswith("vlm."):
                 weights[current_name(name.removeprefix("vlm."))] = tensor
+    own = vlm.state_dict()
+    for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
+        if name in weights and len(own.get(name, ())) > len(weights[name]):
+            # words that the run did not know come after its own, as new
+            weights[name] = torch.cat([weights[name], own[name][len(weights[name]):]])
     try:
         vlm.load_state_dict(weights)
     except RuntimeError as e:
@@ -219,6 +301,9 @@ def current_name(name: str) -> str:
 
 def peak_rss_mb() -> float:
     """Peak memory of the largest process of the run, this one or one of stage 0, in MB."""
+    if resource is None:
+        return 0.0
     peaks = [resource.getrusage(who).ru_maxrss
              for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return max(peaks) / 1024
+    in_bytes = sys.platform == "darwin"
+    return max(peaks) / (2 ** 20 if in_bytes else 1024)

@@ -1,4 +1,4 @@
-"""The channel statistics of the teachers' tokens, measured once over the training images."""
+"""A first look at the teachers' tokens: do they say anything, and what are their statistics?"""
 
 import torch
 import torch.distributed as dist
@@ -6,6 +6,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import DataError
+from plumbing.cli import InputError
 from plumbing.teacher_cache import CachedTeachers
 from teachers import ChannelNorm, Teachers
 
@@ -79,3 +80,30 @@ def read_images(names: list[str], source: dict, skip_bad: bool) -> list[torch.Te
             if not skip_bad:
                 raise
     return images
+
+
+@torch.no_grad()
+def check_teachers(teachers: Teachers, sets: list[tuple], device: str) -> None:
+    """Raise InputError for a teacher whose tokens are no numbers, or the same everywhere.
+
+    Its weights are damaged, or not those of its model. A few training images are shown to it.
+    """
+    names, pixels = [], []
+    for records, get_image in sets:
+        for record in records:
+            if "image" not in record or len(names) == 4:
+                continue
+            try:
+                pixels.append(get_image(record["image"]))
+                names.append(record["image"])
+            except DataError:
+                continue  # its row is reported when it is trained on
+    if not names:
+        return
+    for name, output in teachers(torch.stack(pixels).to(device), names).items():
+        tokens = output.tokens.float()                                              # (B, n_i, d_i)
+        if not tokens.isfinite().all():
+            raise InputError(f"teacher {name}: its tokens are nan or inf; its weights are damaged")
+        if tokens.flatten(0, 1).std(dim=0).max() <= 1e-6 * tokens.abs().max():
+            raise InputError(f"teacher {name}: its tokens are the same everywhere; its weights are "
+                             "damaged, or not those of this model")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from data import (Conversations, DataError, batch_order, blank_image, collate, load_image,
+from data import (Conversations, DataError, batch_order, blank_image, collate,
                   make_loader)
+from plumbing.image_files import load_image
 from plumbing.build import llava_layout
 from plumbing.cli import InputError
 from plumbing.teacher_cache import CachedTeachers, TeacherCache

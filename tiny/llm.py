@@ -39,12 +39,26 @@ class WordTokenizer:
     @classmethod
     def from_records(cls, records: list[dict]) -> "WordTokenizer":
         """The same from LLaVA-format records."""
-        return cls.from_texts([turn["value"] for r in records for turn in r["conversations"]])
+        texts = []
+        for record in records:
+            for turn in record["conversations"]:
+                text = turn["value"]
+                if "image" in record:
+                    text = text.replace("<image>", "")
+                texts.append(cls.plain(text))
+        return cls.from_texts(texts)
 
     @classmethod
     def words(cls, text: str) -> list[str]:
         """A text as words and marks."""
         return [w if w in cls.SPECIAL else w.lower() for w in cls._pattern.findall(text)]
+
+    @classmethod
+    def plain(cls, text: str) -> str:
+        """A text in which nothing reads as a control token: "</s>" becomes "</s >"."""
+        for special in cls.SPECIAL:
+            text = text.replace(special, f"{special[:-1]} {special[-1]}")
+        return text
 
     def encode(self, text: str) -> list[int]:
         return [self.ids.get(word, self.unk) for word in self.words(text)]

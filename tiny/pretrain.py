@@ -15,11 +15,12 @@ import hashlib
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from tiny.world import caption, world_records
 FOLDER = Path("runs/stage0")
 SEED = 0  # the pretrained models are downloads in the real method: the same for every seed of a run
 IMAGES = 6_000
+PARENT = 0  # the process that a worker of stage 0 works for
 RECIPES = {  # steps, batch, peak learning rate
     "clip": (450, 64, 1e-3),
     "eva": (350, 32, 2e-3),
@@ -58,6 +60,8 @@ def fit(name: str, modules: nn.Module, loss_of: Callable, scale: float) -> float
     modules.train()
     bar = tqdm(range(steps), desc=f"stage 0: {name}", mininterval=2)
     for step in bar:
+        if PARENT and os.getppid() != PARENT:
+            sys.exit("stage 0: the run that wanted this model is gone")
         counter = flop_counter()
         with counter if step == 0 else nullcontext():
             loss = loss_of(generator, batch)
@@ -199,6 +203,9 @@ MAKERS = {"clip": pretrain_clip, "eva": pretrain_eva, "convnext": pretrain_convn
 
 def job(name: str, arguments: tuple, path: Path) -> None:
     """Train one model on one thread and write its weights, in a process of its own."""
+    global PARENT
+    PARENT = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     net, flops = MAKERS[name](*arguments)
@@ -229,8 +236,14 @@ def stage0(arguments: dict[str, tuple]) -> tuple[dict[str, Path], float]:
         workers = min(len(missing), os.cpu_count())
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             jobs = [pool.submit(job, name, arguments[name], paths[name]) for name in missing]
-            for future in jobs:
-                future.result()
+            try:
+                for future in jobs:
+                    future.result()
+            except BaseException:  # a signal too: none of them may train on
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in active_children():
+                    process.terminate()
+                raise
     return paths, sum(recorded_tflops(path) for path in paths.values())
 
 

@@ -7,11 +7,11 @@
 import sys
 from pathlib import Path
 
-from data import load_image
 from plumbing.build import load_sets
 from plumbing.cli import Parser, run
 from plumbing.config import Config
 from plumbing.evaluate import answer, normalise, questions_of
+from plumbing.image_files import load_image
 from plumbing.run_folder import load_run
 from tiny.llm import WordTokenizer
 

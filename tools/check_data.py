@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from plumbing.cli import Parser, run
-from plumbing.records import read_list, row_faults
+from plumbing.image_files import DiskImages
+from plumbing.records import place_of, read_list, row_faults
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,23 +18,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="a JSON file, one record a row")
     parser.add_argument("images", type=Path, help="the folder that its images are relative to")
+    parser.add_argument("--allow-outside", action="store_true",
+                        help="images may lie outside of the image folder")
     args = parser.parse_args(argv)
     records = read_list(args.file)
-    found = list(row_faults(records, args.images))
-    if found:
-        print(f"{args.file}: rows count from 0")
+    get_image = DiskImages(args.images, 16, args.allow_outside)
+    found = list(row_faults(records, get_image))
     for row, fault in found:
-        print(f"{args.file}: row {row}{id_of(records[row])} {fault}")
+        print(f"{args.file}: {place_of(row, records[row])} {fault}")
     print(f"{args.file}: {len(records)} rows, {len(found)} bad")
     if found:
         sys.exit(2)
-
-
-def id_of(record) -> str:
-    """A record's id in brackets, if it has one: a bad row may be anything."""
-    if isinstance(record, dict) and "id" in record:
-        return f" (id {record['id']})"
-    return ""
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from data import square_image
 from plumbing.cli import InputError, run
 from plumbing.evaluate import answer
+from plumbing.image_files import as_seen
 from plumbing.run_folder import load_run
 
 try:
@@ -75,7 +76,7 @@ class MoVEKD(lmms):
         if len(visuals) > 1:
             raise InputError(f"{task}: document {doc_id} has {len(visuals)} images; a question to "
                              "this model has one at most")
-        return visuals[0].convert("RGB") if visuals else None
+        return as_seen(visuals[0]) if visuals else None
 
     @staticmethod
     def record(name: str, context: str, pictured: bool) -> dict:

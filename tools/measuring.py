@@ -148,8 +148,8 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape("tiny", TINY.clip, rank=8, dropout=0.0, batch=16, pixels=96,
-                  views=(48, 64, 96), repeats=50),
+    "tiny": Shape("tiny", TINY.clip, rank=8, dropout=0.0, batch=16, pixels=128,
+                  views=(48, 64, 128), repeats=50),
     "ViT-L": Shape("ViT-L/14-336", "vit_large_patch14_clip_quickgelu_336 img_size=336", rank=32,
                    dropout=0.05, batch=1, pixels=1024, views=(336, 1024, 1024), repeats=3),
 }

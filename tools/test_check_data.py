@@ -13,7 +13,9 @@ BAD = {  # what is said of a row: the row
     "no such image file": {"image": "gone.png", "conversations": ASKED},
     "not a readable image": {"image": "corrupt.png", "conversations": ASKED},
     "question without an answer": {"image": "ok.png", "conversations": ASKED[:1]},
-    'no "image" file': {"conversations": ASKED},
+    '"type" that is no text': {"type": 3, "conversations": conversation("what?", "that")},
+    '"image" is not a file name': {"image": 3, "conversations": ASKED},
+    "lies outside the image folder": {"image": "../ok.png", "conversations": ASKED},
     "0 <image> token": {"image": "ok.png", "conversations": conversation("what?", "that")},
     "must take turns": {"image": "ok.png", "conversations": [ASKED[0], ASKED[0]]},
     'no "conversations"': {},
@@ -37,7 +39,7 @@ def test_check_reports_every_bad_row(folder, capsys):
         run(lambda: check_data.main([str(folder / "set.json"), str(folder)]))
     assert end.value.code == 2
     *lines, last = capsys.readouterr().out.splitlines()
-    assert last.endswith("10 rows, 9 bad")
+    assert last.endswith("12 rows, 11 bad")
     for row, fault in enumerate(BAD, start=1):
         line, = (line for line in lines if f"row {row} " in line)
         assert fault in line
