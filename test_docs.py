@@ -49,7 +49,7 @@ def test_every_command_shown_parses(program, rest):
     """Every `python train.py ...` has flags that exist; every `python -m` has a module."""
     if program == "train.py":
         flags = shlex.split(rest.replace(" dinov2", ""))  # a teacher that the reader has added
-        if not {"--resume", "--init-from", "--config"} & set(flags):
+        if not {"--resume", "--evaluate", "--init-from", "--config"} & set(flags):
             parse_flags(flags)
             return
         with pytest.raises(DataError, match="no such file"):  # runs that are not here

@@ -1,7 +1,7 @@
 """Train MoVE-KD: several frozen vision encoders distilled into the CLIP student of a VLM.
 
-    python train.py --tiny                  # all of it on a laptop CPU, nothing downloaded (4 min)
-    python train.py --tiny --lambda-kd 0    # the same without distillation (2 min)
+    python train.py --tiny                  # all of it on a laptop CPU, nothing downloaded (3 min)
+    python train.py --tiny --lambda-kd 0    # the same without distillation (1 min)
     python -m tools.ask runs/tiny           # ask the result about held-out pictures (10 s)
     python -m tools.plan --full             # what the real run wants of your GPUs (30 s)
     python train.py --full --data-root D    # the real encoders, Vicuna-7B and LLaVA's data
