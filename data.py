@@ -11,6 +11,8 @@ tensor (3, R, R). Both the tiny world (tiny/world.py) and files on disk come as 
 get_image, and take the same path from there on.
 
 Letters: B samples, B_img of them with an image, T text tokens, R pixels of the square image.
+
+Batches that are equal on any number of processes, and grouped by length, make its last third.
 """
 
 import functools

@@ -8,6 +8,8 @@ teach in different weights, while F keeps what CLIP knew.
 
 Letters (the README has all of them): B images, 1 + n student tokens ([CLS] first), d width,
 d_ffn width inside the FFN, E experts, r rank of one expert, L layers.
+
+Two forms of one idea, and the plain loop beside the fused product, make the file as long as it is.
 """
 
 from typing import Literal

@@ -7,6 +7,8 @@ The student is CLIP with experts (model.py), so the class it shares with the CLI
 
 Letters: B images, R pixels of the loader's square image, R_i pixels of encoder i's view, n_i tokens
 and d_i width of teacher i, n tokens and d width of the student (and of CLIP), h heads of CLIP.
+
+Both directions of the adapters, their four forms and their targets' norm make the file long.
 """
 
 import ast

@@ -143,30 +143,6 @@ def test_balance_loss_of_the_released_code_pools_the_layers():
     assert balance_loss(collapsed, "per_layer").item() == 2
 
 
-def released_linear(fc: nn.Linear, lora: nn.Module, i: int, x: torch.Tensor) -> torch.Tensor:
-    """fc'(x) = fc(x) + alpha/r (up_i (down_i x + a_i) + b_i), r = 2."""
-    rows = slice(2 * i, 2 * i + 2)
-    low = lora.down.weight[rows] @ x + lora.down.bias[rows]
-    return fc(x) + 4.0 / 2 * (lora.up.weight[:, rows] @ low + lora.up_bias[i])
-
-
-def test_released_mole_is_a_lora_in_each_linear():
-    """"fc1_fc2": fc2'(act(fc1'(x))), one route for both, as a loop over tokens."""
-    ffn = timm.layers.Mlp(8, 16)
-    layer = ReleasedMoLE(ffn, 8, **{**MOLE, "router_grad": "none", "init": "kaiming"})
-    x = torch.randn(2, 9, 8)
-    slow = torch.empty_like(x)
-    used = set()
-    for b in range(2):
-        for j in range(9):
-            i = int(layer.router(x[b, j]).softmax(-1).argmax())
-            used.add(i)
-            hidden = F.gelu(released_linear(ffn.fc1, layer.lora_fc1, i, x[b, j]))
-            slow[b, j] = released_linear(ffn.fc2, layer.lora_fc2, i, hidden)
-    assert len(used) == 3
-    close(layer(x), slow)
-
-
 @pytest.mark.parametrize("form", [MoLE, ReleasedMoLE])
 def test_mole_init(form):
     """"zero" leaves either form at the plain FFN, bit for bit.

@@ -1,7 +1,7 @@
 """Train MoVE-KD: several frozen vision encoders distilled into the CLIP student of a VLM.
 
     python train.py --tiny                  # all of it on a laptop CPU, nothing downloaded (3 min)
-    python train.py --tiny --lambda-kd 0    # the same without distillation (1 min)
+    python train.py --tiny --lambda-kd 0 --out runs/no-kd      # without distillation (1 min)
     python -m tools.ask runs/tiny           # ask the result about held-out pictures (10 s)
     python -m tools.plan --full             # what the real run wants of your GPUs (30 s)
     python train.py --full --data-root D    # the real encoders, Vicuna-7B and LLaVA's data
@@ -13,6 +13,8 @@ Every field of Config (plumbing/config.py) is a flag. Two stages, as LLaVA's rec
 all but the teachers). One loss in both, below in `train_stage`:
 
     L_total = L_text + lambda_kd * L_kd + balance_weight * L_balance
+
+Longer than the loop alone: it holds the whole run, from the flags to the evaluation, in one order.
 """
 
 import json
