@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_optimizer_state_dict,
                                                      set_model_state_dict,
@@ -185,11 +186,11 @@ def state_of(root: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
 def load_checkpoint(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer,
                     world: int) -> None:
     """Fill what is trained and the optimizer, in place."""
-    with open(path / ".metadata", "rb") as file:
-        SafeUnpickler(file).load()  # here, for DCP would wrap what it raises
+    reader = SafeReader(path)
+    reader.read_metadata()  # here too, for DCP would wrap what it raises
     state = state_of(root, optimizer)
     try:
-        dcp.load(state, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=world == 1)
+        dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=world == 1)
     except CheckpointException as e:  # DCP's wrapper of what happened in each process
         cause, _ = next(iter(e.failures.values()))
         if isinstance(cause, InputError):
@@ -230,21 +231,22 @@ class SafeUnpickler(pickle.Unpickler):
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader, but for how it reads the index."""
+    """DCP's reader, but for how it reads the index, which all processes share."""
 
-    def read_metadata(self, *args, **kwargs):
-        original = pickle.load
-        pickle.load = lambda file: SafeUnpickler(file).load()
-        try:
-            return super().read_metadata(*args, **kwargs)
-        finally:
-            pickle.load = original
+    def read_metadata(self, *_, **__) -> Metadata:
+        """DCP's index. Raises InputError if it names what no index needs."""
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = SafeUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 class SafePlanner(DefaultLoadPlanner):
     """DCP's planner, but for scalars (the optimizer's settings), which it would unpickle."""
 
     def load_bytes(self, read_item, value: io.BytesIO) -> None:
+        """One scalar. Raises InputError if it is anything that runs code."""
         try:
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError:

@@ -43,7 +43,8 @@ def run(program: Callable) -> None:
     try:
         program()
     except Stopped as e:
-        print(e, file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:  # every process stops; the first says so
+            print(e, file=sys.stderr)
         sys.exit(STOPPED)
     except Exception as e:
         if isinstance(e, OSError) and e.strerror:

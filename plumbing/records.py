@@ -88,6 +88,16 @@ def read_list(path: Path) -> list:
     return records
 
 
+def images_of(sets: list[tuple]) -> dict:
+    """{image name: its get_image} of all images of some (records, get_image), sorted by name."""
+    source = {}
+    for records, get_image in sets:
+        for record in records:
+            if "image" in record:
+                source[record["image"]] = get_image
+    return dict(sorted(source.items()))
+
+
 def whole_characters(text: str) -> str:
     """A text with U+FFFD in the place of each lone surrogate, which no encoding has."""
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

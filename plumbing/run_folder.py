@@ -24,6 +24,7 @@ from plumbing.cli import InputError
 from plumbing.config import FULL, Config, recipe
 from plumbing.flags import load_config
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
+from plumbing.records import images_of
 from plumbing.released_checkpoint import load_released, released_config
 from plumbing.sharding import full_state
 from plumbing.teacher_cache import digest
@@ -102,7 +103,7 @@ def check_data(c: Config, sets: dict, tokenizer, progress: Progress, resumed: bo
         text = json.dumps(records, sort_keys=True)
         found[f"{file or 'the tiny world'} ({name} rows)"] = digest(text)
         if not c.data_root:  # half a million files are too many to look at
-            images = sorted({record["image"] for record in records if "image" in record})
+            images = list(images_of([sets[name]]))
             found[f"{get_image.source} ({name} images)"] = get_image.fingerprint(images)
     if not c.llm:
         found["the words of the data"] = digest(*tokenizer.vocabulary)

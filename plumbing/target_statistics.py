@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from data import DataError
 from plumbing.cli import InputError
+from plumbing.records import images_of
 from plumbing.teacher_cache import CachedTeachers
 from teachers import ChannelNorm, Teachers
 
@@ -38,12 +39,8 @@ def measure_targets(norms: nn.ModuleDict, teachers: Teachers, sets: list[tuple],
 def fill(norms: dict[str, ChannelNorm], teachers: Teachers, sets: list[tuple], device: str,
          skip_bad: bool) -> None:
     """Measure in this process."""
-    source = {}
-    for records, get_image in sets:
-        for record in records:
-            if "image" in record:
-                source[record["image"]] = get_image
-    names = sorted(source)
+    source = images_of(sets)
+    names = list(source)
     cached = isinstance(teachers, CachedTeachers)
     if not cached:
         names = names[::max(1, len(names) // SAMPLE)]

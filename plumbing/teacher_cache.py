@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from data import read_json, write_json
 from plumbing.cli import InputError
+from plumbing.records import images_of
 from teachers import TeacherOutput, Teachers, VisionEncoder
 
 
@@ -116,12 +117,8 @@ class CachedTeachers(Teachers):
 
 def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> CachedTeachers:
     """Teachers with the outputs for all images of some (records, get_image), in `folder`."""
-    source = {}
-    for records, get_image in sets:
-        for record in records:
-            if "image" in record:
-                source[record["image"]] = get_image
-    images = sorted(source)
+    source = images_of(sets)
+    images = list(source)
     prints = []
     for get_image in dict.fromkeys(source.values()):
         own = [image for image in images if source[image] is get_image]

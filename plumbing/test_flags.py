@@ -118,7 +118,6 @@ def bad_files(workplace):
     (workplace / "corrupt.png").write_bytes(b"\x89PNG\r\n not a picture")
     answerless = {"conversations": turns[:1], "image": "corrupt.png"}
     write_json(workplace / "answerless.json", [answerless])
-    write_json(workplace / "imageless.json", [{"conversations": turns}])
     write_json(workplace / "missing.json", [{"conversations": turns, "image": "gone.png"}])
     write_json(workplace / "corrupt.json", [{"conversations": turns, "image": "corrupt.png"}])
     return workplace
