@@ -38,6 +38,11 @@ ARMS = {  # name: (what it is, flags of train.py)
     "ours-no-mole": ("our recipe without MoLE", "--recipe ours --mole-experts 0"),
     "movekd-experts": ("MoVE-KD, MoLE alone learns", "--student experts"),
     "ours-experts": ("our recipe, MoLE alone learns", "--recipe ours --student experts"),
+    # three targets that no adapter brings together: teachers in open conflict
+    "conflict": ("no adapters, CLIP's share 1/3",
+                 "--adapter-form interpolation --clip-share 0.333"),
+    "conflict-no-mole": ("the same without MoLE", "--adapter-form interpolation "
+                         "--clip-share 0.333 --mole-experts 0"),
     "ours-few": ("our recipe, 300 answered images", "--recipe ours --n-train 300"),
     "ours-few-no-mole": ("the same without MoLE",
                          "--recipe ours --n-train 300 --mole-experts 0"),
@@ -73,7 +78,7 @@ LADDER = {  # rung: published number, or None
 LADDER_TITLES = {**TITLES, "no-teacher-weight": "+ token weights", "movekd": "+ teacher weights",
                  "ours": "+ CLIP's share 0.1: our recipe", "ensemble": "all encoders side by side"}
 MOLE = ["llava", "movekd-experts", "ours-experts", "movekd", "no-mole", "ours", "ours-no-mole",
-        "ours-few", "ours-few-no-mole"]
+        "conflict", "conflict-no-mole", "ours-few", "ours-few-no-mole"]
 
 
 def share_arm(direction: str, share: float) -> str:

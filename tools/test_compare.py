@@ -25,6 +25,8 @@ TRAINED = {  # arm: what stage 2 trains beside projector and LLM, if not all
     "clip-eva": STUDENT | {"adapter eva"},
     "clip-convnext": STUDENT | {"adapter convnext"},
     "interpolation": {"student backbone"},  # its adapters have no parameters
+    "conflict": STUDENT,
+    "conflict-no-mole": {"student backbone"},
     "adapters": {"student backbone"} | ADAPTERS,
     "ours-no-mole": {"student backbone"} | ADAPTERS,
     "ours-few-no-mole": {"student backbone"} | ADAPTERS,
@@ -32,7 +34,8 @@ TRAINED = {  # arm: what stage 2 trains beside projector and LLM, if not all
     "ours-experts": {"student MoLE"} | ADAPTERS,
 }
 WITHOUT_EXPERTS = ("llava", "ensemble", "no-mole", "interpolation", "adapters", "ours-no-mole",
-                   "ours-few-no-mole")
+                   "ours-few-no-mole", "conflict-no-mole")
+WITHOUT_ADAPTERS = ("interpolation", "conflict", "conflict-no-mole")
 
 
 @pytest.mark.parametrize("arm", compare.ARMS)
@@ -60,7 +63,7 @@ def test_arms_build_what_they_say(arm):
     assert ("experts" in terms) == (arm not in WITHOUT_EXPERTS)
     assert (terms["L_kd"] > 0) == ("kd_clip" in terms)
     for name in ("eva", "convnext"):
-        compared = f"adapter {name}" in learns or arm == "interpolation"
+        compared = f"adapter {name}" in learns or arm in WITHOUT_ADAPTERS
         assert (f"kd_{name}" in terms) == compared
     if arm != "ensemble":
         movekd = build_vlm(C, tokenizer, {})
