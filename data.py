@@ -92,10 +92,11 @@ def read_json(path: Path):
     It is UTF-8 whatever the locale, with a byte order mark or without. Raises DataError if it is
     missing, unreadable or not JSON.
     """
+    path = Path(path)
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path}: is no regular file" if path.exists() else f"{path}: no such file")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not valid JSON: not UTF-8: {e}") from None
     except OSError as e:

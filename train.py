@@ -233,7 +233,7 @@ def train_stage(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
         progress.advance(counts)
         log.write(progress, values, counts, last=progress.step == plan.steps)
         if machine.save_due(progress, plan.steps, counts):
-            progress.log_bytes = log.position()
+            progress.log = log.position()
             machine.save(model, optimizer, progress)
         if counts["stop"]:
             return False

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from data import Conversations, conversation_ids, read_json
 from model import VLM, Ensemble, MoVEKD, Student
@@ -13,9 +12,11 @@ from plumbing.encoder_weights import find_weights, is_real, load_net
 from plumbing.image_files import DiskImages
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import place_of, read_records
+from plumbing.teacher_cache import digest
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pretrain import MAKERS, stage0
+from tiny.tensor_files import read_about, read_tensors
 from tiny.world import tiny_set
 
 # ------------------------------------------------------------------------------------------------
@@ -88,10 +89,28 @@ def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | Pretra
         return PretrainedTokenizer(c.llm)
     tokenizer = WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
     if c.init_from:
-        known = read_json(Path(c.init_from) / "vocabulary.json")
+        known = read_words(Path(c.init_from))
         new = [word for word in tokenizer.vocabulary if word not in set(known)]
         tokenizer = WordTokenizer(known + new)
     return tokenizer
+
+
+def read_words(run: Path) -> list[str]:
+    """The words of a run's vocabulary.json, in the order of their numbers.
+
+    Raises InputError if it is no such list, or not the one that the run's weights know.
+    """
+    file = run / "vocabulary.json"
+    words = read_json(file)
+    well_formed = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    if not well_formed or words[:len(WordTokenizer.SPECIAL)] != WordTokenizer.SPECIAL:
+        raise InputError(f"{file}: is no list of words as a run leaves it; copy it again")
+    for weights in run.glob("model*.safetensors"):
+        known = read_about(weights).get("words")
+        if known and known != digest(*words):
+            raise InputError(f"{file}: has changed since {weights} was written, so its numbers "
+                             "mean other words; copy it again")
+    return words
 
 
 def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict:
@@ -203,7 +222,8 @@ def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = N
     else:
         language = TinyLLM(*llm_shape(c, tokenizer))
         if "llm" in weights:
-            language.load_state_dict(load_file(weights["llm"]))
+            remedy = "delete it, and it is made again"
+            language.load_state_dict(read_tensors(weights["llm"], remedy))
     torch.manual_seed(c.seed)  # again: with experts or without, the projector starts the same
     return VLM(student, language, tokenizer.image)
 

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict,
                                                      set_optimizer_state_dict)
 
+from data import DataError, read_json, write_json
 from plumbing.cli import InputError
 
 
@@ -33,7 +34,7 @@ class Progress:
 
     stage: int = 1
     step: int = 0               # steps done in the stage
-    log_bytes: int = 0          # of log.jsonl
+    log: list = field(default_factory=lambda: [0, 0])   # bytes of log.jsonl, and their CRC-32
     skipped: int = 0            # rows that --skip-bad left out
     cut: int = 0                # conversations cut at --max-length
     flops: dict = field(default_factory=dict)   # of each stage: its first step's times the steps
@@ -73,7 +74,7 @@ class Checkpoints:
         if self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            (temporary / "meta.json").write_text(json.dumps(meta))
+            write_json(temporary / "meta.json", meta)
         state = state_of(root, optimizer)
         future = dcp.async_save(state, checkpoint_id=temporary, process_group=self.group,
                                 no_dist=self.world == 1)
@@ -91,8 +92,14 @@ class Checkpoints:
         if self.pending is None:
             return
         future, temporary = self.pending
-        future.result()
         self.pending = None
+        try:
+            future.result()
+        except Exception as e:  # DCP's writers have their own names for a full disk
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            fault = str(e).splitlines()[-1] or type(e).__name__
+            raise InputError(f"{temporary}: cannot be written: {fault}") from None
         own = checksums(temporary, f"__{self.rank}_*")
         parts = [own]
         if self.world > 1:
@@ -102,9 +109,10 @@ class Checkpoints:
             files = checksums(temporary, ".metadata")
             for part in parts:
                 files.update(part)
-            meta = json.loads((temporary / "meta.json").read_text())
+            meta = read_json(temporary / "meta.json")
             meta["files"] = files
-            (temporary / "meta.json").write_text(json.dumps(meta))
+            meta["crc32"] = zlib.crc32(json.dumps(meta).encode())
+            write_json(temporary / "meta.json", meta)
             final = temporary.with_suffix("")
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
@@ -125,12 +133,22 @@ def checksums(folder: Path, pattern: str) -> dict[str, list[int]]:
     """{file: [bytes, CRC-32]} of the files that a pattern names."""
     found = {}
     for path in sorted(folder.glob(pattern)):
-        crc = 0
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(1 << 24), b""):
-                crc = zlib.crc32(block, crc)
-        found[path.name] = [path.stat().st_size, crc]
+        size = path.stat().st_size
+        found[path.name] = [size, crc_of_start(path, size)]
     return found
+
+
+def crc_of_start(path: Path, size: int) -> int:
+    """CRC-32 of the first `size` bytes of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while size > 0:
+            block = file.read(min(size, 1 << 24))
+            if not block:
+                break  # it is shorter
+            crc = zlib.crc32(block, crc)
+            size -= len(block)
+    return crc
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
@@ -160,10 +178,14 @@ def newest_checkpoint(folder: Path, skip_damaged: bool) -> tuple[Path, dict]:
 def examine(path: Path) -> tuple[str | None, dict]:
     """What is wrong with a checkpoint, or None; and its meta."""
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        files = meta.pop("files")
-        Progress(**meta)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        meta = read_json(path / "meta.json")
+        crc = meta.pop("crc32")
+        files = dict(meta)["files"]
+        if crc != zlib.crc32(json.dumps(meta).encode()):
+            return "meta.json has changed since it was written", {}
+        del meta["files"]
+        log_bytes, log_crc = Progress(**meta).log
+    except (DataError, ValueError, KeyError, TypeError, AttributeError) as e:
         return f"meta.json cannot be read ({type(e).__name__})", {}
     for name, (size, crc) in files.items():
         file = path / name
@@ -173,6 +195,9 @@ def examine(path: Path) -> tuple[str | None, dict]:
             return f"{name} has {file.stat().st_size} bytes in place of {size}", {}
         if checksums(path, name)[name][1] != crc:
             return f"{name} has changed since it was written", {}
+    log = path.parent.parent / "log.jsonl"  # resumed with it
+    if not log.is_file() or crc_of_start(log, log_bytes) != log_crc:
+        return "log.jsonl, up to where the checkpoint was made, is missing or has changed", {}
     return None, meta
 
 

@@ -1,25 +1,27 @@
 """What a run leaves behind: its config, log, weights and result; and how they are read again."""
 
 import dataclasses
+import errno
 import json
 import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import timm
 import torch
 import torchvision
-from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
+from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
-from data import read_json, write_json
+from data import write_json
 from model import VLM, MoVEKD
-from plumbing.build import build_vlm, find_device
-from plumbing.checkpoints import Progress, newest_checkpoint, saved_checkpoints
+from plumbing.build import build_vlm, find_device, read_words
+from plumbing.checkpoints import (Progress, check_parameters, crc_of_start, newest_checkpoint,
+                                  saved_checkpoints)
 from plumbing.cli import InputError
 from plumbing.config import FULL, Config, recipe
 from plumbing.flags import load_config
@@ -29,6 +31,7 @@ from plumbing.released_checkpoint import load_released, released_config
 from plumbing.sharding import full_state
 from plumbing.teacher_cache import digest
 from tiny.llm import WordTokenizer
+from tiny.tensor_files import read_tensors, write_tensors
 
 try:
     import fcntl
@@ -36,13 +39,19 @@ try:
 except ImportError:  # Windows
     fcntl = resource = None
 
+FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
+         "samples.png", "model.safetensors", "result.json", "evaluation.json")  # of a run
+
 
 def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
     """(a lock on the run folder, the checkpoint to go on from or None, where the run stands).
 
     The first process holds the lock for as long as it keeps it. Raises InputError.
     """
-    lock = lock_run_folder(c, resumed) if first else None
+    lock = None
+    if first:
+        lock = lock_run_folder(c, resumed)
+        try_places(c)
     checkpoint, progress = find_start(c, resumed)
     return lock, checkpoint, progress
 
@@ -71,6 +80,26 @@ def lock_run_folder(c: Config, resumed: bool):
     for left in (*out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")):  # of a run that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     return file
+
+
+def try_places(c: Config) -> None:
+    """Raise InputError for a place where the run will not be able to write, before any work."""
+    out = Path(c.out)
+    for name in FILES:
+        path = out / name
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is no regular file, and the run writes one of that name; "
+                             "move it away, or name another --out")
+    folders = [out]
+    if c.cache_teachers and c.lambda_kd:
+        folders.append(Path(c.cache_teachers))
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"x")
+        except OSError as e:
+            raise InputError(f"{folder}: cannot be written: {e.strerror}") from None
 
 
 def find_start(c: Config, resumed: bool) -> tuple[Path | None, Progress]:
@@ -145,13 +174,17 @@ class RunLog:
         self.first = first
         self.file = None
         if first:
-            self.file = open(Path(c.out) / "log.jsonl", "r+" if resumed else "w", encoding="utf-8")
-            self.file.truncate(progress.log_bytes)
+            # without a buffer: no half line waits in one when the disk is full
+            self.file = open(Path(c.out) / "log.jsonl", "r+b" if resumed else "wb", buffering=0)
+            self.file.truncate(progress.log[0])
             self.file.seek(0, 2)
 
-    def position(self) -> int:
-        """Bytes written so far."""
-        return self.file.tell() if self.file else 0
+    def position(self) -> list[int]:
+        """Bytes written so far, and their CRC-32."""
+        if not self.file:
+            return [0, 0]
+        size = self.file.tell()
+        return [size, crc_of_start(Path(self.file.name), size)]
 
     def close(self) -> None:
         if self.file:
@@ -160,6 +193,14 @@ class RunLog:
     def say(self, text: str) -> None:
         if self.first:
             print(text, flush=True)
+
+    def append(self, line: str) -> None:
+        """Write a line, or if the disk refuses leave no half of it. Raises OSError."""
+        before = self.file.tell()
+        data = line.encode()
+        if self.file.write(data) < len(data):
+            self.file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
 
     def bar(self, progress: Progress, steps: int) -> tqdm:
         """The steps of a stage that are left, with a bar; the clock of tokens/s starts."""
@@ -181,8 +222,7 @@ class RunLog:
         for name in ("skipped", "cut"):
             if getattr(progress, name):
                 values[name] = getattr(progress, name)
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        self.append(json.dumps(values) + "\n")
         words = [f"stage {values['stage']} step {values['step']}"]
         words += [f"{name} {v:.3g}" for name, v in values.items() if isinstance(v, float)]
         if "experts" in values:
@@ -196,22 +236,20 @@ class RunLog:
 # Final weights
 
 
-def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def save_weights(folder: Path, tensors: dict[str, torch.Tensor], **about: str) -> None:
     """folder/model.safetensors, or above 5 GB several files and their index, as on the hub.
 
-    The old files go when the new ones are complete.
+    The old files go when the new ones are complete. Raises OSError.
     """
     temporary = folder / "weights.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    copies = {}
-    for name, tensor in tensors.items():
-        copies[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    save_torch_state_dict(copies, temporary, metadata={"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in temporary.iterdir():
-        file.chmod(0o666 & ~umask)  # as any other file: the library makes them private
+    parts = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB")
+    for file, names in parts.filename_to_tensors.items():
+        write_tensors(temporary / file, {name: tensors[name] for name in names}, **about)
+    if parts.is_sharded:
+        write_json(temporary / "model.safetensors.index.json",
+                   {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename})
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     for file in temporary.iterdir():
@@ -222,19 +260,34 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 def export(c: Config, first: bool, model: MoVEKD, tokenizer) -> None:
     """Save the final weights, with a real LLM's config and tokenizer: all that load_run reads.
 
-    All processes gather them, the first one writes.
+    All processes gather them, the first one writes. What cannot be written to the run folder is
+    written to a new folder for temporary files. Raises InputError, which names it.
     """
+    check_parameters(model)
     state = full_state(model)
     if not first:
         return
-    out = Path(c.out)
     if c.precision == "bf16":
         for name, tensor in state.items():
             state[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
-    save_weights(out, state)
+    try:
+        write_model(Path(c.out), c, state, model, tokenizer)
+    except OSError as e:
+        elsewhere = Path(tempfile.mkdtemp(prefix="movekd-"))
+        write_model(elsewhere, c, state, model, tokenizer)
+        raise InputError(f"{c.out}: the trained model cannot be written there ({e.strerror}); it "
+                         f"is in {elsewhere}: move its files to {c.out}, then python train.py "
+                         f"--evaluate {c.out}") from None
+
+
+def write_model(folder: Path, c: Config, state: dict, model: MoVEKD, tokenizer) -> None:
+    """The final weights, and a real LLM's config and tokenizer. Raises OSError."""
     if c.llm:
-        model.vlm.llm.model.config.save_pretrained(out / "llm")
-        tokenizer.tokenizer.save_pretrained(out / "llm")
+        save_weights(folder, state)
+        model.vlm.llm.model.config.save_pretrained(folder / "llm")
+        tokenizer.tokenizer.save_pretrained(folder / "llm")
+    else:
+        save_weights(folder, state, words=digest(*tokenizer.vocabulary))
 
 
 def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
@@ -258,7 +311,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
             tokenizer = PretrainedTokenizer(str(folder / "llm"))
             llm = PretrainedLLM.without_weights(folder / "llm")
         else:
-            tokenizer = WordTokenizer(read_json(folder / "vocabulary.json"))
+            tokenizer = WordTokenizer(read_words(folder))
         vlm = build_vlm(c, tokenizer, {}, llm)
         load_vlm(vlm, folder)
     c.device = device
@@ -274,7 +327,8 @@ def load_vlm(vlm: VLM, folder: Path) -> None:
         raise InputError(f"{folder}: holds no model.safetensors; the run has not finished")
     weights = {}
     for file in files:
-        for name, tensor in load_file(file).items():
+        tensors = read_tensors(file, "copy it again, or train again")
+        for name, tensor in tensors.items():
             if name.startswith("vlm."):
                 weights[current_name(name.removeprefix("vlm."))] = tensor
     own = vlm.state_dict()

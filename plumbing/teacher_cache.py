@@ -1,7 +1,9 @@
 """The teachers' outputs for a fixed set of images, computed once and kept on disk."""
 
 import hashlib
+import math
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,14 +48,18 @@ class TeacherCache:
                  get_image: Callable, source: str, fingerprint: str, batch: int = 64):
         self.rows = {image: i for i, image in enumerate(images)}
         R = get_image(images[0]).shape[-1]
-        key = digest(encoder.spec, str(R), source, *images)[:12]
+        key = digest("rows", encoder.spec, str(R), source, *images)[:12]
         made_of = {"teacher": encoder.spec, "pixels": R, "images": fingerprint,
                    "weights": weights_digest(encoder)}
         meta = folder / f"{name}-{encoder.image_size}px-{key}.json"
-        paths = {field: meta.with_suffix(f".{field}.npy") for field in TeacherOutput._fields}
+        paths = {part: meta.with_suffix(f".{part}.npy")
+                 for part in (*TeacherOutput._fields, "crc32")}
+        remedy = f"delete {meta.with_suffix('')}.*, and it is made again"
         if meta.exists():
             found = read_json(meta)
-            changed = [k for k in made_of if found["made_of"][k] != made_of[k]]
+            if not isinstance(found, dict) or found.keys() != {"made_of", "fields"}:
+                raise InputError(f"{meta}: damaged; {remedy}")
+            changed = [k for k in made_of if found["made_of"].get(k) != made_of[k]]
             if changed:
                 raise InputError(f"{meta}: stale, its {changed[0]} have changed since it was made; "
                                  f"delete {meta.with_suffix('')}.* or give --cache-teachers "
@@ -62,45 +68,120 @@ class TeacherCache:
         else:
             fields = write_outputs(paths, encoder, images, get_image, batch)
             write_json(meta, {"made_of": made_of, "fields": fields})
-        self.arrays = {field: np.load(paths[field], mmap_mode="r") for field in fields}
+        self.arrays = {}
+        for field in fields:
+            self.arrays[field] = open_array(paths[field], len(images), np.float16, remedy)
+        self.sums = open_array(paths["crc32"], len(images), np.uint32, remedy)
+        self.name = name
+        self.remedy = remedy
 
     def read(self, images: list[str | None], device: torch.device) -> TeacherOutput:
-        """The outputs for images by name. A stand-in, None, gets any: it counts for nothing."""
+        """The outputs for images by name. A stand-in, None, gets any: it counts for nothing.
+
+        Raises InputError for a row that is not as it was written.
+        """
         rows = [self.rows[image] if image else 0 for image in images]
+        found = {field: array[rows] for field, array in self.arrays.items()}
+        for row, sums in zip(rows, row_checksums(found)):
+            if sums != self.sums[row]:
+                raise InputError(f"the cache of teacher {self.name}: row {row} has changed since "
+                                 f"it was written; {self.remedy}")
         fields = dict.fromkeys(TeacherOutput._fields)
-        for field, array in self.arrays.items():
-            fields[field] = torch.from_numpy(array[rows]).to(device).float()
+        for field, values in found.items():
+            fields[field] = torch.from_numpy(values).to(device).float()
         return TeacherOutput(**fields)
 
 
-@torch.no_grad()
+def row_checksums(arrays: dict[str, np.ndarray]) -> list[int]:
+    """CRC-32 of each row (an image's outputs), over all fields."""
+    rows = len(next(iter(arrays.values())))
+    sums = []
+    for row in range(rows):
+        crc = 0
+        for name in sorted(arrays):
+            crc = zlib.crc32(arrays[name][row], crc)
+        sums.append(crc)
+    return sums
+
+
+def open_array(path: Path, rows: int, dtype: type, remedy: str) -> np.ndarray:
+    """A memory-mapped .npy file. Raises InputError if it is not what was written."""
+    if not path.is_file():
+        raise InputError(f"{path}: is missing, or no regular file; {remedy}")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as e:
+        raise InputError(f"{path}: damaged: {str(e).splitlines()[0]}; {remedy}") from None
+    if len(array) != rows or array.dtype != dtype:
+        raise InputError(f"{path}: damaged: holds {array.dtype} {array.shape}; {remedy}")
+    return array
+
+
+def new_array(path: Path, dtype: type, shape: tuple) -> np.memmap:
+    """A memory-mapped .npy file with room for all its rows.
+
+    Its place on the disk is taken now: a mapped file for which there is none later ends the process
+    without a word. Raises OSError.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
+              "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if hasattr(os, "posix_fallocate"):  # Linux
+            os.posix_fallocate(file.fileno(), file.tell(), size)
+        else:
+            file.truncate(file.tell() + size)
+    return np.load(path, mmap_mode="r+")
+
+
 def write_outputs(paths: dict[str, Path], encoder: VisionEncoder, images: list[str],
                   get_image: Callable, batch: int) -> list[str]:
     """Run the encoder over all images; returns the fields it gives.
 
-    Files appear under their names only when they are complete.
+    Files appear under their names only when they are complete, and nothing of them stays if it
+    fails. Raises InputError for an output that is no number in fp16, OSError for a full disk.
     """
-    device = next(encoder.parameters()).device
-    arrays = {}
+    paths["tokens"].parent.mkdir(parents=True, exist_ok=True)
     temporary = {}
-    for field, path in paths.items():
-        temporary[field] = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    name = paths["tokens"].name.split(".")[0]
+    for part, path in paths.items():
+        temporary[part] = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        arrays = run_encoder(temporary, encoder, images, get_image, batch)
+        for part, array in arrays.items():
+            array.flush()
+            temporary[part].rename(paths[part])
+    finally:
+        for left in temporary.values():
+            left.unlink(missing_ok=True)
+    return [part for part in arrays if part != "crc32"]
+
+
+@torch.no_grad()
+def run_encoder(files: dict[str, Path], encoder: VisionEncoder, images: list[str],
+                get_image: Callable, batch: int) -> dict[str, np.memmap]:
+    """The encoder's fields for all images, and the checksum of each row, in mapped files."""
+    device = next(encoder.parameters()).device
+    name = files["tokens"].name.split(".")[0]
+    arrays = {"crc32": new_array(files["crc32"], np.uint32, (len(images),))}
     for i in tqdm(range(0, len(images), batch), desc=f"cache {name}", leave=False):
         pixels = torch.stack([get_image(image) for image in images[i:i + batch]])
         output = encoder(pixels.to(device))
+        rows = {}
         for field, value in output._asdict().items():
-            if value is None:
-                continue
+            if value is not None:
+                rows[field] = value.half().cpu().numpy()
+        for field, values in rows.items():
+            if not np.isfinite(values).all():
+                raise InputError(f"teacher {name}: its {field} are nan or inf in one of the images "
+                                 f"from {images[i]} on; its weights are damaged, or its numbers "
+                                 "too large for fp16: then --cache-teachers ''")
             if field not in arrays:
-                shape = (len(images), *value.shape[1:])
-                arrays[field] = np.lib.format.open_memmap(temporary[field], "w+", np.float16, shape)
-            arrays[field][i:i + batch] = value.half().cpu().numpy()
-    for field, array in arrays.items():
-        array.flush()
-        temporary[field].rename(paths[field])
-    return list(arrays)
+                shape = (len(images), *values.shape[1:])
+                arrays[field] = new_array(files[field], np.float16, shape)
+            arrays[field][i:i + batch] = values
+        arrays["crc32"][i:i + batch] = row_checksums(rows)
+    return arrays
 
 
 class CachedTeachers(Teachers):

@@ -19,22 +19,23 @@ import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from data import DataError
 from teachers import VisionEncoder, create_net
 from tiny.flops import flop_counter
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pictures import render
 from tiny.scenes import ATTRIBUTES, sample_scenes, scene_geometry
+from tiny.tensor_files import read_about, read_tensors, write_tensors
 from tiny.world import caption, world_records
 
 FOLDER = Path("runs/stage0")
@@ -209,16 +210,15 @@ def job(name: str, arguments: tuple, path: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     net, flops = MAKERS[name](*arguments)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may find it missing at once
-    save_file(net.state_dict(), temporary, metadata={"tflops": str(flops / 1e12)})
-    temporary.rename(path)
+    write_tensors(path, net.state_dict(), tflops=flops / 1e12)
 
 
 def stage0(arguments: dict[str, tuple]) -> tuple[dict[str, Path], float]:
     """Files with the toy models' weights, trained now if missing, and the TFLOPs they cost.
 
     `arguments`: of each model that is wanted, those of its function in MAKERS. The models know
-    nothing of each other, so they train side by side, one process and one thread each.
+    nothing of each other, so they train side by side, one process and one thread each. Raises
+    DataError for a damaged file, or if a process is killed.
     """
     scenes = sample_scenes("train", 4)
     world = [render(scenes).sum().item(), world_records("train", "caption", 4)]
@@ -239,15 +239,16 @@ def stage0(arguments: dict[str, tuple]) -> tuple[dict[str, Path], float]:
             try:
                 for future in jobs:
                     future.result()
+            except BrokenProcessPool:
+                raise DataError("stage 0: one of its processes was killed, as for want of memory; "
+                                "start again: what is ready is kept") from None
             except BaseException:  # a signal too: none of them may train on
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in active_children():
                     process.terminate()
                 raise
-    return paths, sum(recorded_tflops(path) for path in paths.values())
-
-
-def recorded_tflops(path: Path) -> float:
-    """What a model of stage 0 cost, from the header of its file."""
-    with safe_open(path, "pt") as file:
-        return float(file.metadata()["tflops"])
+    tflops = 0.0
+    for path in paths.values():
+        read_tensors(path, "delete it, and it is made again")
+        tflops += read_about(path).get("tflops", 0.0)
+    return paths, tflops
