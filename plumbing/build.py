@@ -210,6 +210,18 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
     return student
 
 
+def build_llm(c: Config, released: tuple | None, first: bool) -> PretrainedLLM | None:
+    """The real LLM of a run, if it has one; with weights only where they are read.
+
+    `released` is what `released_config` says of the authors' checkpoint, which brings its own.
+    """
+    if released:
+        return PretrainedLLM(c.llm, released[1])
+    if c.llm:
+        return PretrainedLLM(c.llm) if first else PretrainedLLM.without_weights(Path(c.llm))
+    return None
+
+
 def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = None) -> VLM:
     """The VLM. With weights given, the student starts as CLIP and the LLM as pretrained.
 

@@ -28,7 +28,7 @@ from plumbing.flags import load_config
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import images_of
 from plumbing.released_checkpoint import load_released, released_config
-from plumbing.sharding import full_state
+from plumbing.sharding import cast_vlm, full_state
 from plumbing.teacher_cache import digest
 from tiny.llm import WordTokenizer
 from tiny.tensor_files import read_tensors, write_tensors
@@ -316,7 +316,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
         load_vlm(vlm, folder)
     c.device = device
     on_gpu_in_bf16 = c.precision == "bf16" and device == "cuda"
-    vlm = vlm.bfloat16() if on_gpu_in_bf16 else vlm.float()
+    cast_vlm(vlm, torch.bfloat16 if on_gpu_in_bf16 else torch.float32)
     return vlm.to(device).eval(), tokenizer, c
 
 

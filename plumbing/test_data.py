@@ -82,7 +82,8 @@ def test_micro_batches_and_workers_change_nothing():
     batches = list(make_loader(dataset, 8, 2, 5, 0))
     parts = []
     for own, workers in ((range(2), 0), (range(2, 4), 1)):
-        loader = make_loader(dataset, 8, 2, 5, 0, pieces=4, own_pieces=own, workers=workers)
+        loader = make_loader(dataset, 8, 2, 5, 0, pieces=4, own_pieces=own,
+                             num_workers=workers)
         parts.append(list(loader))
     for step, batch in enumerate(batches):
         names = []
@@ -115,7 +116,7 @@ def conversations_with_a_broken_image() -> Conversations:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_row_is_named(workers):
     """A bad image is a fault that names the row, even from a worker process."""
-    loader = make_loader(conversations_with_a_broken_image(), 4, 1, 0, 0, workers=workers)
+    loader = make_loader(conversations_with_a_broken_image(), 4, 1, 0, 0, num_workers=workers)
     faults = [batch["fault"] for batch in loader if "fault" in batch]
     expected = "row 3 (counted from 0, id train-chat-3) has a bad image: 3.png: not a readable"
     assert len(faults) == 1
@@ -126,7 +127,7 @@ def test_a_bad_row_is_skipped_and_counted():
     """With skip_bad the next good row comes in its place, and a line is kept."""
     dataset = conversations_with_a_broken_image()
     dataset.skip_bad = True
-    batches = list(make_loader(dataset, 4, 1, 0, 0, workers=1))
+    batches = list(make_loader(dataset, 4, 1, 0, 0, num_workers=1))
     names = [name for batch in batches for name in batch["image_names"]]
     assert sum(len(batch["skipped"]) for batch in batches) == 1
     assert "train-0/3.png" not in names
