@@ -1,5 +1,6 @@
 """From a Config to what a run is made of: data, tokenizer, weights, models."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from plumbing.config import Config
 from plumbing.encoder_weights import find_weights, is_real, load_net
 from plumbing.image_files import DiskImages
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
-from plumbing.records import place_of, read_records
+from plumbing.records import keep, place_of, read_records
 from plumbing.teacher_cache import digest
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
@@ -87,7 +88,7 @@ def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | Pretra
     """
     if c.llm:
         return PretrainedTokenizer(c.llm)
-    tokenizer = WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
+    tokenizer = WordTokenizer.from_records(itertools.chain(sets["pretrain"][0], sets["train"][0]))
     if c.init_from:
         known = read_words(Path(c.init_from))
         new = [word for word in tokenizer.vocabulary if word not in set(known)]
@@ -120,7 +121,7 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
     nothing to align. Stage 2 has conversations, prompt "v1".
     """
     records, get_image = sets["pretrain"]
-    pictured = [record for record in records if "image" in record]
+    pictured = keep(records, [row for row, record in enumerate(records) if "image" in record])
     if not pictured:
         raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
                          "nothing to align")
