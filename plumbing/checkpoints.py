@@ -75,6 +75,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write_json(temporary / "meta.json", meta)
+        if self.world > 1:
+            dist.barrier(self.group)  # else another process would make the folder first
         state = state_of(root, optimizer)
         future = dcp.async_save(state, checkpoint_id=temporary, process_group=self.group,
                                 no_dist=self.world == 1)
