@@ -40,6 +40,8 @@ class Watch:
     def look_at_teacher(self, stage: int, step: int, teacher: str, loss: float, last: bool) -> None:
         """Warn if a teacher's loss is where it was when the stage began."""
         losses = self.losses.setdefault((stage, teacher), [])
+        if len(losses) == SETTLED:
+            return  # it has been looked at
         losses.append(loss)
         if len(losses) != SETTLED and not (last and SHORTEST <= len(losses) < SETTLED):
             return
