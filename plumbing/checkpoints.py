@@ -97,11 +97,13 @@ class Checkpoints:
         self.pending = None
         try:
             future.result()
-        except Exception as e:  # DCP's writers have their own names for a full disk
+        except (Exception, CheckpointException) as e:  # DCP's is no Exception
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            fault = str(e).splitlines()[-1] or type(e).__name__
-            raise InputError(f"{temporary}: cannot be written: {fault}") from None
+            free = shutil.disk_usage(self.folder).free // 2 ** 20
+            fault = str(e).splitlines()[-1] if str(e) else type(e).__name__
+            raise InputError(f"{temporary}: cannot be written ({fault}); {free:,} MB are free there"
+                             ) from None
         own = checksums(temporary, f"__{self.rank}_*")
         parts = [own]
         if self.world > 1:
