@@ -236,18 +236,18 @@ def train_stage(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
                 machine.backward(L_total)
                 add(sums, {**terms, "L_total": L_total})
 
-        # The step's numbers over all processes. A loss that is no number ends the run.
-        values = machine.total_terms(sums, counts)
-        values["grad_norm"] = clip_gradients(parameters, c.grad_clip)
-        check_finite(values, progress, plan.lr)
-
         # The update: AdamW without weight decay; warm-up, then cosine.
-        values["lr"] = plan.lr * lr_share(step, plan.steps, c.warmup)
-        optimizer.param_groups[0]["lr"] = values["lr"]
+        grad_norm = clip_gradients(parameters, c.grad_clip)
+        optimizer.param_groups[0]["lr"] = plan.lr * lr_share(step, plan.steps, c.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+        # The step's numbers over all processes. A loss that is no number ends the run.
+        values = {**machine.total_terms(sums, counts), "grad_norm": grad_norm}
+        check_finite(values, progress, plan.lr)
+
         # Count, log, and keep a state to resume from.
+        values["lr"] = optimizer.param_groups[0]["lr"]
         progress.advance(counts)
         log.write(progress, values, counts, last=progress.step == plan.steps)
         if machine.save_due(progress, plan.steps, counts):

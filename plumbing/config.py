@@ -76,7 +76,7 @@ class Config:
     init_from: str = ""                     # the authors' checkpoint or a run to start from
     # what of the student learns; "experts": MoLE alone; "frozen" and "ensemble" are baselines
     student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"
-    compile: Literal["off", "on"] = "off"   # torch.compile of the encoders; meant for CUDA
+    compile: Literal["off", "on"] = "off"   # torch.compile of all models; for CUDA
     cache_teachers: str = "runs/teachers"   # folder that keeps the teachers' outputs; "": none
 
     # --- mixture of LoRA experts; "row" is a row of docs/differences.md

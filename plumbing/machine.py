@@ -28,8 +28,8 @@ from plumbing.checkpoints import Checkpoints, Progress, load_checkpoint
 from plumbing.cli import InputError, Stopped
 from plumbing.config import Config
 from plumbing.launcher import SIGNALS, launched
-from plumbing.sharding import (SHARD_TEACHERS_ABOVE, note_what_trains, recompute, send_from_first,
-                               shard, shard_frozen)
+from plumbing.sharding import (SHARD_TEACHERS_ABOVE, compile_parts, note_what_trains, recompute,
+                               send_from_first, shard, shard_frozen)
 from plumbing.workers import check_shared_memory
 from teachers import Teachers
 from tiny.flops import flop_counter
@@ -212,8 +212,7 @@ class Machine:
                 shard_frozen(encoder, c.device, self.world)
         teachers.to(c.device)
         if c.compile == "on":
-            for encoder in (model.vlm.student, *teachers.encoders.values()):
-                encoder.compile()
+            compile_parts(model, teachers)
 
     # --- batches
 
