@@ -58,14 +58,15 @@ HEAD = "| check | expected | got | ok |\n|---|---|---|---|"
 
 def rows_of(name: str, check: Callable, place: Place) -> Iterator[Row]:
     """A check's rows. What it raises becomes one: a check that fails stops no other."""
+    what = (check.__doc__ or "").split("\n")[0]
     try:
         free(place)
         yield from check(place)
     except LeftOut as e:
-        yield Row(name, "", str(e), None)
+        yield Row(name, what, str(e), None)
     except Exception as e:  # whatever a GPU can do wrong
         fault = str(e).strip().splitlines()
-        yield Row(name, "", f"{type(e).__name__}: {fault[0][:300] if fault else ''}", False)
+        yield Row(name, what, f"{type(e).__name__}: {fault[0][:300] if fault else ''}", False)
 
 
 def line(row: Row) -> str:
@@ -113,13 +114,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="CHECK",
                         help=f"some of: {', '.join(CHECKS)}")
     args = parser.parse_args(argv)
+    # before CUDA is first used: the sizes of steps vary
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device = find_device(args.device)
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; --device cpu checks what it can")
     if args.out and not args.out.parent.is_dir():
         raise InputError(f"--out {args.out}: no such folder {args.out.parent}")
-    # before CUDA is first used: sizes of steps vary, as in a run
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     torch.manual_seed(0)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:

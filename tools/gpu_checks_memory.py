@@ -50,13 +50,15 @@ def check_memory(place: Place) -> Iterator[Row]:
     with training(place, c, layers, stage=1) as step:
         got = step.peak(random_batch(c, step.model, samples, c.max_length))
     what = f"micro-batch {samples}, T = {c.max_length}, {layers} layers of the LLM"
-    yield Row(f"memory of a step of stage 1, {what}", f"{planned / 1e9:.3g} GB +- 15 %", f"{got / 1e9:.3g} GB",
+    yield Row(f"memory of a step of stage 1, {what}",
+              f"{planned / 1e9:.3g} GB +- 15 % (tools.plan)", f"{got / 1e9:.3g} GB",
               abs(got / planned - 1) <= 0.15)
     if place.cuda:
         available, total = torch.cuda.mem_get_info()
         context = total - available - torch.cuda.memory_reserved()
-        yield Row("CUDA's context and workspaces", f"<= {CONTEXT / 1e9:g} GB (tools.plan assumes "
-                  "it)", f"{context / 1e9:.2f} GB", context <= 1.5 * CONTEXT)
+        yield Row("CUDA's context and workspaces",
+                  f"<= {1.5 * CONTEXT / 1e9:.2g} GB (tools.plan assumes {CONTEXT / 1e9:g})",
+                  f"{context / 1e9:.2f} GB", context <= 1.5 * CONTEXT)
 
 
 def check_fragments(place: Place) -> Iterator[Row]:

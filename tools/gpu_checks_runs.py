@@ -22,9 +22,9 @@ import train
 from tools.gpu_checks_common import LeftOut, Place, Row
 
 HERE = Path(__file__).parents[1]
-SHORT = ("--tiny --processes 1 --stage0-scale 0.01 --cache-teachers= --log-every 1 --n-pretrain 128 "
-         "--n-train 64 --n-described 32 --n-text 32 --n-eval 12 --stage1-batch 8 "
-         "--stage2-batch 8").split()
+SHORT = ("--tiny --processes 1 --stage0-scale 0.01 --cache-teachers= --log-every 1 "
+         "--n-pretrain 128 --n-train 64 --n-described 32 --n-text 32 --n-eval 12 "
+         "--stage1-batch 8 --stage2-batch 8").split()
 # what --full has switched on, at toy sizes
 LIKE_FULL = ("--precision bf16 --recompute --workers 2 --mole-dropout 0.05 --max-steps 12 "
              "--save-every 5").split()

@@ -34,26 +34,25 @@ PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, 
          "RTX 4090": 165}
 
 
-def peak_tflops(place: Place) -> tuple[float, str]:
-    """What the card can do at best, and where that is from: its data sheet or a matrix product."""
-    if place.cuda:
-        name = torch.cuda.get_device_name()
-        for card, tflops in PEAKS.items():
-            if all(word in name for word in card.split()):
-                return tflops, f"{tflops} TFLOP/s"
-    side = 8192 if place.cuda else 1024
-    dtype = torch.bfloat16 if place.cuda else torch.float32
-    a = torch.randn(side, side, device=place.device, dtype=dtype)
-    tflops = 2 * side ** 3 / median_seconds(place, lambda: a @ a, 5) / 1e12
-    return tflops, f"{tflops:.3g} TFLOP/s that a matrix product reaches"
+def share_of_peak(place: Place, flops: float, seconds: float) -> str:
+    """TFLOP/s; on a GPU also their share of its data sheet's, or of a matrix product's."""
+    reached = flops / seconds / 1e12
+    text = f"{reached:.3g} TFLOP/s"
+    if not place.cuda:
+        return text
+    name = torch.cuda.get_device_name()
+    for card, peak in PEAKS.items():
+        if all(word in name for word in card.split()):
+            return f"{text}, {100 * reached / peak:.0f} % of {peak}"
+    a = torch.randn(8192, 8192, device=place.device, dtype=torch.bfloat16)
+    peak = 2 * 8192 ** 3 / median_seconds(place, lambda: a @ a, 5) / 1e12
+    return f"{text}, {100 * reached / peak:.0f} % of a matrix product's {peak:.0f}"
 
 
 def speed_row(place: Place, name: str, form: Callable, flops: float) -> Row:
     """Milliseconds and the share of the card's FLOP/s."""
     seconds = median_seconds(place, form, 5)
-    tflops, source = peak_tflops(place)
-    share = 100 * flops / seconds / 1e12 / tflops
-    return Row(name, "measured", f"{1e3 * seconds:.4g} ms, {share:.0f} % of {source}")
+    return Row(name, "measured", f"{1e3 * seconds:.4g} ms, {share_of_peak(place, flops, seconds)}")
 
 
 def both_forms(place: Place, name: str, module: nn.Module, run: Callable,
@@ -154,13 +153,11 @@ def check_stage2_speed(place: Place) -> Iterator[Row]:
             times.append(median_seconds(place, lambda: step(batch), repeats))
     whole = times[1] + (LLM_LAYERS - more) * (times[1] - times[0]) / (more - few)
     flops = samples * sum(step_flops(c, 2, forward_flops(c, model, teachers, tokens)).values())
-    tflops, source = peak_tflops(place)
     yield Row(f"a step of stage 2, {few} and {more} layers, micro-batch {samples}, T = {tokens}",
               "measured", f"{times[0]:.3g} s, {times[1]:.3g} s")
     yield Row(f"extrapolated to {LLM_LAYERS} layers, without communication",
               "2.35 s on an H100, 36 % (an estimate)" if place.cuda else "measured",
-              f"{whole:.3g} s, {100 * flops / whole / 1e12 / tflops:.0f} % of {source}, "
-              "recomputing counted")
+              f"{whole:.3g} s, {share_of_peak(place, flops, whole)}, recomputing counted")
 
 
 def check_loader(place: Place) -> Iterator[Row]:
