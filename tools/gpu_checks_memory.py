@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,14 +110,19 @@ def check_checkpoint(place: Place) -> Iterator[Row]:
 
 
 def reset_host_peak() -> float:
-    """Bytes of host memory that this process holds; host_peak counts from here on (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """Bytes of host memory that this process holds; host_peak counts from here on.
+
+    As Linux counts it; elsewhere nan.
+    """
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
     return host_peak()
 
 
 def host_peak() -> float:
     """The most bytes of host memory that this process has held since reset_host_peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):
             return 1024 * float(line.split()[1])
     return math.nan

@@ -38,13 +38,13 @@ def start(place: Place, *flags: str, **environment: str) -> subprocess.Popen:
                             env={**os.environ, **environment}, start_new_session=True)
 
 
-def finish(process: subprocess.Popen, status: int = 0) -> str:
+def finish(process: subprocess.Popen, status: int = 0, timeout: float = TIMEOUT) -> str:
     """Wait for a run's end; what it wrote on stderr. Raises RuntimeError for another status."""
     try:
-        _, errors = process.communicate(timeout=TIMEOUT)
+        _, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise RuntimeError(f"no end after {TIMEOUT} s") from None
+        raise RuntimeError(f"no end after {timeout} s") from None
     if process.returncode != status:
         last = (errors.strip().splitlines() or ["nothing on stderr"])[-1]
         raise RuntimeError(f"exit status {process.returncode}, not {status}: {last}")
@@ -193,10 +193,10 @@ def check_synchronisations(place: Place) -> Iterator[Row]:
 def check_recompilations(place: Place) -> Iterator[Row]:
     """--compile on batches of varying size: how often each function is compiled again."""
     place.require_gpu("torch.compile is meant for it")
-    place.require_seconds(120)
-    errors = finish(start(place, *SHORT, "--compile", "on", "--max-steps", "8", "--device", "cuda",
-                          "--out", "runs/compiled", TORCH_LOGS="recompiles"))
-    yield recompilations(errors)
+    place.require_seconds(200)
+    process = start(place, *SHORT, "--compile", "on", "--max-steps", "8", "--device", "cuda",
+                    "--out", "runs/compiled", TORCH_LOGS="recompiles")
+    yield recompilations(finish(process, timeout=200))
 
 
 def recompilations(errors: str) -> Row:

@@ -151,12 +151,15 @@ def check_stage2_speed(place: Place) -> Iterator[Row]:
         with training(place, c, layers, stage=2) as step:
             batch = random_batch(c, step.model, samples, tokens)
             times.append(median_seconds(place, lambda: step(batch), repeats))
-    whole = times[1] + (LLM_LAYERS - more) * (times[1] - times[0]) / (more - few)
-    flops = samples * sum(step_flops(c, 2, forward_flops(c, model, teachers, tokens)).values())
     yield Row(f"a step of stage 2, {few} and {more} layers, micro-batch {samples}, T = {tokens}",
               "measured", f"{times[0]:.3g} s, {times[1]:.3g} s")
-    yield Row(f"extrapolated to {LLM_LAYERS} layers, without communication",
-              "2.35 s on an H100, 36 % (an estimate)" if place.cuda else "measured",
+    what = f"a step of stage 2, extrapolated to {LLM_LAYERS} layers, without communication"
+    if not place.cuda:
+        yield Row(what, "", "wants a GPU: a toy's layer is too small to be timed", None)
+        return
+    whole = times[1] + (LLM_LAYERS - more) * (times[1] - times[0]) / (more - few)
+    flops = samples * sum(step_flops(c, 2, forward_flops(c, model, teachers, tokens)).values())
+    yield Row(what, "2.35 s on an H100, 36 % (an estimate)",
               f"{whole:.3g} s, {share_of_peak(place, flops, whole)}, recomputing counted")
 
 

@@ -15,6 +15,7 @@ from tests_common import SHORT, run_here
 from tools import gpu_check, gpu_checks_correctness
 from tools.gpu_checks_common import Place, Row
 from tools.gpu_checks_correctness import attention_kernels, check_start
+from tools.gpu_checks_memory import host_peak, reset_host_peak
 from tools.gpu_checks_runs import largest_difference, recompilations, synchronisations
 
 WARNING = "called a synchronizing CUDA operation"
@@ -139,6 +140,19 @@ def test_log_lines_are_compared_number_by_number():
     assert largest_difference(ours, theirs) == (pytest.approx(0.005), "g")
     assert largest_difference({"L_kd": 1.0, "g": 9.0}, {"L_kd": 1.5, "g": 0.0}, "L_")[0] == 0.5
     assert largest_difference({"L": float("nan")}, {"L": 1.0})[0] == float("inf")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counted as Linux does")
+def test_the_hosts_peak_is_counted_from_its_reset():
+    """What was held and freed before does not count, what is held and freed after does."""
+    size = 60_000_000
+    del_me = torch.ones(size // 4)
+    del del_me
+    before = reset_host_peak()
+    assert host_peak() - before < size / 3
+    del_me = torch.ones(size // 4)
+    del del_me
+    assert 0.9 * size < host_peak() - before < 1.5 * size
 
 
 @pytest.mark.slow
