@@ -26,9 +26,9 @@ from plumbing.cli import InputError
 from plumbing.config import FULL, Config, recipe
 from plumbing.flags import load_config
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
-from plumbing.records import images_of
+from plumbing.records import images_of, rows_digest
 from plumbing.released_checkpoint import load_released, released_config
-from plumbing.sharding import full_state
+from plumbing.sharding import cast_vlm, full_state
 from plumbing.teacher_cache import digest
 from tiny.llm import WordTokenizer
 from tiny.tensor_files import read_tensors, write_tensors
@@ -129,8 +129,7 @@ def check_data(c: Config, sets: dict, tokenizer, progress: Progress, resumed: bo
     found = {}
     for name, file in files.items():
         records, get_image = sets[name]
-        text = json.dumps(records, sort_keys=True)
-        found[f"{file or 'the tiny world'} ({name} rows)"] = digest(text)
+        found[f"{file or 'the tiny world'} ({name} rows)"] = rows_digest(records)
         if not c.data_root:  # half a million files are too many to look at
             images = list(images_of([sets[name]]))
             found[f"{get_image.source} ({name} images)"] = get_image.fingerprint(images)
@@ -316,7 +315,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
         load_vlm(vlm, folder)
     c.device = device
     on_gpu_in_bf16 = c.precision == "bf16" and device == "cuda"
-    vlm = vlm.bfloat16() if on_gpu_in_bf16 else vlm.float()
+    cast_vlm(vlm, torch.bfloat16 if on_gpu_in_bf16 else torch.float32)
     return vlm.to(device).eval(), tokenizer, c
 
 

@@ -122,7 +122,9 @@ def run_llm(vlm: VLM, x: torch.Tensor) -> torch.Tensor:
         return vlm.llm(x, mask)                                                     # (B, T, V)
     decoder = vlm.llm.model.get_decoder()
     positions = torch.arange(x.shape[1], device="meta")[None]                       # (1, T)
-    rotary = decoder.rotary_emb(x, positions)                                  # 2 x (1, T, D/h)
+    size = decoder.layers[0].self_attn.head_dim
+    # not from the decoder's own module, whose autocast torch 2.11 does not have on meta
+    rotary = (x.new_empty(1, x.shape[1], size),) * 2                           # 2 x (1, T, D/h)
     for layer in decoder.layers:
         x = layer(x, attention_mask=None, position_ids=positions,
                   position_embeddings=rotary)                                       # (B, T, D)
