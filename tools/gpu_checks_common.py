@@ -82,7 +82,7 @@ def free(place: Place) -> None:
 
 def full_config(place: Place, **changes) -> Config:
     """--full on a GPU; on a CPU its switches at the tiny preset's sizes."""
-    c = dataclasses.replace(FULL, device=place.device, out=str(place.folder / "checks"))
+    c = dataclasses.replace(FULL, device=place.device, out=str(place.folder / "checks"), workers=0)
     if not place.cuda:
         small = {name: getattr(TINY, name) for name in (*FULL.teachers, "image_size", "mole_rank")}
         c = dataclasses.replace(c, max_length=160, micro_batch=8, **small)
@@ -153,6 +153,7 @@ class Step:
         """What is trained, and an optimizer for it."""
         self.model.set_stage(stage)
         self.model.train()
+        self.machine.begin_stage(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
 

@@ -16,8 +16,10 @@ from data import Conversations, make_loader
 from model import Student
 from mole import MoLE
 from plumbing.build import build_encoder
+from plumbing.config import FULL
 from plumbing.image_files import DiskImages
 from plumbing.pretrained_llm import PretrainedLLM
+from plumbing.workers import check_shared_memory, loader_options
 from tiny.llm import WordTokenizer
 from tiny.world import WorldImages, world_records
 from tools.gpu_checks_common import (LLM_LAYERS, LeftOut, Place, Row, build_without_numbers, free,
@@ -165,9 +167,10 @@ def check_stage2_speed(place: Place) -> Iterator[Row]:
 
 def check_loader(place: Place) -> Iterator[Row]:
     """Photographs of 640 x 480 from files, through the loader and its workers."""
-    c = full_config(place)
+    workers = min(FULL.workers, os.cpu_count() or 1)
+    c = full_config(place, workers=workers)
+    check_shared_memory(c)
     number, batch_size = (512, 16) if place.cuda else (16, 4)
-    workers = min(c.workers, os.cpu_count() or 1)
     folder = place.folder / "pictures"
     folder.mkdir()
     drawn = WorldImages("train", 16)
@@ -179,7 +182,7 @@ def check_loader(place: Place) -> Iterator[Row]:
     records = records * (number // 16)
     dataset = Conversations(records, DiskImages(folder, c.image_size),
                             WordTokenizer.from_records(records), "v1", 36, c.max_length)
-    batches = iter(make_loader(dataset, batch_size, 1, 0, 0, workers=workers))
+    batches = iter(make_loader(dataset, batch_size, 1, 0, 0, **loader_options(c)))
     next(batches)  # the workers have started
     start = time.perf_counter()
     seen = sum(len(batch["images"]) for batch in batches)
