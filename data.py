@@ -20,6 +20,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 IGNORE = -100  # a label that the loss skips (torch's cross_entropy default)
+CaptionEnd = Literal["eos", "newline"]  # what ends a caption of stage 1: </s>, or as in LLaVA
 
 
 class DataError(ValueError):
@@ -37,7 +39,8 @@ class DataError(ValueError):
 # From a record to token ids and labels
 
 
-def conversation_ids(record: dict, template: str, tokenizer, n: int) -> tuple[list, list]:
+def conversation_ids(record: dict, template: str, tokenizer, n: int,
+                     caption_end: CaptionEnd = "eos") -> tuple[list, list]:
     r"""Token ids and labels (T,) of a record; ^ marks what the loss sees:
 
         "plain" (captions)       <s><image>a red heart on grass</s>
@@ -46,40 +49,75 @@ def conversation_ids(record: dict, template: str, tokenizer, n: int) -> tuple[li
                                                                          ^^^^^^^^^
                                  USER: what colour? ASSISTANT: red</s>
                                                               ^^^^^^^
-    LLaVA's prompts, built piece by piece so that the mask is exact by construction. `<image>`
-    becomes n copies of the image token: the places of the student's tokens. "plain" drops the
-    human's words: the image alone must explain the caption. A real LLM has Vicuna's instruction
-    before the first USER: and a space before each answer. A record that ends with a question ends
-    after "ASSISTANT:". Words of a text are never control tokens, even if it reads </s> or USER:.
+    They are LLaVA's prompts and LLaVA's ids. `<image>` becomes n copies of the image token: the
+    places of the student's tokens. "plain" drops the human's words: the image alone must explain
+    the caption, which ends with </s> or, as LLaVA's, with a "newline". A real LLM has Vicuna's
+    instruction before the first USER:. A record that ends with a question ends after "ASSISTANT:".
+    Words of a text are never control tokens, even if it reads </s> or USER:.
     """
+    if template == "plain":
+        pieces = caption_pieces(record, tokenizer, n, caption_end)
+    else:
+        pieces = dialogue_pieces(record, tokenizer, n)
     ids = [tokenizer.bos]
     labels = [IGNORE]
-    for i, turn in enumerate(record["conversations"]):
-        text = turn["value"]
-        if turn["from"] == "gpt":
-            space = tokenizer.space if template == "v1" else ""
-            answer = tokenizer.encode(space + tokenizer.plain(text)) + [tokenizer.eos]
-            ids += answer
-            labels += answer
-            continue
-        # only a record with an image has a place for it; elsewhere <image> is a word of the text
-        pictured = "image" in record and "<image>" in text
-        image = [tokenizer.image] * n if pictured else []
-        if template == "plain":
-            asked = image
-        else:
-            system = tokenizer.system if i == 0 else ""
-            question = text.replace("<image>", "") if pictured else text
-            question = f"{tokenizer.plain(question.strip())} ASSISTANT:"
-            if pictured:
-                # the image first, wherever the question has it, as LLaVA does
-                asked = tokenizer.encode(f"{system}USER: ") + image
-                asked += tokenizer.encode(f"\n{question}")
-            else:
-                asked = tokenizer.encode(f"{system}USER: {question}")
-        ids += asked
-        labels += [IGNORE] * len(asked)
+    for tokens, learnt in pieces:
+        ids += tokens
+        labels += tokens if learnt else [IGNORE] * len(tokens)
     return ids, labels
+
+
+def caption_pieces(record: dict, tokenizer, n: int, end: CaptionEnd) -> Iterator[tuple[list, bool]]:
+    """The prompt "plain" in pieces: (tokens, whether they are learnt)."""
+    for turn in record["conversations"]:
+        text = tokenizer.plain(turn["value"])
+        if turn["from"] == "human":
+            pictured = "image" in record and "<image>" in turn["value"]
+            yield [tokenizer.image] * n if pictured else [], False
+        elif end == "newline":
+            yield tokenizer.encode(f"{text}\n"), True
+        else:
+            yield tokenizer.encode(text) + [tokenizer.eos], True
+
+
+def dialogue_pieces(record: dict, tokenizer, n: int) -> Iterator[tuple[list, bool]]:
+    """The prompt "v1" in pieces: (tokens, whether they are learnt).
+
+    The text between two control tokens, an image or </s>, is tokenised as a whole, as in LLaVA, its
+    spaces as they are. The mask ends where the tokens of the text without the answer end.
+    """
+    read = tokenizer.encode  # of the text from here on
+    text = tokenizer.system  # since the last control token
+    for turn in record["conversations"]:
+        said = turn["value"]
+        if turn["from"] == "gpt":
+            tokens = read(f"{text} {tokenizer.plain(said)}")
+            asked = common_length(tokens, read(text))
+            yield tokens[:asked], False
+            yield tokens[asked:] + [tokenizer.eos], True
+            text = ""
+            read = tokenizer.encode_after_end
+            continue
+        text += "USER: "
+        # only a record with an image has a place for it; elsewhere <image> is a word of the text
+        if "image" in record and "<image>" in said:
+            # the image first, wherever the question has it, and no spaces around the question
+            yield read(text) + [tokenizer.image] * n, False
+            question = said.replace("<image>", "").strip()
+            text = f"\n{tokenizer.plain(question)}" if question else ""
+            read = tokenizer.encode
+        else:
+            text += tokenizer.plain(said)
+        text += " ASSISTANT:"
+    yield read(text), False
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many tokens at the start of a and b are the same."""
+    for k, (one, other) in enumerate(zip(a, b)):
+        if one != other:
+            return k
+    return min(len(a), len(b))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -170,7 +208,7 @@ class Conversations(Dataset):
     """
 
     def __init__(self, records: list[dict], get_image: Callable, tokenizer, template: str, n: int,
-                 max_length: int, skip_bad: bool = False):
+                 max_length: int, skip_bad: bool = False, caption_end: CaptionEnd = "eos"):
         self.records = records
         self.get_image = get_image
         self.tokenizer = tokenizer
@@ -178,6 +216,7 @@ class Conversations(Dataset):
         self.n = n
         self.max_length = max_length
         self.skip_bad = skip_bad
+        self.caption_end = caption_end
 
     def __len__(self) -> int:
         return len(self.records)
@@ -199,7 +238,8 @@ class Conversations(Dataset):
         """The sample of one row. Raises DataError."""
         record = self.records[row]
         place = f"row {row} (counted from 0, id {record.get('id')})"
-        ids, labels = conversation_ids(record, self.template, self.tokenizer, self.n)
+        ids, labels = conversation_ids(record, self.template, self.tokenizer, self.n,
+                                       self.caption_end)
         cut = len(ids) > self.max_length
         if cut:
             limit = f"--max-length {self.max_length}"

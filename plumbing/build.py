@@ -126,7 +126,8 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
                          "nothing to align")
     captions = not c.data or c.pretrain_data
     template = "plain" if captions else "v1"
-    return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad),
+    return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
+                             c.caption_end),
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
 
 
