@@ -7,10 +7,12 @@ A record is what LLaVA's JSON files hold, one conversation about one image or no
                        {"from": "gpt", "value": "heart"}, ...]}
 
 `conversation_ids` makes token ids and labels of it; `get_image(name)` gives its image as a uint8
-tensor (3, R, R). Both the tiny world (tiny/world.py) and files on disk come as records and
-get_image, and take the same path from there on.
+tensor (3, R, R), or as {R_i: (3, R_i, R_i)}, one for each size that an encoder sees. Both the tiny
+world (tiny/world.py) and files on disk come as records and get_image, and take the same path from
+there on.
 
-Letters: B samples, B_img of them with an image, T text tokens, R pixels of the square image.
+Letters: B samples, B_img of them with an image, T text tokens, R pixels of the square image, R_i
+pixels of encoder i's view.
 
 Batches that are equal on any number of processes, and grouped by length, make its last third.
 """
@@ -28,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 IGNORE = -100  # a label that the loss skips (torch's cross_entropy default)
+MEAN_COLOUR = (122, 116, 104)  # CLIP's
 CaptionEnd = Literal["eos", "newline"]  # what ends a caption of stage 1: </s>, or as in LLaVA
 
 
@@ -167,30 +170,60 @@ def write_json(path: Path, value) -> None:
 
 def blank_image(size: int) -> torch.Tensor:
     """A picture of nothing, uint8 (3, size, size): CLIP's mean colour, 0 after normalisation."""
-    colour = torch.tensor([122, 116, 104], dtype=torch.uint8)
+    colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)
     return colour[:, None, None].repeat(1, size, size)
 
 
-def square_image(picture: Image.Image, size: int) -> torch.Tensor:
-    """An RGB picture padded to a square, then resized: uint8 (3, size, size).
+def padded(picture: Image.Image, size: int, shrink: Image.Resampling) -> Image.Image:
+    """An RGB picture padded to a square, so that nothing is cut off and all encoders see one place.
 
-    So nothing is cut off and all encoders see one geometry. The padding is CLIP's mean colour, as
-    in LLaVA. A long thin picture is shrunk first: its square would take far more memory than it.
+    The padding is CLIP's mean colour, as in LLaVA. A long thin picture is shrunk to `size` first:
+    its square would take far more memory than it.
     """
     long, short = max(picture.size), min(picture.size)
     if long > 4 * short and long > size:
         shrunk = [max(1, round(pixels * size / long)) for pixels in picture.size]
-        picture = picture.resize(shrunk, Image.Resampling.BILINEAR)
-    image = TF.pil_to_tensor(picture)                                       # (3, height, width)
-    _, height, width = image.shape
-    if height != width:
-        side = max(height, width)
-        left = (side - width) // 2
-        top = (side - height) // 2
-        canvas = blank_image(side)
-        canvas[:, top:top + height, left:left + width] = image
-        image = canvas                                                      # (3, side, side)
-    return TF.resize(image, [size, size], antialias=True)                   # (3, size, size)
+        picture = picture.resize(shrunk, shrink)
+    width, height = picture.size
+    if height == width:
+        return picture
+    side = max(height, width)
+    square = Image.new("RGB", (side, side), MEAN_COLOUR)
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def square_image(picture: Image.Image, size: int) -> torch.Tensor:
+    """An RGB picture padded to a square, then resized: uint8 (3, size, size)."""
+    image = TF.pil_to_tensor(padded(picture, size, Image.Resampling.BILINEAR))  # (3, side, side)
+    return TF.resize(image, [size, size], antialias=True)                       # (3, size, size)
+
+
+def square_views(picture: Image.Image, sizes: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    """An RGB picture padded to a square, then resized once to each size: {R_i: (3, R_i, R_i)}.
+
+    Bicubic, by PIL: LLaVA's own pixels.
+    """
+    views = {}
+    for size in sizes:
+        square = padded(picture, size, Image.Resampling.BICUBIC)
+        view = square.resize((size, size), Image.Resampling.BICUBIC)
+        views[size] = TF.pil_to_tensor(view)                                    # (3, R_i, R_i)
+    return views
+
+
+def stack_images(images: list) -> torch.Tensor | dict[int, torch.Tensor]:
+    """Images as a batch: (B, 3, R, R) of one of square_image's each, {R_i: ...} of square_views'"""
+    if isinstance(images[0], dict):
+        return {size: torch.stack([image[size] for image in images]) for size in images[0]}
+    return torch.stack(images)                                                  # (B, 3, R, R)
+
+
+def to_device(value, device: str | torch.device):
+    """A tensor, or each of a dict of tensors, on a device; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: part.to(device) for key, part in value.items()}
+    return value.to(device) if torch.is_tensor(value) else value
 
 
 # ------------------------------------------------------------------------------------------------
@@ -199,6 +232,8 @@ def square_image(picture: Image.Image, size: int) -> torch.Tensor:
 
 class Conversations(Dataset):
     """Records and images as samples {input_ids (T,), labels (T,), image uint8 (3, R, R), ...}.
+
+    The image is what get_image gives, or None.
 
     A sample is made when it is asked for. A conversation longer than max_length, its image's tokens
     counted, is cut there, as in LLaVA. What cannot be used (an unreadable image, no answer within
@@ -256,7 +291,7 @@ class Conversations(Dataset):
         image = None
         if "image" in record:
             try:
-                image = self.get_image(record["image"])                     # (3, R, R)
+                image = self.get_image(record["image"])            # (3, R, R), or a view a size
             except DataError as e:
                 raise DataError(f"{place} has a bad image: {e}; `python -m tools.check_data` finds "
                                 "all such rows beforehand") from None
@@ -275,9 +310,9 @@ class Conversations(Dataset):
 def collate(samples: list[dict], pad: int, side: str = "right") -> dict:
     """A batch of samples, padded on the right to train and on the left to generate.
 
-    input_ids, labels, attention_mask (B, T); images uint8 (B_img, 3, R, R) of the samples that have
-    one, in order, None if none has; image_names, theirs; and what was skipped and cut. A fault
-    among the samples is passed on alone.
+    input_ids, labels, attention_mask (B, T); images uint8 (B_img, 3, R, R), or {R_i: (B_img, 3,
+    R_i, R_i)}, of the samples that have one, in order, None if none has; image_names, theirs; and
+    what was skipped and cut. A fault among the samples is passed on alone.
     """
     for sample in samples:
         if "fault" in sample:
@@ -292,7 +327,7 @@ def collate(samples: list[dict], pad: int, side: str = "right") -> dict:
         return torch.tensor(full)                                           # (B, T)
 
     pictured = [sample for sample in samples if sample["image"] is not None]
-    images = torch.stack([sample["image"] for sample in pictured]) if pictured else None
+    images = stack_images([sample["image"] for sample in pictured]) if pictured else None
     skipped = []
     for sample in samples:
         skipped += sample.get("skipped", [])

@@ -25,7 +25,7 @@ from torch.distributed.run import parse_args
 from torch.distributed.run import run as torchrun
 from tqdm import tqdm
 
-from data import IGNORE, blank_image
+from data import IGNORE, blank_image, to_device
 from model import MoVEKD
 from plumbing.checkpoints import Checkpoints, Progress, load_checkpoint
 from plumbing.cli import STOPPED, InputError, Stopped
@@ -261,7 +261,7 @@ class Machine:
             batch = {**batch, "images": blank, "image_names": [None], "stand_in": True}
         moved = {}
         for name, value in batch.items():
-            moved[name] = value.to(self.c.device) if torch.is_tensor(value) else value
+            moved[name] = to_device(value, self.c.device)
         return moved
 
     # --- a step
