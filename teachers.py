@@ -62,7 +62,8 @@ class VisionEncoder(nn.Module):
     """A timm encoder that makes its own view of the loader's image: its resolution, mean and std.
 
     One image, many views, in a batch on the device; or the loader has made the views of each size
-    from the original. One geometry, so that token (i, j) of two encoders looks at one place. `net` is the spec's timm model with its weights; None: random ones.
+    from the original. One geometry, so that token (i, j) of two encoders looks at one place.
+    `net` is the spec's timm model with its weights; None: random ones.
     """
 
     def __init__(self, spec: str, net: nn.Module | None = None):
