@@ -90,7 +90,7 @@ class VisionEncoder(nn.Module):
         return self.net.num_features
 
     def view(self, images: torch.Tensor | dict[int, torch.Tensor]) -> torch.Tensor:
-        """What the encoder sees: uint8 (B, 3, R, R), or {R_i: ...} -> normalised (B, 3, R_i, R_i)"""
+        """What it gets to see: uint8 (B, 3, R, R), or {R_i: ...} -> normalised (B, 3, R_i, R_i)"""
         if isinstance(images, dict):
             x = images[self.image_size]                                           # (B, 3, R_i, R_i)
         else:

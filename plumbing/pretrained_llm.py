@@ -111,8 +111,9 @@ class PretrainedTokenizer:
         text = "Hello world, is it \u00e9t\u00e9?\nYes, 20 of them."
         back = self.tokenizer.decode(self.encode(text))
         if back.strip() != text:
-            raise InputError(f"--llm {name}: its tokenizer reads {text!r} as {back!r}; transformers "
-                             "5.0 to 5.2 garble a tokenizer.model: pip install 'transformers>=5.3'")
+            raise InputError(f"--llm {name}: its tokenizer reads {text!r} as {back!r}; transformers"
+                             " 5.0 to 5.2 garble a tokenizer.model: pip install "
+                             "'transformers>=5.3'")
 
     @staticmethod
     def plain(text: str) -> str:

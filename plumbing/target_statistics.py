@@ -68,7 +68,7 @@ def fill(norms: dict[str, ChannelNorm], teachers: Teachers, sets: list[tuple], d
 
 
 def read_images(names: list[str], source: dict, skip_bad: bool) -> list:
-    """The images by name, as get_image gives them; with skip_bad without those that are unreadable."""
+    """The images by name, as get_image gives them; with skip_bad without the unreadable ones."""
     images = []
     for name in names:
         try:

@@ -34,7 +34,7 @@ def natural_noise(width: int, height: int) -> Image.Image:
     draw = np.random.default_rng(0)
     fx = np.fft.fftfreq(width)[None, :]
     fy = np.fft.fftfreq(height)[:, None]
-    falloff = 1 / np.maximum(np.hypot(fx, fy), 1 / max(width, height))              # (height, width)
+    falloff = 1 / np.maximum(np.hypot(fx, fy), 1 / max(width, height))          # (height, width)
     channels = []
     for _ in range(3):
         white = np.fft.fft2(draw.standard_normal((height, width)))
@@ -71,7 +71,7 @@ def llava_pixels(picture: Image.Image, size: int, mean: tuple, std: tuple) -> to
     square = square.crop((left, top, left + size, top + size))
     x = np.asarray(square, np.float32) / 255                                        # (R_i, R_i, 3)
     x = (x - np.array(mean, np.float32)) / np.array(std, np.float32)                # (R_i, R_i, 3)
-    return torch.from_numpy(x).permute(2, 0, 1)[None]                               # (1, 3, R_i, R_i)
+    return torch.from_numpy(x).permute(2, 0, 1)[None]                           # (1, 3, R_i, R_i)
 
 
 def detail(x: torch.Tensor) -> float:
