@@ -1,5 +1,6 @@
 """Fixtures of all tests. What is made by a run is made once a session, and only added to."""
 
+import json
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from data import write_json
 from plumbing.build import LLAVA_IMAGES
-from tiny.world import world_records
+from tiny.world import WorldImages, world_records
 
 
 @pytest.fixture(autouse=True)
@@ -111,4 +112,20 @@ def two_processes(workplace):
     done = common.run_script(workplace, *common.SHORT, *common.SHARED, "--out", "runs/two",
                              "--processes", "2")
     assert done.returncode == 0, done.stderr[-3000:]
+    return workplace
+
+
+@pytest.fixture(scope="session")
+def kept(workplace):
+    """A run on files, with checkpoints in both stages."""
+    own = workplace / "kept"
+    own.mkdir()
+    pictures = WorldImages("train", 16)
+    for i in range(16):
+        common.save_png(own / f"{i}.png", pictures.images[i])
+    records = json.loads(json.dumps(world_records("train", "chat", 16)).replace("train-0/", ""))
+    write_json(own / "train.json", records)
+    common.run_here(workplace, *common.SHORT, "--out", "runs/kept", "--data", "kept/train.json",
+                    "--eval-data", "kept/train.json", "--save-every", "2", "--keep", "9",
+                    "--cache-teachers", "")
     return workplace

@@ -160,7 +160,11 @@ def write_json(path: Path, value) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise OSError(e.errno, e.strerror, str(path)) from None  # a full disk names no file
     temporary.rename(path)
 
 
@@ -220,10 +224,13 @@ def stack_images(images: list) -> torch.Tensor | dict[int, torch.Tensor]:
 
 
 def to_device(value, device: str | torch.device):
-    """A tensor, or each of a dict of tensors, on a device; anything else as it is."""
+    """A tensor, or each of a dict of tensors, on a device; anything else as it is.
+
+    From pinned memory a copy to a GPU is not waited for.
+    """
     if isinstance(value, dict):
-        return {key: part.to(device) for key, part in value.items()}
-    return value.to(device) if torch.is_tensor(value) else value
+        return {key: part.to(device, non_blocking=True) for key, part in value.items()}
+    return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
 
 
 # ------------------------------------------------------------------------------------------------
@@ -379,15 +386,15 @@ def count_steps(rows: int, batch_size: int, epochs: float) -> int:
 
 def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: int, pad: int,
                 group: int = 1, pieces: int = 1, own_pieces: range = range(1), start: int = 0,
-                workers: int = 0) -> DataLoader:
-    """Shuffled batches from step `start` on.
+                **options) -> DataLoader:
+    """Shuffled batches from step `start` on; `options` are torch's own, num_workers and so on.
 
     Each is dealt out into `pieces` micro-batches, of which this process gets those in `own_pieces`,
     one after the other.
     """
     rows = MicroBatches(dataset, batch_size, epochs, seed, group, pieces, own_pieces, start)
-    return DataLoader(dataset, batch_sampler=rows, num_workers=workers,
-                      collate_fn=functools.partial(collate, pad=pad))
+    return DataLoader(dataset, batch_sampler=rows, collate_fn=functools.partial(collate, pad=pad),
+                      **options)
 
 
 class MicroBatches:

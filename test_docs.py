@@ -67,7 +67,7 @@ def test_every_flag_named_in_the_text_exists():
     for node in ast.walk(config):
         if isinstance(node, ast.AnnAssign):
             known.add("--" + node.target.id.replace("_", "-"))
-    theirs = {"--nnodes", "--nproc-per-node"}
+    theirs = {"--nnodes", "--nproc-per-node", "--shutdown-timeout"}
     for page, text in TEXTS.items():
         for flag in re.findall(r"`(--[a-z][\w-]+)", text):
             presets = ("--tiny", "--small", "--full", "--recipe")

@@ -164,6 +164,24 @@ def make_old(run: Path, folder: Path) -> None:
               folder / "model.safetensors")
 
 
+def damage(path: Path, how: str) -> None:
+    """Damage a file: "flipped" (one bit), "halved", "empty", "a folder", "a pipe" or "missing"."""
+    content = path.read_bytes()
+    if how == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])
+    elif how == "halved":
+        path.write_bytes(content[:len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    if how == "a folder":
+        path.mkdir()
+    if how == "a pipe":  # which a reader would wait for
+        os.mkfifo(path)
+
+
 # ------------------------------------------------------------------------------------------------
 # Files like those that the real run downloads
 

@@ -17,6 +17,9 @@ all but the teachers). One loss in both, below in `train_stage`:
 Longer than the loop alone: it holds the whole run, from the flags to the evaluation, in one order.
 """
 
+if __name__ == "__main__":
+    import plumbing.early_signals  # loading the libraries below takes seconds
+
 import json
 import math
 import sys
@@ -30,23 +33,24 @@ from torch import nn
 
 from data import Conversations, count_steps, make_loader, write_json
 from model import VLM, MoVEKD
-from plumbing.build import (build_datasets, build_movekd, build_teachers, build_tokenizer,
-                            build_vlm, check_lengths, check_place, find_device, load_eval_set,
-                            load_sets, pretrained_weights)
+from plumbing.build import (build_datasets, build_llm, build_movekd, build_teachers,
+                            build_tokenizer, build_vlm, check_lengths, check_place, find_device,
+                            load_eval_set, load_sets, pretrained_weights)
 from plumbing.checkpoints import Progress
 from plumbing.cli import InputError, Stopped, run
 from plumbing.config import Config
 from plumbing.evaluate import evaluate, print_accuracy, print_result
 from plumbing.flags import parse_flags
-from plumbing.machine import Machine, launch, wanted_processes
+from plumbing.launcher import launch, wanted_processes
+from plumbing.machine import Machine
 from plumbing.plots import plot_curves, plot_samples
-from plumbing.pretrained_llm import PretrainedLLM
 from plumbing.released_checkpoint import load_released, released_config
 from plumbing.run_folder import (RunLog, check_data, export, load_run, load_vlm, open_run_folder,
                                  peak_rss_mb, start_run_folder)
 from plumbing.sharding import gather_full
 from plumbing.target_statistics import check_teachers, measure_targets
 from plumbing.teacher_cache import cache_teachers
+from plumbing.workers import loader_options
 from teachers import Teachers
 
 
@@ -74,7 +78,9 @@ def main(argv: list[str] | None = None) -> None:
 def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
     """The whole run: data, stage 0, models, stage 1, stage 2, export, evaluation."""
     machine.listen()
-    machine.lock, checkpoint, progress = open_run_folder(c, machine.first, resumed)
+    with machine.first_alone():
+        machine.lock, checkpoint, progress = open_run_folder(c, machine.first, resumed)
+    machine.check_folder(Path(c.out))
     sets = load_sets(c)
     tokenizer = build_tokenizer(c, sets)
     if machine.first:
@@ -111,21 +117,24 @@ def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
 def build_models(c: Config, machine: Machine, sets: dict, tokenizer, weights: dict,
                  resumed: bool) -> tuple[MoVEKD, Teachers]:
     """The student's side and the teachers, on their devices."""
+    # Only the first process reads weights: the others get theirs from it, part by part.
     released = released_config(Path(c.init_from)) if c.init_from else None
-    llm = PretrainedLLM(c.llm, released[1]) if released else None
-    vlm = build_vlm(c, tokenizer, weights, llm)
-    if released:
+    with machine.building():
+        llm = build_llm(c, released, machine.first)
+        vlm = build_vlm(c, tokenizer, weights if machine.first else {}, llm)
+        teachers = build_teachers(c, weights if machine.first else {})
+    if machine.first and released:
         load_released(vlm, Path(c.init_from))
-    elif c.init_from:
+    elif machine.first and c.init_from:
         load_vlm(vlm, Path(c.init_from))
-    teachers = build_teachers(c, weights)
+    machine.send(teachers)
     training_sets = [sets["pretrain"], sets["train"]]
     if c.cache_teachers and c.lambda_kd:
         with machine.first_alone():
-            teachers = cache_teachers(teachers.to(c.device), Path(c.cache_teachers), training_sets)
+            teachers = cache_teachers(teachers, Path(c.cache_teachers), training_sets)
     model = build_movekd(c, vlm, teachers)
     if c.lambda_kd:
-        check_teachers(teachers.to(c.device), training_sets, c.device)
+        check_teachers(teachers, training_sets, c.device)
     if c.lambda_kd and not resumed:  # a checkpoint has them
         measure_targets(model.target_norms, teachers, training_sets, machine.first, c.device,
                         c.skip_bad)
@@ -150,6 +159,8 @@ def train_stages(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
                  datasets: dict[int, Conversations], pad: int, progress: Progress,
                  checkpoint: Path | None, log: RunLog) -> None:
     """Train from where progress stands to the end. Raises Stopped if a signal ended it."""
+    for stage in (1, 2):
+        check_batch(c, machine, datasets[stage], stage)
     machine.training = True
     for stage in range(progress.stage, 3):
         if stage > progress.stage:
@@ -157,6 +168,7 @@ def train_stages(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
         if getattr(c, f"stage{stage}_epochs") == 0:
             continue  # left out
         model.set_stage(stage)
+        machine.begin_stage(model)
         log.say(stage_table(stage, model, teachers))
         done = train_stage(c, machine, model, teachers, datasets[stage], pad, progress, checkpoint,
                            log)
@@ -165,6 +177,15 @@ def train_stages(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
             raise Stopped(f"stopped by {machine.stop or 'a signal'} at stage {progress.stage}, "
                           f"step {progress.step}; to go on: python train.py --resume {c.out}")
     machine.checkpoints.finish()
+
+
+def check_batch(c: Config, machine: Machine, dataset: Conversations, stage: int) -> None:
+    """Raise InputError if a stage's batch cannot be dealt out to all processes."""
+    batch_size = getattr(c, f"stage{stage}_batch")
+    pieces, _ = machine.micro_batches(batch_size)
+    if pieces > min(batch_size, len(dataset)):
+        raise InputError(f"--stage{stage}-batch {batch_size}: has no sample for each of {pieces} "
+                         "micro-batches; raise it or use fewer --processes")
 
 
 class StagePlan(NamedTuple):
@@ -185,11 +206,8 @@ def plan_stage(c: Config, machine: Machine, dataset: Conversations, pad: int,
     steps = count_steps(len(dataset), batch_size, epochs)
     steps = min(steps, c.max_steps or steps)
     pieces, own = machine.micro_batches(batch_size)
-    if pieces > min(batch_size, len(dataset)):
-        raise InputError(f"--stage{stage}-batch {batch_size}: has no sample for each of {pieces} "
-                         "micro-batches; raise it or use fewer --processes")
     loader = make_loader(dataset, batch_size, epochs, c.seed + stage, pad, c.group_batches, pieces,
-                         own, progress.step, c.workers)
+                         own, progress.step, **loader_options(c))
     return StagePlan(steps, getattr(c, f"stage{stage}_lr"), own, iter(loader))
 
 
@@ -256,8 +274,12 @@ def check_finite(values: dict[str, torch.Tensor], progress: Progress, lr: float)
     for name, value in values.items():
         if not value.isfinite().all():
             bad = value[~value.isfinite()].flatten()[0].item()
+            remedy = f"lower --stage{progress.stage}-lr {lr}"
+            if name.startswith("kd_"):
+                teacher = name.removeprefix("kd_")
+                remedy += f", if teacher {teacher}'s tokens of these images are finite"
             raise InputError(f"{name} is {bad} at stage {progress.stage}, step {progress.step}: "
-                             f"lower --stage{progress.stage}-lr {lr}")
+                             f"{remedy}")
 
 
 def lr_share(step: int, steps: int, warmup: float) -> float:

@@ -1,5 +1,6 @@
 """From a Config to what a run is made of: data, tokenizer, weights, models."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from plumbing.config import Config
 from plumbing.encoder_weights import find_weights, is_real, load_net
 from plumbing.image_files import DiskImages, Size, student_size, training_size
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
-from plumbing.records import place_of, read_records
+from plumbing.records import keep, place_of, read_records
 from plumbing.teacher_cache import digest
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
@@ -88,7 +89,7 @@ def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | Pretra
     """
     if c.llm:
         return PretrainedTokenizer(c.llm)
-    tokenizer = WordTokenizer.from_records(sets["pretrain"][0] + sets["train"][0])
+    tokenizer = WordTokenizer.from_records(itertools.chain(sets["pretrain"][0], sets["train"][0]))
     if c.init_from:
         known = read_words(Path(c.init_from))
         new = [word for word in tokenizer.vocabulary if word not in set(known)]
@@ -121,7 +122,7 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
     nothing to align. Stage 2 has conversations, prompt "v1".
     """
     records, get_image = sets["pretrain"]
-    pictured = [record for record in records if "image" in record]
+    pictured = keep(records, [row for row, record in enumerate(records) if "image" in record])
     if not pictured:
         raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
                          "nothing to align")
@@ -210,6 +211,18 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
                             alpha=c.mole_alpha, dropout=c.mole_dropout,
                             router_grad=c.mole_router_grad, init=c.mole_init)
     return student
+
+
+def build_llm(c: Config, released: tuple | None, first: bool) -> PretrainedLLM | None:
+    """The real LLM of a run, if it has one; with weights only where they are read.
+
+    `released` is what `released_config` says of the authors' checkpoint, which brings its own.
+    """
+    if released:
+        return PretrainedLLM(c.llm, released[1])
+    if c.llm:
+        return PretrainedLLM(c.llm) if first else PretrainedLLM.without_weights(Path(c.llm))
+    return None
 
 
 def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = None) -> VLM:

@@ -75,6 +75,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write_json(temporary / "meta.json", meta)
+        if self.world > 1:
+            dist.barrier(self.group)  # else another process would make the folder first
         state = state_of(root, optimizer)
         future = dcp.async_save(state, checkpoint_id=temporary, process_group=self.group,
                                 no_dist=self.world == 1)
@@ -95,11 +97,13 @@ class Checkpoints:
         self.pending = None
         try:
             future.result()
-        except Exception as e:  # DCP's writers have their own names for a full disk
+        except (Exception, CheckpointException) as e:  # DCP's is no Exception
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            fault = str(e).splitlines()[-1] or type(e).__name__
-            raise InputError(f"{temporary}: cannot be written: {fault}") from None
+            free = shutil.disk_usage(self.folder).free // 2 ** 20
+            fault = str(e).splitlines()[-1] if str(e) else type(e).__name__
+            raise InputError(f"{temporary}: cannot be written ({fault}); {free:,} MB are free there"
+                             ) from None
         own = checksums(temporary, f"__{self.rank}_*")
         parts = [own]
         if self.world > 1:

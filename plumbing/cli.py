@@ -46,6 +46,9 @@ def run(program: Callable) -> None:
         if int(os.environ.get("RANK", 0)) == 0:  # every process stops; the first says so
             print(e, file=sys.stderr)
         sys.exit(STOPPED)
+    except KeyboardInterrupt:  # of a program that does not listen for signals
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(STOPPED)
     except Exception as e:
         if isinstance(e, OSError) and e.strerror:
             e = InputError(f"{e.filename or 'the machine'}: {e.strerror}")

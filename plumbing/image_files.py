@@ -96,6 +96,12 @@ def loader_size(c: Config, encoders: tuple[str, ...]) -> Size:
     return tuple(sorted({parse_spec(getattr(c, name))[1] for name in encoders}))
 
 
+def image_bytes(size: Size) -> int:
+    """What the loader's image takes, or all of its views."""
+    sizes = size if isinstance(size, tuple) else (size,)
+    return sum(3 * pixels ** 2 for pixels in sizes)
+
+
 class DiskImages:
     """get_image for records of a file on disk, whose image names are relative to `folder`.
 

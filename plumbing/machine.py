@@ -1,41 +1,44 @@
-"""Many processes, one run: start them, share each batch among them, keep them in step.
+"""Many processes, one run: share each batch among them, keep them in step.
 
 train.py is written as if it were alone. What it asks of `Machine` is the same with one process,
 where most of it does nothing. Nothing of the method is here.
 """
 
 import dataclasses
-import logging
 import math
 import os
 import signal
 import sys
+import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.run import parse_args
-from torch.distributed.run import run as torchrun
 from tqdm import tqdm
 
 from data import IGNORE, blank_image, to_device
 from model import MoVEKD
 from plumbing.checkpoints import Checkpoints, Progress, load_checkpoint
-from plumbing.cli import STOPPED, InputError, Stopped
+from plumbing.cli import InputError, Stopped
 from plumbing.config import Config
-from plumbing.sharding import SHARD_TEACHERS_ABOVE, recompute, shard, shard_frozen
+from plumbing.launcher import SIGNALS, launched
+from plumbing.sharding import (SHARD_TEACHERS_ABOVE, note_what_trains, recompute, send_from_first,
+                               shard, shard_frozen)
+from plumbing.workers import check_shared_memory
 from teachers import Teachers
 from tiny.flops import flop_counter
 
 # one process is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+
+
+A_WEEK = timedelta(days=7)
 
 
 class Share(NamedTuple):
@@ -55,41 +58,6 @@ class Share(NamedTuple):
         return weighed
 
 
-# ------------------------------------------------------------------------------------------------
-# Processes
-
-
-def launched() -> bool:
-    """Whether torchrun, or `launch`, started this process."""
-    return "RANK" in os.environ
-
-
-def wanted_processes(c: Config) -> int:
-    """How many processes this one should start in its place; 1: none."""
-    if launched():
-        return 1
-    return c.processes or (torch.cuda.device_count() if c.device == "cuda" else 1)
-
-
-def launch(script: str, argv: list[str], processes: int) -> int:
-    """Run `script argv` in so many processes of this machine, as torchrun does.
-
-    Returns the exit status. The processes speak for themselves: no report of the launcher's own. A
-    SIGTERM is passed on, and they have ten minutes to save.
-    """
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    try:
-        torchrun(parse_args(["--standalone", f"--nproc-per-node={processes}",
-                             "--shutdown-timeout=600", script, *argv]))
-    except ChildFailedError as e:
-        return max(1, e.get_first_failure()[1].exitcode)  # below 0: ended by a signal
-    except SignalException:
-        return STOPPED  # the processes have saved and ended
-    return 0
-
-
 class Machine:
     """This process among those of a run: its device, its part of each batch, the checkpoints."""
 
@@ -100,11 +68,14 @@ class Machine:
         self.doing = "before the first step: nothing is lost"
         self.former_handlers = {}
         self.lock = None        # the open file that holds the run folder
+        check_shared_memory(c)
         if launched() or c.precision == "bf16":
             self.join()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.first = self.rank == 0
+        # the first process may work alone for hours, where other messages come within minutes
+        self.patient = dist.new_group(backend="gloo", timeout=A_WEEK) if self.world > 1 else None
         self.sharded = self.world > 1 or c.precision == "bf16"
         self.checkpoints = Checkpoints(Path(c.out) / "checkpoints", c.keep, self.rank, self.world)
 
@@ -146,10 +117,8 @@ class Machine:
 
     def listen(self) -> None:
         """From now on SIGTERM, Ctrl-C and a closed terminal (SIGHUP) end the run in order."""
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None:
-                self.former_handlers[number] = signal.signal(number, self.on_signal)
+        for number in SIGNALS:
+            self.former_handlers[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, _) -> None:
         """While a stage is trained note it, to end the step and save; else end at once."""
@@ -161,10 +130,28 @@ class Machine:
     def first_alone(self):
         """The first process does the block by itself, then the others: what it made they find."""
         if self.rank:
-            dist.barrier()
+            dist.barrier(self.patient)
         yield
         if self.first and self.world > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
+
+    def check_folder(self, out: Path) -> None:
+        """Raise InputError unless all processes see one run folder, on however many machines."""
+        if self.world == 1:
+            return
+        name = [f"seen-{time.time_ns()}.tmp"]
+        dist.broadcast_object_list(name, src=0, group=self.patient)
+        file = out / name[0]
+        if self.first:
+            file.touch()
+        dist.barrier(self.patient)
+        unseen = self.total({"": torch.tensor(int(not file.exists()))})[""].item()
+        if self.first:
+            file.unlink()
+        if unseen:
+            raise InputError(f"--out {out}: {unseen} of {self.world} processes do not see the "
+                             "folder of the first; on several machines it must be on a file "
+                             "system that they share")
 
     def total(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sums over the processes, in one message."""
@@ -187,15 +174,35 @@ class Machine:
 
     # --- models
 
+    def building(self):
+        """Inside, models are built: by the first process as ever, by the others without numbers."""
+        return nullcontext() if self.first else torch.device("meta")
+
+    def send(self, module: nn.Module) -> None:
+        """Bring a module to the devices, and what the first process has loaded to the others."""
+        if self.world > 1:
+            dist.barrier(self.patient)  # it may still be loading
+            send_from_first(module, self.c.device)
+        else:
+            module.to(self.c.device)
+
+    def begin_stage(self, model: MoVEKD) -> None:
+        """What is trained has changed."""
+        if self.sharded:
+            note_what_trains(model)
+
     def place(self, model: MoVEKD, teachers: Teachers) -> None:
         """Bring all models to their devices, in their precision, sharded and compiled as asked."""
         c = self.c
-        if c.precision == "bf16":
+        bf16 = c.precision == "bf16"
+        if bf16:
             teachers.bfloat16()
         if c.recompute:
             recompute(model.vlm.blocks)
         if self.sharded:
-            shard(model, model.vlm.blocks, c.device, self.world, c.precision == "bf16")
+            # the whole student is smaller than two blocks of a 7B LLM
+            units = [model.vlm.student, *model.vlm.llm.blocks]
+            shard(model, units, c.device, self.world, bf16)
         else:
             model.float().to(c.device)
         for name, encoder in teachers.encoders.items():

@@ -1,7 +1,9 @@
 """Reading LLaVA-format JSON: every row is validated before anything is trained."""
 
+import hashlib
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from tqdm import tqdm
 
 from data import DataError, read_json
 from plumbing.image_files import DiskImages
+from plumbing.record_file import RecordFile, find_rows
 
 
 def record_fault(record) -> str | None:
@@ -42,7 +45,7 @@ def record_fault(record) -> str | None:
     return None
 
 
-def row_faults(records: list, get_image: DiskImages | None) -> Iterator[tuple[int, str]]:
+def row_faults(records: Sequence, get_image: DiskImages | None) -> Iterator[tuple[int, str]]:
     """(row, what is wrong) of every bad row: its form and, with get_image, its image file."""
     def fault_of(record) -> str | None:
         fault = record_fault(record)
@@ -63,29 +66,55 @@ def row_faults(records: list, get_image: DiskImages | None) -> Iterator[tuple[in
                     yield row, fault
 
 
-def read_list(path: Path) -> list:
-    """The rows of a LLaVA-format file.
+def read_list(path: Path) -> Sequence:
+    """The rows of a LLaVA-format file, in `as_used`'s form. Raises DataError if it is none."""
+    path = Path(path)
+    places = find_rows(path) if path.is_file() else None
+    if places is not None:
+        return RecordFile(path, places, as_used)
+    # what is no plain list of rows is read whole, if only to say what is wrong
+    records = read_json(path)
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path}: must be a JSON list of records with at least one row")
+    return [as_used(record) for record in records]
+
+
+def as_used(record):
+    """A row of a file as it is used; it may be anything.
 
     A dialogue that begins in the middle, with an answer, loses that answer, as in LLaVA. An "image"
     that is null or empty is none. Half a character (a lone surrogate) is read as U+FFFD.
     """
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise DataError(f"{path}: must be a JSON list of records with at least one row")
-    for record in records:
-        match record:
-            case {"conversations": [{"from": "gpt"}, _, *_]}:
-                del record["conversations"][0]
-        if not isinstance(record, dict):
-            continue
-        for key in ("image", "type"):
-            if key in record and record[key] in (None, "", []):
-                del record[key]
-        turns = record.get("conversations")
-        for turn in turns if isinstance(turns, list) else ():
-            if isinstance(turn, dict) and isinstance(turn.get("value"), str):
-                turn["value"] = whole_characters(turn["value"])
-    return records
+    match record:
+        case {"conversations": [{"from": "gpt"}, _, *_]}:
+            del record["conversations"][0]
+    if not isinstance(record, dict):
+        return record
+    for key in ("image", "type"):
+        if key in record and record[key] in (None, "", []):
+            del record[key]
+    turns = record.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict) and isinstance(turn.get("value"), str):
+            turn["value"] = whole_characters(turn["value"])
+    return record
+
+
+def keep(records: Sequence, rows: list[int]) -> Sequence:
+    """Some rows of a set, which may be a list or lie in a file."""
+    if isinstance(records, RecordFile):
+        return records.keep(rows)
+    return [records[row] for row in rows]
+
+
+def rows_digest(records: Sequence) -> str:
+    """A hash of all rows, one after the other: that of their JSON list."""
+    h = hashlib.sha256(b"[")
+    for row, record in enumerate(records):
+        text = json.dumps(record, sort_keys=True)
+        h.update((", " if row else "").encode() + text.encode())
+    h.update(b"]")
+    return h.hexdigest()
 
 
 def images_of(sets: list[tuple]) -> dict:
@@ -111,7 +140,7 @@ def place_of(row: int, record) -> str:
 
 
 def read_records(path: Path, folder: Path, skip_bad: bool, get_image: DiskImages | None = None
-                 ) -> list[dict]:
+                 ) -> Sequence[dict]:
     """The records of a LLaVA-format file, every row validated before anything is trained.
 
     With get_image their images are opened too. Raises DataError for the first bad row (rows count
@@ -128,4 +157,4 @@ def read_records(path: Path, folder: Path, skip_bad: bool, get_image: DiskImages
         bad[row] = fault
     if len(bad) == len(records):
         raise DataError(f"{path}: every row is bad, the first {bad[0]}")
-    return [record for row, record in enumerate(records) if row not in bad]
+    return keep(records, [row for row in range(len(records)) if row not in bad])

@@ -26,10 +26,11 @@ from plumbing.cli import InputError
 from plumbing.config import FULL, Config, recipe
 from plumbing.flags import load_config
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
-from plumbing.records import images_of
+from plumbing.records import images_of, rows_digest
 from plumbing.released_checkpoint import load_released, released_config
-from plumbing.sharding import full_state
+from plumbing.sharding import cast_vlm, full_state
 from plumbing.teacher_cache import digest
+from plumbing.watch import Watch
 from tiny.llm import WordTokenizer
 from tiny.tensor_files import read_tensors, write_tensors
 
@@ -129,8 +130,7 @@ def check_data(c: Config, sets: dict, tokenizer, progress: Progress, resumed: bo
     found = {}
     for name, file in files.items():
         records, get_image = sets[name]
-        text = json.dumps(records, sort_keys=True)
-        found[f"{file or 'the tiny world'} ({name} rows)"] = digest(text)
+        found[f"{file or 'the tiny world'} ({name} rows)"] = rows_digest(records)
         if not c.data_root:  # half a million files are too many to look at
             images = list(images_of([sets[name]]))
             found[f"{get_image.source} ({name} images)"] = get_image.fingerprint(images)
@@ -172,6 +172,7 @@ class RunLog:
     def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress):
         self.every = c.log_every
         self.first = first
+        self.watch = Watch(lambda line: tqdm.write(line, file=sys.stderr))
         self.file = None
         if first:
             # without a buffer: no half line waits in one when the disk is full
@@ -213,7 +214,10 @@ class RunLog:
         """Every --log-every steps and at the last: a line for programs, and one to read."""
         self.tokens += counts["tokens"]
         step = progress.step - 1
-        if not self.file or (step % self.every and not last):
+        if not self.file:
+            return
+        self.watch.look(progress.stage, step, terms, last)
+        if step % self.every and not last:
             return
         values = {"stage": progress.stage, "step": step}
         for name in sorted(terms, key=lambda name: not name.startswith("L_")):  # losses first
@@ -316,7 +320,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
         load_vlm(vlm, folder)
     c.device = device
     on_gpu_in_bf16 = c.precision == "bf16" and device == "cuda"
-    vlm = vlm.bfloat16() if on_gpu_in_bf16 else vlm.float()
+    cast_vlm(vlm, torch.bfloat16 if on_gpu_in_bf16 else torch.float32)
     return vlm.to(device).eval(), tokenizer, c
 
 

@@ -88,7 +88,9 @@ def check_teachers(teachers: Teachers, sets: list[tuple], device: str) -> None:
     names, pixels = [], []
     for records, get_image in sets:
         for record in records:
-            if "image" not in record or len(names) == 4:
+            if len(names) == 4:
+                break
+            if "image" not in record:
                 continue
             try:
                 pixels.append(get_image(record["image"]))

@@ -123,17 +123,24 @@ def new_array(path: Path, dtype: type, shape: tuple) -> np.memmap:
     """A memory-mapped .npy file with room for all its rows.
 
     Its place on the disk is taken now: a mapped file for which there is none later ends the process
-    without a word. Raises OSError.
+    without a word. Raises InputError if there is none.
     """
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False,
               "shape": shape}
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if hasattr(os, "posix_fallocate"):  # Linux
-            os.posix_fallocate(file.fileno(), file.tell(), size)
-        else:
-            file.truncate(file.tell() + size)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        with open(path, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            start = file.tell()
+            file.flush()
+            if hasattr(os, "posix_fallocate"):  # Linux
+                os.posix_fallocate(file.fileno(), start, size)
+            else:
+                file.truncate(start + size)
+    except OSError as e:
+        raise InputError(f"{path.parent}: no room for the teachers' cache, {size:,} bytes: "
+                         f"{e.strerror}; make room, or give --cache-teachers '' or another folder"
+                         ) from None
     return np.load(path, mmap_mode="r+")
 
 
@@ -142,7 +149,7 @@ def write_outputs(paths: dict[str, Path], encoder: VisionEncoder, images: list[s
     """Run the encoder over all images; returns the fields it gives.
 
     Files appear under their names only when they are complete, and nothing of them stays if it
-    fails. Raises InputError for an output that is no number in fp16, OSError for a full disk.
+    fails. Raises InputError for an output that is no number in fp16, and for a full disk.
     """
     paths["tokens"].parent.mkdir(parents=True, exist_ok=True)
     temporary = {}

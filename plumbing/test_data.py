@@ -1,5 +1,9 @@
 """Loading data: pictures, batches, bad rows, LLaVA's layout, the teachers' cache."""
 
+import hashlib
+import json
+import pickle
+
 import pytest
 import torch
 
@@ -8,6 +12,9 @@ from data import (Conversations, DataError, batch_order, blank_image, collate,
 from plumbing.image_files import load_image
 from plumbing.build import llava_layout
 from plumbing.cli import InputError
+from plumbing import record_file
+from plumbing.record_file import RecordFile, find_rows
+from plumbing.records import read_list, rows_digest
 from plumbing.teacher_cache import CachedTeachers, TeacherCache
 from teachers import Teachers
 from tests_common import save_png, some_conversations, tiny_teachers
@@ -82,7 +89,8 @@ def test_micro_batches_and_workers_change_nothing():
     batches = list(make_loader(dataset, 8, 2, 5, 0))
     parts = []
     for own, workers in ((range(2), 0), (range(2, 4), 1)):
-        loader = make_loader(dataset, 8, 2, 5, 0, pieces=4, own_pieces=own, workers=workers)
+        loader = make_loader(dataset, 8, 2, 5, 0, pieces=4, own_pieces=own,
+                             num_workers=workers)
         parts.append(list(loader))
     for step, batch in enumerate(batches):
         names = []
@@ -115,7 +123,7 @@ def conversations_with_a_broken_image() -> Conversations:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_row_is_named(workers):
     """A bad image is a fault that names the row, even from a worker process."""
-    loader = make_loader(conversations_with_a_broken_image(), 4, 1, 0, 0, workers=workers)
+    loader = make_loader(conversations_with_a_broken_image(), 4, 1, 0, 0, num_workers=workers)
     faults = [batch["fault"] for batch in loader if "fault" in batch]
     expected = "row 3 (counted from 0, id train-chat-3) has a bad image: 3.png: not a readable"
     assert len(faults) == 1
@@ -126,7 +134,7 @@ def test_a_bad_row_is_skipped_and_counted():
     """With skip_bad the next good row comes in its place, and a line is kept."""
     dataset = conversations_with_a_broken_image()
     dataset.skip_bad = True
-    batches = list(make_loader(dataset, 4, 1, 0, 0, workers=1))
+    batches = list(make_loader(dataset, 4, 1, 0, 0, num_workers=1))
     names = [name for batch in batches for name in batch["image_names"]]
     assert sum(len(batch["skipped"]) for batch in batches) == 1
     assert "train-0/3.png" not in names
@@ -155,6 +163,66 @@ def test_llava_layout_says_what_is_missing(real_folder, tmp_path):
     fault = ("has no LLaVA-Pretrain/blip_laion_cc_sbu_558k.json; LLaVA's layout .* gqa/images")
     with pytest.raises(InputError, match=fault):
         llava_layout(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows that stay in their file
+
+
+ODD = [{"id": 1, "text": 'a "]}, {" b \\ \u00e9\U0001f600'}, [], 12, "a, b]", None,
+       {"deep": [[{}]]}, -1.5e-3, {"long": "x" * 3000}]
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize("form", ["dense", "wide", "escaped", "bom", "lines", "crlf"])
+def test_rows_of_a_file_are_those_of_the_list(tmp_path, monkeypatch, form, block):
+    """Row by row a file says what json.loads says of it, whatever its form and read in any blocks.
+
+    One row, some, from the end, in order; and the hash is that of the whole list's JSON.
+    """
+    monkeypatch.setattr(record_file, "BLOCK", block)
+    texts = {
+        "dense": json.dumps(ODD, ensure_ascii=False, separators=(",", ":")),
+        "wide": " \n" + json.dumps(ODD, ensure_ascii=False, indent=2) + "\n\n",
+        "escaped": json.dumps(ODD),
+        "bom": "\ufeff" + json.dumps(ODD, ensure_ascii=False),
+        "lines": "\n".join(json.dumps(row, ensure_ascii=False) for row in ODD) + "\n\n",
+        "crlf": "\ufeff" + "\r\n".join(json.dumps(row) for row in ODD),
+    }
+    file = tmp_path / "rows.json"
+    file.write_bytes(texts[form].encode())
+    rows = read_list(file)
+    assert isinstance(rows, RecordFile)
+    assert list(rows) == ODD == rows[:]
+    assert [rows[i] for i in range(-len(ODD), len(ODD))] == ODD + ODD
+    assert rows[1:4] == ODD[1:4]
+    assert list(rows.keep([5, 2])) == [ODD[5], ODD[2]]
+    with pytest.raises(IndexError):
+        rows[len(ODD)]
+    assert rows_digest(rows) == rows_digest(ODD)
+    assert rows_digest(ODD) == hashlib.sha256(json.dumps(ODD, sort_keys=True).encode()).hexdigest()
+    assert list(pickle.loads(pickle.dumps(rows))) == ODD
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "[1, 2", "[1 2]", "[1,]", "[1] 2", '{"a": 1}', "1",
+                                  "[1, nul]", '["a', "[" * 100_000, b"[1, \"\xff\"]"])
+def test_what_is_no_list_of_rows_is_left_to_the_json_reader(tmp_path, text):
+    """Then its error lines are the old ones."""
+    file = tmp_path / "rows.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert find_rows(file) is None
+    with pytest.raises(DataError, match="not valid JSON|must be a JSON list"):
+        read_list(file)
+
+
+def test_a_file_that_changes_under_the_run_is_named(tmp_path):
+    """A row that is no longer where it was is an error, not another row's half."""
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(ODD))
+    rows = read_list(file)
+    file.write_text("[1, 2]")
+    with pytest.raises(DataError, match="has changed while it was read"):
+        rows[0]
 
 
 # ------------------------------------------------------------------------------------------------

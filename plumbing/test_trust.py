@@ -27,7 +27,8 @@ from plumbing.flags import flag, load_config, parse_config
 from plumbing.image_files import DiskImages, as_seen, load_image
 from plumbing.records import read_list
 from plumbing.target_statistics import check_teachers
-from tests_common import (HERE, SHORT, conversation, images, run_here, save_png, tiny_teachers)
+from tests_common import (HERE, SHORT, conversation, damage, images, run_here, save_png,
+                          tiny_teachers)
 from tiny.llm import WordTokenizer
 from tiny.world import WorldImages, world_records
 
@@ -300,21 +301,6 @@ def test_started_from_a_run_words_keep_their_numbers(workplace):
 # Runs that meet other runs, other data, damage
 
 
-@pytest.fixture(scope="module")
-def kept(workplace):
-    """A run on files, with checkpoints in both stages."""
-    own = workplace / "kept"
-    own.mkdir()
-    pictures = WorldImages("train", 16)
-    for i in range(16):
-        save_png(own / f"{i}.png", pictures.images[i])
-    records = json.loads(json.dumps(world_records("train", "chat", 16)).replace("train-0/", ""))
-    write_json(own / "train.json", records)
-    run_here(workplace, *SHORT, "--out", "runs/kept", "--data", "kept/train.json", "--eval-data",
-             "kept/train.json", "--save-every", "2", "--keep", "9", "--cache-teachers", "")
-    return workplace
-
-
 def changed_rows(kind: str, records: list[dict]) -> list[dict]:
     """The records, changed in a way that a resumed run must notice."""
     if kind == "added":
@@ -363,19 +349,6 @@ def test_two_runs_do_not_share_a_folder(kept, monkeypatch):
         holder.wait()
     with pytest.raises(InputError, match="--out runs/kept: holds a finished run; .* --overwrite"):
         train.main([*SHORT, "--out", "runs/kept"])
-
-
-def damage(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    if how == "flipped":
-        middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:])
-    elif how == "halved":
-        path.write_bytes(content[:len(content) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    else:
-        path.unlink()
 
 
 @pytest.mark.parametrize("how", ["flipped", "halved", "empty", "missing"])

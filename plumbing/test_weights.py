@@ -19,6 +19,7 @@ from plumbing.encoder_weights import find_weights, is_real, load_net
 from plumbing.evaluate import answer
 from plumbing.flags import load_config
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
+from plumbing.released_checkpoint import released_config
 from plumbing.run_folder import load_run
 from teachers import ClipEncoder, VisionEncoder, parse_spec
 from tests_common import REAL, SHORT, C, conversation, images, random_file, read_log, run_here
@@ -330,6 +331,17 @@ def test_the_authors_shards_load(released_folder, tmp_path, kind):
     write_json(tmp_path / "config.json", config)
     with pytest.raises(InputError, match="lacks 'moe_encoder_dense'"):
         load_run(tmp_path)
+
+
+def test_the_authors_precision_is_kept(released_folder, tmp_path):
+    """Their checkpoint's torch_dtype is that of the LLM that is built for it."""
+    config = json.loads((released_folder / "config.json").read_text())
+    config["torch_dtype"] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = released_folder / "model.safetensors"
+    (tmp_path / weights.name).symlink_to(weights)
+    llm = PretrainedLLM("", released_config(tmp_path)[1])
+    assert {p.dtype for p in llm.parameters()} == {torch.bfloat16}
 
 
 def test_training_starts_from_the_authors_checkpoint(released_folder, workplace):

@@ -45,6 +45,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about: str | f
 
 def read_about(path: Path) -> dict:
     """What the header of a file says of it; nothing if there is none to read."""
+    if not path.is_file():  # a pipe would be waited for
+        return {}
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get("about", "{}"))

@@ -5,8 +5,10 @@ D its width, V its vocabulary, h its heads.
 """
 
 import gc
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kd_loss import kd_loss, token_weights
@@ -111,7 +113,9 @@ def run_llm(vlm: VLM, x: torch.Tensor) -> torch.Tensor:
         return vlm.llm(x, mask)                                                     # (B, T, V)
     decoder = vlm.llm.model.get_decoder()
     positions = torch.arange(x.shape[1], device="meta")[None]                       # (1, T)
-    rotary = decoder.rotary_emb(x, positions)                                  # 2 x (1, T, D/h)
+    size = decoder.layers[0].self_attn.head_dim
+    # not from the decoder's own module, whose autocast torch 2.11 does not have on meta
+    rotary = (x.new_empty(1, x.shape[1], size),) * 2                           # 2 x (1, T, D/h)
     for layer in decoder.layers:
         x = layer(x, attention_mask=None, position_ids=positions,
                   position_embeddings=rotary)                                       # (B, T, D)
@@ -141,11 +145,42 @@ def step_flops(c: Config, stage: int, forward: dict[str, float]) -> dict[str, fl
 # Memory
 
 
+@contextmanager
+def fused_attention():
+    """Inside, attention is the one operation that a GPU makes of it, on the meta device too.
+
+    Left alone the meta device has no fused kernel and takes attention apart, into (h, T, T) maps
+    that no GPU ever makes. The kernels of CUDA and of the CPU keep q, k, v, the output and the
+    softmax's logsumexp (B, h, T) for backward. This is the CPU's, for it also takes a mask.
+    """
+    unfused = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = flash_attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = unfused
+
+
+def flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                    attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
+                    is_causal: bool = False, scale: float | None = None,
+                    enable_gqa: bool = False) -> torch.Tensor:
+    """F.scaled_dot_product_attention by its fused kernel: (B, h, T, D/h) -> the same.
+
+    With enable_gqa the keys have fewer heads; the kernel's shapes do not depend on it.
+    """
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = attn_mask.to(query.dtype)  # what is added to the scores
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask,
+                  scale=scale)[0]                                                   # (B, h, T, D/h)
+
+
 def activations(c: Config, model: MoVEKD, teachers: Teachers, tokens: int) -> int:
     """Bytes that one more sample in the micro-batch takes at the worst moment of a step.
 
     They come beside weights, gradients and optimizer. Counted by running the whole loss forward and
-    backward with one sample and with two.
+    backward with one sample and with two, with fused attention.
     """
     dtype = torch.bfloat16 if c.precision == "bf16" else torch.float32
     if c.recompute:
@@ -160,7 +195,7 @@ def activations(c: Config, model: MoVEKD, teachers: Teachers, tokens: int) -> in
     peaks = []
     for batch_size in (1, 2):
         gc.collect()
-        with PeakMemory() as memory:
+        with fused_attention(), PeakMemory() as memory:
             meta_step(c, model, teachers, batch_size, tokens)
         peaks.append(memory.peak)
 

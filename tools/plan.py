@@ -7,7 +7,6 @@
 Letters: P parameters, G GPUs, b samples of a micro-batch, n tokens of the student.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -16,10 +15,10 @@ from model import MoVEKD
 from plumbing.cli import Parser, run
 from plumbing.config import Config
 from plumbing.flags import parse_config
-from plumbing.sharding import SHARD_TEACHERS_ABOVE, frozen_units
 from teachers import Teachers
 from tools.measuring import count
 from tools.meta import activations, forward_flops, meta_models, step_flops
+from tools.plan_memory import RULES, memory, memory_table
 
 ROWS = {1: 558_128, 2: 665_298}             # LLaVA's captions and conversations
 # tokens of text a sample, on average: an assumption, for time only; memory is that of --max-length
@@ -34,84 +33,6 @@ class Gpus(NamedTuple):
     memory: float   # GB of each
     tflops: float   # of each, at best
     mfu: float      # share of them that is reached
-
-
-# ------------------------------------------------------------------------------------------------
-# Memory
-
-
-@dataclasses.dataclass
-class Memory:
-    """Bytes on one GPU."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    teachers: float
-    per_sample: float
-
-    @property
-    def fixed(self) -> float:
-        """Before the first sample."""
-        return self.parameters + self.gradients + self.optimizer + self.teachers
-
-    def fits(self, gpu_memory: float) -> int:
-        """How many samples at once have room in so many GB."""
-        room = 0.9e9 * gpu_memory  # a tenth is lost to fragments, NCCL and the driver
-        return int((room - self.fixed) // self.per_sample)
-
-
-RULES = {
-    "parameters": "4 P / G in fp32; sharded, also what is gathered in the arithmetic's precision: "
-                  "all that is in no block, and two blocks",
-    "gradients": "4 P_trained / G; with several micro-batches a step, 4 P_trained, for they are "
-                 "added up unsharded; sharded, also one block's",
-    "optimizer": "8 P_trained / G: AdamW's two moments",
-    "teachers": "P_teacher in the arithmetic's precision; above 500 M parameters shared among G, "
-                "and one stage of it gathered",
-    "activations": "b times what one more sample of --max-length tokens takes at the worst moment, "
-                   "counted on the meta device",
-}
-
-
-def memory(c: Config, model: MoVEKD, teachers: Teachers, gpus: int, accumulate: bool,
-           per_sample: float) -> Memory:
-    """RULES, in numbers; `accumulate`: a step has several micro-batches."""
-    width = 2 if c.precision == "bf16" else 4
-    sharded = gpus > 1 or c.precision == "bf16"
-    P = count(model.parameters())
-    P_trained = count(p for p in model.parameters() if p.requires_grad)
-    blocks = [count(block.parameters()) for block in model.vlm.blocks]
-    outside, largest = P - sum(blocks), max(blocks)
-    parameters = 4 * P / gpus
-    gradients = 4 * P_trained / gpus
-    if sharded:
-        parameters += width * (outside + 2 * largest)
-        gradients = (4 * P_trained if accumulate else gradients) + 4 * largest
-    held = teacher_bytes(teachers, width, gpus) if c.lambda_kd else 0.0
-    return Memory(parameters, gradients, 8 * P_trained / gpus, held, per_sample)
-
-
-def teacher_bytes(teachers: Teachers, width: int, gpus: int) -> float:
-    """What the teachers take on one GPU, `width` bytes a parameter."""
-    held = 0.0
-    for encoder in teachers.encoders.values():
-        P = count(encoder.parameters())
-        if gpus > 1 and P > SHARD_TEACHERS_ABOVE:
-            units = list(frozen_units(encoder)) or [encoder]
-            held += width * (P / gpus + max(count(unit.parameters()) for unit in units))
-        else:
-            held += width * P
-    return held
-
-
-def gigabytes(size: float) -> str:
-    """Two digits, or all of a large number's."""
-    return f"{size / 1e9:.0f}" if size > 1e10 else f"{size / 1e9:.2g}"
-
-
-# ------------------------------------------------------------------------------------------------
-# The plan
 
 
 def plan(c: Config, gpus: Gpus) -> str:
@@ -193,8 +114,8 @@ def stage_plan(c: Config, stage: int, model: MoVEKD, teachers: Teachers, gpus: G
     lines = [f"stage {stage}: {trained:,} parameters trained; batch {batch}, {here} samples a GPU",
              "", *memory_table(m, max(use, 1)), ""]
     if fits > 0:
-        lines.append(f"--micro-batch: {fits} fit in nine tenths of the memory; with {use} a step "
-                     f"is {math.ceil(here / use)} of them")
+        lines.append(f"--micro-batch: {fits} fit; with {use} a step is {math.ceil(here / use)} of "
+                     "them")
     else:
         lines.append(f"DOES NOT FIT: {m.fixed / 1e9:.1f} GB before the first sample; more GPUs (G "
                      "shares parameters, gradients, optimizer) or a smaller LLM")
@@ -207,15 +128,6 @@ def stage_rows(c: Config, stage: int) -> int:
     if c.llm or c.data_root:
         return ROWS[stage]
     return {1: c.n_pretrain, 2: c.n_train + c.n_described + c.n_text}[stage]
-
-
-def memory_table(m: Memory, samples: int) -> list[str]:
-    """What takes how much of one GPU, with so many samples at once."""
-    sizes = {"parameters": m.parameters, "gradients": m.gradients, "optimizer": m.optimizer,
-             "teachers": m.teachers, f"activations of {samples}": samples * m.per_sample}
-    sizes["together"] = sum(sizes.values())
-    lines = ["| on one GPU | GB |", "|---|---|"]
-    return lines + [f"| {name} | {gigabytes(size)} |" for name, size in sizes.items()]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,16 +1,24 @@
 """tools.plan: its counts are timm's and transformers', its predictions those of a measured step."""
 
+import re
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model import Student
+from plumbing.config import TINY
 from plumbing.flags import parse_config
-from teachers import parse_spec
+from teachers import VisionEncoder, parse_spec
+from tests_common import MOLE
 from tiny.flops import flop_counter
 from tiny.llm import TinyLLM
 from tools import plan
-from tools.measuring import PeakMemory, count
-from tools.meta import activations, forward_flops, llm_config, meta_models, step_flops
+from tools.measuring import PeakMemory, count, saved_bytes
+from tools.meta import (activations, forward_flops, fused_attention, llm_config, meta_models,
+                        step_flops)
 from tools.tiny_step import TinyStep
 
 
@@ -119,3 +127,59 @@ def test_plan_says_what_does_not_fit(full_meta, capsys):
     assert "780 steps" in stage2
     plan.main("--tiny --gpus 1".split())
     assert "DOES NOT FIT" not in capsys.readouterr().out
+
+
+def small_modules() -> dict[str, tuple]:
+    """Modules with attention, each with its input: student with experts, EVA, the tiny LLM."""
+    student = Student(TINY.clip).add_experts(form="ffn", **MOLE)
+    eva = VisionEncoder(TINY.eva)
+    llm = TinyLLM(40, dim=32, depth=2, heads=4, hidden=48)
+    pixels = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    return {"student": (student, pixels), "eva": (eva.net.forward_features, eva.view(pixels)),
+            "llm": (llm, torch.zeros(2, 9, 32), mask)}
+
+
+@pytest.mark.parametrize("name", ["student", "eva", "llm"])
+def test_the_meta_device_keeps_what_the_fused_kernel_keeps(name):
+    """Bytes that autograd saves, counted on the meta device: those of the real fused kernel.
+
+    Attention without a mask (student, EVA) and with one (the tiny LLM); as the meta device takes
+    attention apart by itself it would keep more.
+    """
+    form, *inputs = small_modules()[name]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # it or an error
+        real = saved_bytes(lambda: form(*inputs))
+    with torch.device("meta"):
+        form, *inputs = small_modules()[name]
+        unfused = saved_bytes(lambda: form(*inputs))
+        with fused_attention():
+            counted = saved_bytes(lambda: form(*inputs))
+    assert counted == real < unfused
+
+
+def test_fused_attention_keeps_five_tensors():
+    """q, k, v and the output, 4 B h T D/h, and the logsumexp, B h T numbers in fp32.
+
+    In bf16 and with grouped keys too: with a quarter of the heads k and v are a quarter.
+    """
+    B, h, T, size = 2, 4, 50, 16
+    for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
+        for groups in (1, 4):
+            shapes = [(B, h, T, size), (B, h // groups, T, size), (B, h // groups, T, size)]
+            q, k, v = [torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)
+                       for shape in shapes]
+            with fused_attention():
+                saved = saved_bytes(lambda: F.scaled_dot_product_attention(
+                    q.clone(), k.clone(), v.clone(), is_causal=True, enable_gqa=groups > 1))
+            assert saved == B * h * T * (size * width * (2 + 2 / groups) + 4)
+
+
+def test_plan_names_what_it_assumes(full_meta):
+    """Stage 2 of --full on 8 GPUs of 80 GB: 43 GB counted, 6 to 9 GB around them, by name."""
+    lines, _ = plan.stage_plan(full_meta[0], 2, *full_meta[1:], plan.Gpus(8, 80, 312, 0.4), 1.0)
+    rows = dict(re.findall(r"^\| (.+) \| ([\d.]+) \|$", "\n".join(lines), re.M))
+    assert 41 <= float(rows["together"]) <= 45
+    named = ("buffers of gather and reduce", "fragments", "CUDA's context", "NCCL")
+    assert 6 <= sum(float(rows[name]) for name in named) <= 9

@@ -1,0 +1,31 @@
+"""The memory of a run, counted over its processes."""
+
+import re
+import subprocess
+import sys
+
+from tools.host_memory import main, proportional_kb, tree
+
+
+def test_processes_are_counted_once():
+    """A child's memory is found, and that of a process that has ended is 0."""
+    code = "import time; block = bytearray(50_000_000); print(len(block), flush=True)"
+    child = subprocess.Popen([sys.executable, "-c", code + "; time.sleep(1000)"],
+                             stdout=subprocess.PIPE)
+    child.stdout.readline()
+    assert tree(child.pid) == [child.pid]
+    assert 50_000 * 0.9 < proportional_kb(child.pid)[1] < 100_000
+    child.kill()
+    child.wait()
+    assert proportional_kb(child.pid) == (0, 0)
+
+
+def test_a_run_that_fails_keeps_its_status(capfd):
+    """train.py's own line and status, and the peak."""
+    try:
+        main(["--tiny", "--seed", "x"])
+    except SystemExit as e:
+        assert e.code == 2
+    out, errors = capfd.readouterr()
+    assert "error:" in errors
+    assert re.search(r"peak memory of all processes: \d+ MB", out)
