@@ -1,5 +1,7 @@
 """From a Config to what a run is made of: data, tokenizer, weights, models."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,11 +9,14 @@ import torch
 from data import Conversations, conversation_ids, read_json
 from model import VLM, Ensemble, MoVEKD, Student
 from plumbing.cli import InputError
-from plumbing.config import Config
+from plumbing.config import FULL, Config
 from plumbing.encoder_weights import find_weights, is_real, load_net
-from plumbing.image_files import DiskImages
+from plumbing.flags import load_config
+from plumbing.image_files import DiskImages, load_image
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import place_of, read_records
+from plumbing.released_checkpoint import read_released, released_config
+from plumbing.run_weights import fill_module, read_run_tensors, tensors_below
 from plumbing.teacher_cache import digest
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
@@ -208,6 +213,29 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
                             alpha=c.mole_alpha, dropout=c.mole_dropout,
                             router_grad=c.mole_router_grad, init=c.mole_init)
     return student
+
+
+def load_student(run: str | Path) -> tuple[Student, Callable]:
+    """The distilled encoder alone, of a run or of the authors' checkpoint; and what reads a photo.
+
+        student, read_photo = load_student("runs/tiny")
+        V_s = student(read_photo("photo.png"))              # (1, n, d)
+
+    read_photo(path) gives uint8 (1, 3, R, R), as in training. Raises InputError.
+    """
+    run = Path(run)
+    released = released_config(run)
+    if released:
+        c = dataclasses.replace(FULL, mole_form="fc1_fc2", **released[0])
+    else:
+        c = load_config(run / "config.json")
+    student = build_student(c, {})
+    if isinstance(student, Ensemble):
+        raise InputError(f"{run}: is the baseline that sees with all encoders, not one student")
+    tensors = read_released(student, run) if released else read_run_tensors(run)
+    prefix = "student." if released else "vlm.student."
+    fill_module(student, tensors_below(tensors, prefix), run)
+    return student.float().eval(), lambda path: load_image(Path(path), c.image_size)[None]
 
 
 def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = None) -> VLM:

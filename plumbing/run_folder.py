@@ -28,10 +28,11 @@ from plumbing.flags import load_config
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import images_of
 from plumbing.released_checkpoint import load_released, released_config
+from plumbing.run_weights import fill_module, read_run_tensors, tensors_below
 from plumbing.sharding import full_state
 from plumbing.teacher_cache import digest
 from tiny.llm import WordTokenizer
-from tiny.tensor_files import read_tensors, write_tensors
+from tiny.tensor_files import write_tensors
 
 try:
     import fcntl
@@ -322,36 +323,13 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
 
 def load_vlm(vlm: VLM, folder: Path) -> None:
     """Fill student, projector and LLM from a finished run of ours. Raises InputError."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise InputError(f"{folder}: holds no model.safetensors; the run has not finished")
-    weights = {}
-    for file in files:
-        tensors = read_tensors(file, "copy it again, or train again")
-        for name, tensor in tensors.items():
-            if name.startswith("vlm."):
-                weights[current_name(name.removeprefix("vlm."))] = tensor
+    weights = tensors_below(read_run_tensors(folder), "vlm.")
     own = vlm.state_dict()
     for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
         if name in weights and len(own.get(name, ())) > len(weights[name]):
             # words that the run did not know come after its own, as new
             weights[name] = torch.cat([weights[name], own[name][len(weights[name]):]])
-    try:
-        vlm.load_state_dict(weights)
-    except RuntimeError as e:
-        fault = str(e).splitlines()[1].strip()[:200]
-        raise InputError(f"{folder}: its weights do not fit its config.json: {fault}") from None
-
-
-def current_name(name: str) -> str:
-    """A tensor's name today; older runs called LoRA's matrices A and B."""
-    if ".mlp.lora" not in name:
-        return name
-    for old, new in ((".A.", ".down."), (".B.", ".up.")):
-        name = name.replace(old, new)
-    stem, _, last = name.rpartition(".")
-    is_old_up_bias = last == "bias" and not stem.endswith((".down", ".up"))
-    return f"{stem}.up_bias" if is_old_up_bias else name
+    fill_module(vlm, weights, folder)
 
 
 def peak_rss_mb() -> float:
