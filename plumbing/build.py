@@ -235,7 +235,8 @@ def load_student(run: str | Path) -> tuple[Student, Callable]:
     tensors = read_released(student, run) if released else read_run_tensors(run)
     prefix = "student." if released else "vlm.student."
     fill_module(student, tensors_below(tensors, prefix), run)
-    return student.float().eval(), lambda path: load_image(Path(path), c.image_size)[None]
+    student.pixels = c.image_size  # R, of the square image it has been shown
+    return student.float().eval(), lambda path: load_image(Path(path), student.pixels)[None]
 
 
 def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = None) -> VLM:

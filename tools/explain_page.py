@@ -29,7 +29,8 @@ class Gallery:
                more: str = "") -> str:
         """A picture with a title and a line under it."""
         words = f"<strong>{escape(title)}</strong> {escape(caption)}"
-        return f"<figure>{self.image(name, png, alt)}{more}<figcaption>{words}</figcaption></figure>"
+        picture = self.image(name, png, alt)
+        return f"<figure>{picture}{more}<figcaption>{words}</figcaption></figure>"
 
 
 def row(figures: list[str], kind: str = "") -> str:
