@@ -18,6 +18,7 @@ from plumbing.records import place_of, read_records
 from plumbing.released_checkpoint import read_released, released_config
 from plumbing.run_weights import fill_module, read_run_tensors, tensors_below
 from plumbing.teacher_cache import digest
+from plumbing.watch import check_tensorboard
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pretrain import MAKERS, stage0
@@ -284,6 +285,7 @@ def check_place(c: Config) -> None:
     elif not c.data and is_real(c.clip):
         raise InputError("a real CLIP and no data: name --data-root DIR for LLaVA's sets, or "
                          "--data FILE and --eval-data FILE")
+    check_tensorboard(c)
     if c.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, "
                          "slowly, and `python -m tools.plan` says what GPUs it wants")

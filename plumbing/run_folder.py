@@ -31,6 +31,7 @@ from plumbing.released_checkpoint import load_released, released_config
 from plumbing.run_weights import fill_module, read_run_tensors, tensors_below
 from plumbing.sharding import full_state
 from plumbing.teacher_cache import digest
+from plumbing.watch import Watch
 from tiny.llm import WordTokenizer
 from tiny.tensor_files import write_tensors
 
@@ -41,7 +42,7 @@ except ImportError:  # Windows
     fcntl = resource = None
 
 FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
-         "samples.png", "model.safetensors", "result.json", "evaluation.json")  # of a run
+         "samples.png", "held_out.json", "model.safetensors", "result.json", "evaluation.json")  # of a run
 
 
 def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
@@ -170,8 +171,9 @@ class RunLog:
     log.jsonl has no clock in it, so that one seed makes one log.
     """
 
-    def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress):
+    def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress, watch: Watch):
         self.every = c.log_every
+        self.watch = watch
         self.first = first
         self.file = None
         if first:
@@ -207,13 +209,19 @@ class RunLog:
         """The steps of a stage that are left, with a bar; the clock of tokens/s starts."""
         self.clock = time.perf_counter()
         self.tokens = 0
-        return tqdm(range(progress.step, steps), total=steps, initial=progress.step,
-                    desc=f"stage {progress.stage}", mininterval=1, disable=not self.first)
+        for line in self.watch.begin(progress.stage):
+            self.say(line)
+        self.shown = tqdm(range(progress.step, steps), total=steps, initial=progress.step,
+                          desc=f"stage {progress.stage}", mininterval=1, disable=not self.first)
+        return self.shown
 
     def write(self, progress: Progress, terms: dict, counts: dict, last: bool) -> None:
         """Every --log-every steps and at the last: a line for programs, and one to read."""
         self.tokens += counts["tokens"]
         step = progress.step - 1
+        if self.first:
+            left = self.watch.after_step(progress.stage, progress.step)
+            self.shown.set_postfix_str(left, refresh=False)
         if not self.file or (step % self.every and not last):
             return
         values = {"stage": progress.stage, "step": step}
@@ -231,6 +239,8 @@ class RunLog:
             words.append("experts " + " ".join(layers))
         words.append(f"{self.tokens / (time.perf_counter() - self.clock):.0f} tokens/s")
         tqdm.write("  ".join(words))
+        for line in self.watch.after_line(values):
+            tqdm.write(line)
 
 
 # ------------------------------------------------------------------------------------------------
