@@ -15,6 +15,7 @@ PANELS = (  # title, prefix of what is drawn, scale of the axis
     ("losses", "L_", "log"),
     ("each teacher's own loss", "kd_", "log"),
     ("teacher weights W^tea, mean of a batch", "w_", "linear"),
+    ("norm of the gradient, before it is clipped", "grad_norm", "log"),
 )
 
 
@@ -24,23 +25,24 @@ def plot_curves(folder: Path) -> None:
     lines = [json.loads(line) for line in text.splitlines()]
     offset = max((line["step"] + 1 for line in lines if line["stage"] == 1), default=0)
     figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplots(2, 3).flat
+    axes = list(figure.subplots(2, 3).flat)
     for axis, (title, prefix, scale) in zip(axes, PANELS):
         names = [key for line in lines for key in line if key.startswith(prefix)]
         for name in dict.fromkeys(names):
             drawn = [line for line in lines if name in line]
             label = name if prefix == "L_" else name.removeprefix(prefix)
-            axis.plot(steps_of(drawn, offset), [line[name] for line in drawn], label=label,
-                      linewidth=1)
+            axis.plot(steps_of(drawn, offset), [line[name] for line in drawn],
+                      label=label or name, linewidth=1)
         axis.set(title=title, yscale=scale)
+        if prefix == "kd_":  # CLIP's starts at 0, which would press all else together
+            axis.set_ylim(bottom=max(0.01, axis.get_ylim()[0]))
         if axis.lines:  # without distillation there is no teacher to draw
             axis.legend(fontsize=8)
         else:
             axis.text(0.5, 0.5, "none", ha="center", transform=axis.transAxes)
-    plot_experts(axes[3], figure, lines, offset)
-    plot_held_out(axes[4], folder, offset)
-    axes[5].axis("off")
-    for axis in axes[:5]:
+    plot_experts(axes[4], figure, lines, offset)
+    plot_held_out(axes[5], folder, offset)
+    for axis in axes:
         axis.axvline(offset, color="grey", linewidth=0.5)
         axis.set(xlabel="step (stage 1 | stage 2)")
     save_figure(figure, folder / "curves.png")
@@ -54,7 +56,7 @@ def steps_of(lines: list[dict], offset: int) -> list[int]:
 def plot_experts(axis: Axes, figure: Figure, lines: list[dict], offset: int) -> None:
     """A stripe for each expert, layer under layer: its share of the tokens at each step."""
     drawn = [line for line in lines if "experts" in line]
-    axis.set(title="share of the tokens: a stripe an expert, a group a layer")
+    axis.set(title="experts' shares of the tokens: a stripe each")
     if not drawn:
         axis.text(0.5, 0.5, "none", ha="center", transform=axis.transAxes)
         return

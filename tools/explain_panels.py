@@ -12,6 +12,12 @@ from tools.explain_pictures import (ERROR, EXPERTS, HEAT, colour_picture, expert
 from tools.explain_words import NO_TEACHERS, attention_words, mask_words, place_name
 
 
+def file_name(panel: str, what: str, moment: str) -> str:
+    """The name of a picture: "tokens-Vt-eva-before"."""
+    plain = "".join(letter if letter.isalnum() else "-" for letter in what.replace("^", ""))
+    return "-".join(part for part in (panel, plain, moment) if part)
+
+
 class Story(NamedTuple):
     """All that the page tells."""
 
@@ -100,7 +106,7 @@ def experts(story: Story, gallery: Gallery) -> str:
                          for line in patches.reshape(side, side).tolist()]
                 grid = "; row by row: " + " / ".join(lines)
             figures.append(gallery.figure(
-                f"experts-{layer}{'-' + moment if moment else ''}",
+                file_name("experts", str(layer), moment),
                 expert_picture(patches, story.image), f"layer {layer}: {words}{grid}",
                 f"layer {layer}", f"{words}; [CLS]: {chosen[0] + 1}"))
         html += when(moment, row(figures) + top_experts(story, numbers))
@@ -132,7 +138,7 @@ def tokens(story: Story, gallery: Gallery) -> str:
             if owner == moment:
                 side = round(len(shades) ** 0.5)
                 figures.append(gallery.figure(
-                    f"tokens-{title.split(' ')[0]}-{len(figures)}{'-' + moment if moment else ''}",
+                    file_name("tokens", title, moment),
                     colour_picture(shades), f"{title} as colours, {side} x {side} tokens: alike "
                     "colours are alike tokens", title, caption))
         html += when(moment, row(figures))
