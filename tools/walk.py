@@ -160,8 +160,8 @@ def print_loop(model: method.MoVEKD, terms: dict[str, torch.Tensor]) -> None:
     for name, term in (("L_text + lambda_kd * L_kd", learnt), ("L_balance", terms["L_balance"])):
         grads = torch.autograd.grad(term, routers, retain_graph=True)
         print(f"    gradient of {name} in the routers: {norm_of(grads):.4g}")
-    print("    The first is 0 because every up matrix is 0: no choice of an expert changes anything "
-          "yet.\n    L_total.backward() leaves these gradients (their norms):")
+    print("    The first is 0 because every up matrix is 0: no choice of an expert changes "
+          "anything yet.\n    L_total.backward() leaves these gradients (their norms):")
     L_total.backward()
     for name, parameters in model.parameter_groups().items():
         grads = [p.grad for p in parameters if p.grad is not None]
