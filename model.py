@@ -107,14 +107,15 @@ class VLM(nn.Module):
         places = input_ids == self.image_token                                              # (B, T)
         # the image token need not be a word of the LLM
         x = self.llm.embed(input_ids.masked_fill(places, 0))                             # (B, T, D)
+        rows, columns = places.nonzero(as_tuple=True)                         # 2 x (B_img * n,)
         given = 0 if visual is None else visual.shape[0] * visual.shape[1]
-        if given != places.sum():
-            raise DataError(f"{int(places.sum())} image tokens in the text, but {given} visual "
-                            "tokens: each <image> needs one image, and each image one <image>")
+        if given != len(rows):
+            raise DataError(f"{len(rows)} image tokens in the text, but {given} visual tokens: "
+                            "each <image> needs one image, and each image one <image>")
         if visual is None:
             return x                                                                     # (B, T, D)
         projected = self.projector(visual).to(x.dtype)                               # (B_img, n, D)
-        return x.masked_scatter(places[:, :, None], projected)                           # (B, T, D)
+        return x.index_put((rows, columns), projected.flatten(0, 1))                     # (B, T, D)
 
     def forward(self, visual: torch.Tensor | None, input_ids: torch.Tensor,
                 attention_mask: torch.Tensor) -> torch.Tensor:
@@ -194,6 +195,10 @@ class MoVEKD(nn.Module):
         "kd_NAME" each teacher's own loss, "w_NAME" its mean weight. Weighing is the loop's part.
         """
         images, ids, labels = batch["images"], batch["input_ids"], batch["labels"]
+        # the teachers first: what they need while they run is gone before the student keeps its own
+        outputs = {}
+        if self.distil and images is not None:
+            outputs = teachers(images, batch["image_names"])                        # m x (B_img, .)
         V_s = None if images is None else self.vlm.student(images)                   # (B_img, n, d)
 
         # L_text. A stand-in picture (plumbing/machine.py) runs, but stands in no text
@@ -212,7 +217,6 @@ class MoVEKD(nn.Module):
 
         # L_kd: teachers' tokens, brought into one space with V^s, compared token by token
         if self.distil:
-            outputs = teachers(images, batch["image_names"])
             student, targets, w_tea = self.pairs(V_s, outputs)              # m x (B_img, n, d) each
             w_tok = token_weights(outputs["clip"].cls_scores, self.token_weight)        # (B_img, n)
             terms["L_kd"], per_teacher = kd_loss(student, targets, w_tok, w_tea)                # ()

@@ -17,6 +17,9 @@ all but the teachers). One loss in both, below in `train_stage`:
 Longer than the loop alone: it holds the whole run, from the flags to the evaluation, in one order.
 """
 
+if __name__ == "__main__":
+    import plumbing.early_signals  # loading the libraries below takes seconds
+
 import json
 import math
 import sys
@@ -28,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from data import Conversations, count_steps, make_loader, write_json
+from data import Conversations, make_loader, write_json
 from model import VLM, MoVEKD
 from plumbing.build import (build_datasets, build_llm, build_movekd, build_teachers,
                             build_tokenizer, build_vlm, check_lengths, check_place, find_device,
@@ -47,6 +50,7 @@ from plumbing.run_folder import (RunLog, check_data, export, load_run, load_vlm,
 from plumbing.sharding import gather_full
 from plumbing.target_statistics import check_teachers, measure_targets
 from plumbing.teacher_cache import cache_teachers
+from plumbing.watch import HeldOut, Watch, next_commands, stage_steps, stage_words
 from plumbing.workers import loader_options
 from teachers import Teachers
 
@@ -84,6 +88,8 @@ def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
         check_data(c, sets, tokenizer, progress, resumed)
 
     # Stage 0 makes what the tiny preset has in place of downloads. The first process makes it.
+    if machine.first and stage_words(c, 0):
+        print(stage_words(c, 0), flush=True)
     stage0_start = time.perf_counter()
     with machine.first_alone():
         weights, stage0_tflops = pretrained_weights(c, sets["train"][0], tokenizer)
@@ -97,7 +103,8 @@ def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
     # Both stages, or what a resumed run has left of them.
     if machine.first:
         start_run_folder(c, tokenizer)
-    log = RunLog(c, machine.first, resumed, progress)
+    held_out = None if machine.sharded else HeldOut(c, model.vlm, tokenizer, sets.get("eval"))
+    log = RunLog(c, machine.first, resumed, progress, Watch(c, machine.first, datasets, held_out))
     train_stages(c, machine, model, teachers, datasets, tokenizer.pad, progress, checkpoint, log)
     log.close()
 
@@ -156,6 +163,8 @@ def train_stages(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
                  datasets: dict[int, Conversations], pad: int, progress: Progress,
                  checkpoint: Path | None, log: RunLog) -> None:
     """Train from where progress stands to the end. Raises Stopped if a signal ended it."""
+    for stage in (1, 2):
+        check_batch(c, machine, datasets[stage], stage)
     machine.training = True
     for stage in range(progress.stage, 3):
         if stage > progress.stage:
@@ -174,6 +183,15 @@ def train_stages(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
     machine.checkpoints.finish()
 
 
+def check_batch(c: Config, machine: Machine, dataset: Conversations, stage: int) -> None:
+    """Raise InputError if a stage's batch cannot be dealt out to all processes."""
+    batch_size = getattr(c, f"stage{stage}_batch")
+    pieces, _ = machine.micro_batches(batch_size)
+    if pieces > min(batch_size, len(dataset)):
+        raise InputError(f"--stage{stage}-batch {batch_size}: has no sample for each of {pieces} "
+                         "micro-batches; raise it or use fewer --processes")
+
+
 class StagePlan(NamedTuple):
     """What a stage will do."""
 
@@ -189,14 +207,10 @@ def plan_stage(c: Config, machine: Machine, dataset: Conversations, pad: int,
     stage = progress.stage
     batch_size = getattr(c, f"stage{stage}_batch")
     epochs = getattr(c, f"stage{stage}_epochs")
-    steps = count_steps(len(dataset), batch_size, epochs)
-    steps = min(steps, c.max_steps or steps)
     pieces, own = machine.micro_batches(batch_size)
-    if pieces > min(batch_size, len(dataset)):
-        raise InputError(f"--stage{stage}-batch {batch_size}: has no sample for each of {pieces} "
-                         "micro-batches; raise it or use fewer --processes")
     loader = make_loader(dataset, batch_size, epochs, c.seed + stage, pad, c.group_batches, pieces,
                          own, progress.step, **loader_options(c))
+    steps = stage_steps(c, stage, dataset)
     return StagePlan(steps, getattr(c, f"stage{stage}_lr"), own, iter(loader))
 
 
@@ -225,18 +239,18 @@ def train_stage(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
                 machine.backward(L_total)
                 add(sums, {**terms, "L_total": L_total})
 
-        # The step's numbers over all processes. A loss that is no number ends the run.
-        values = machine.total_terms(sums, counts)
-        values["grad_norm"] = clip_gradients(parameters, c.grad_clip)
-        check_finite(values, progress, plan.lr)
-
         # The update: AdamW without weight decay; warm-up, then cosine.
-        values["lr"] = plan.lr * lr_share(step, plan.steps, c.warmup)
-        optimizer.param_groups[0]["lr"] = values["lr"]
+        grad_norm = clip_gradients(parameters, c.grad_clip)
+        optimizer.param_groups[0]["lr"] = plan.lr * lr_share(step, plan.steps, c.warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+        # The step's numbers over all processes. A loss that is no number ends the run.
+        values = {**machine.total_terms(sums, counts), "grad_norm": grad_norm}
+        check_finite(values, progress, plan.lr)
+
         # Count, log, and keep a state to resume from.
+        values["lr"] = optimizer.param_groups[0]["lr"]
         progress.advance(counts)
         log.write(progress, values, counts, last=progress.step == plan.steps)
         if machine.save_due(progress, plan.steps, counts):
@@ -263,8 +277,12 @@ def check_finite(values: dict[str, torch.Tensor], progress: Progress, lr: float)
     for name, value in values.items():
         if not value.isfinite().all():
             bad = value[~value.isfinite()].flatten()[0].item()
+            remedy = f"lower --stage{progress.stage}-lr {lr}"
+            if name.startswith("kd_"):
+                teacher = name.removeprefix("kd_")
+                remedy += f", if teacher {teacher}'s tokens of these images are finite"
             raise InputError(f"{name} is {bad} at stage {progress.stage}, step {progress.step}: "
-                             f"lower --stage{progress.stage}-lr {lr}")
+                             f"{remedy}")
 
 
 def lr_share(step: int, steps: int, warmup: float) -> float:
@@ -298,7 +316,7 @@ def report(c: Config, sets: dict, tokenizer, vlm: VLM | None, progress: Progress
     if c.device == "cuda":
         result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
     write_json(out / "result.json", result)
-    print_result(result, out)
+    print_result(result, out, next_commands(c))
 
 
 def evaluate_run(c: Config) -> None:

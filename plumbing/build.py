@@ -1,19 +1,25 @@
 """From a Config to what a run is made of: data, tokenizer, weights, models."""
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data import Conversations, conversation_ids, read_json
+from data import Conversations, conversation_ids, read_json, stack_images
 from model import VLM, Ensemble, MoVEKD, Student
 from plumbing.cli import InputError
-from plumbing.config import Config
+from plumbing.config import FULL, Config
 from plumbing.encoder_weights import find_weights, is_real, load_net
-from plumbing.image_files import DiskImages
+from plumbing.flags import load_config
+from plumbing.image_files import DiskImages, Size, load_image, student_size, training_size
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import keep, place_of, read_records
+from plumbing.released_checkpoint import read_released, released_config
+from plumbing.run_weights import fill_module, read_run_tensors, tensors_below
 from plumbing.teacher_cache import digest
+from plumbing.watch import check_tensorboard
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pretrain import MAKERS, stage0
@@ -53,11 +59,12 @@ def load_sets(c: Config) -> dict[str, tuple]:
         for name, (file, folder) in llava_layout(Path(c.data_root)).items():
             # too many images to open them all beforehand
             records = read_records(file, folder, c.skip_bad)
-            sets[name] = (records, DiskImages(folder, c.image_size, c.allow_outside))
+            sets[name] = (records, DiskImages(folder, training_size(c), c.allow_outside))
     elif c.data:
         folder = Path(c.image_folder or Path(c.data).parent)
-        sets = {"pretrain": checked_set(c, Path(c.pretrain_data or c.data), folder),
-                "train": checked_set(c, Path(c.data), folder)}
+        size = training_size(c)
+        sets = {"pretrain": checked_set(c, Path(c.pretrain_data or c.data), folder, size),
+                "train": checked_set(c, Path(c.data), folder, size)}
     else:
         sets = {"pretrain": tiny_set("pretrain", c.n_pretrain),
                 "train": tiny_set("train", c.n_train, c.n_described, c.n_text)}
@@ -71,14 +78,14 @@ def load_eval_set(c: Config) -> tuple | None:
     """(records, get_image) of the held-out questions, if there are any."""
     if c.eval_data:
         folder = c.image_folder or Path(c.data or c.eval_data).parent
-        return checked_set(c, Path(c.eval_data), Path(folder))
+        return checked_set(c, Path(c.eval_data), Path(folder), student_size(c))
     return None if c.data_root else tiny_set(c.eval_split, c.n_eval)
 
 
-def checked_set(c: Config, file: Path, folder: Path) -> tuple:
+def checked_set(c: Config, file: Path, folder: Path, size: Size) -> tuple:
     """(records, get_image) of a file whose rows and images are all looked at beforehand."""
     records = read_records(file, folder, c.skip_bad, DiskImages(folder, 16, c.allow_outside))
-    return records, DiskImages(folder, c.image_size, c.allow_outside)
+    return records, DiskImages(folder, size, c.allow_outside)
 
 
 def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | PretrainedTokenizer:
@@ -127,7 +134,8 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
                          "nothing to align")
     captions = not c.data or c.pretrain_data
     template = "plain" if captions else "v1"
-    return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad),
+    return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
+                             c.caption_end),
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
 
 
@@ -223,6 +231,34 @@ def build_llm(c: Config, released: tuple | None, first: bool) -> PretrainedLLM |
     return None
 
 
+def load_student(run: str | Path) -> tuple[Student, Callable]:
+    """The distilled encoder alone, of a run or of the authors' checkpoint; and what reads a photo.
+
+        student, read_photo = load_student("runs/tiny")
+        V_s = student(read_photo("photo.png"))              # (1, n, d)
+
+    read_photo(path) gives what the student was trained on, as a batch of one. Raises InputError.
+    """
+    run = Path(run)
+    released = released_config(run)
+    if released:
+        c = dataclasses.replace(FULL, mole_form="fc1_fc2", **released[0])
+    else:
+        c = load_config(run / "config.json")
+    student = build_student(c, {})
+    if isinstance(student, Ensemble):
+        raise InputError(f"{run}: is the baseline that sees with all encoders, not one student")
+    tensors = read_released(student, run) if released else read_run_tensors(run)
+    prefix = "student." if released else "vlm.student."
+    fill_module(student, tensors_below(tensors, prefix), run)
+    student.loader_size = student_size(c)
+
+    def read_photo(path: str | Path) -> torch.Tensor | dict:
+        return stack_images([load_image(Path(path), student.loader_size)])
+
+    return student.float().eval(), read_photo
+
+
 def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = None) -> VLM:
     """The VLM. With weights given, the student starts as CLIP and the LLM as pretrained.
 
@@ -268,6 +304,7 @@ def check_place(c: Config) -> None:
     elif not c.data and is_real(c.clip):
         raise InputError("a real CLIP and no data: name --data-root DIR for LLaVA's sets, or "
                          "--data FILE and --eval-data FILE")
+    check_tensorboard(c)
     if c.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, "
                          "slowly, and `python -m tools.plan` says what GPUs it wants")

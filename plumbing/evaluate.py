@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Conversations, blank_image, collate
+from data import Conversations, blank_image, collate, to_device
 from model import VLM
 from plumbing.config import Config
 from tiny.llm import WordTokenizer
@@ -54,7 +54,7 @@ def answer(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image: Calla
         batch = collate([prompts.sample(row) for row in rows], tokenizer.pad, side="left")
         visual = None
         if batch["images"] is not None:
-            visual = vlm.student(batch["images"].to(c.device))              # (B_img, n, d)
+            visual = vlm.student(to_device(batch["images"], c.device))      # (B_img, n, d)
         ids = vlm.generate(visual, batch["input_ids"].to(c.device),
                            batch["attention_mask"].to(c.device), tokenizer.eos,
                            c.max_new_tokens)                                # (B, new tokens)
@@ -111,11 +111,11 @@ def print_accuracy(result: dict) -> None:
     print(f"  {'macro':26} {result['macro_accuracy']:7.1f}\n")
 
 
-def print_result(result: dict, out: Path) -> None:
-    """A table for the reader; then the last line, for programs: `result: ` and a JSON object."""
+def print_result(result: dict, out: Path, words: str = "") -> None:
+    """A table and words for the reader; the last line is for programs: `result: ` and JSON."""
     if "accuracy" in result:
         print_accuracy(result)
     print(f"{result['seconds']} s, {result['seconds_stage0']} s of them stage 0; "
           f"{result['tflops']} TFLOPs in the two stages, {result['tflops_stage0']} in stage 0; "
-          f"peak {result['peak_rss_mb']} MB; everything is in {out}/")
+          f"peak {result['peak_rss_mb']} MB; everything is in {out}/\n{words}")
     print("result: " + json.dumps(result))

@@ -22,14 +22,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from data import IGNORE, blank_image
+from data import IGNORE, blank_image, to_device
 from model import MoVEKD
 from plumbing.checkpoints import Checkpoints, Progress, load_checkpoint
 from plumbing.cli import InputError, Stopped
 from plumbing.config import Config
 from plumbing.launcher import SIGNALS, launched
-from plumbing.sharding import (SHARD_TEACHERS_ABOVE, note_what_trains, recompute, send_from_first,
-                               shard, shard_frozen)
+from plumbing.sharding import (SHARD_TEACHERS_ABOVE, compile_parts, note_what_trains, recompute,
+                               send_from_first, shard, shard_frozen)
 from plumbing.workers import check_shared_memory
 from teachers import Teachers
 from tiny.flops import flop_counter
@@ -212,8 +212,7 @@ class Machine:
                 shard_frozen(encoder, c.device, self.world)
         teachers.to(c.device)
         if c.compile == "on":
-            for encoder in (model.vlm.student, *teachers.encoders.values()):
-                encoder.compile()
+            compile_parts(model, teachers)
 
     # --- batches
 
@@ -268,10 +267,7 @@ class Machine:
             batch = {**batch, "images": blank, "image_names": [None], "stand_in": True}
         moved = {}
         for name, value in batch.items():
-            if torch.is_tensor(value):
-                # from pinned memory a copy to a GPU is not waited for
-                value = value.to(self.c.device, non_blocking=True)
-            moved[name] = value
+            moved[name] = to_device(value, self.c.device)
         return moved
 
     # --- a step

@@ -1,4 +1,4 @@
-"""Memory: sharding what is trained over the processes (FSDP2), and recomputing activations."""
+"""Memory and speed: sharding over the processes (FSDP2), recomputing activations, compiling."""
 
 import functools
 import warnings
@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from model import VLM
-from teachers import VisionEncoder
+from model import VLM, MoVEKD
+from teachers import Teachers, VisionEncoder
 
 # what the student returns is a view, which nobody adds to in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -98,6 +98,19 @@ def send_from_first(module: nn.Module, device: str) -> None:
                     whole = nn.Parameter(whole, tensor.requires_grad)
                 made[tensor] = whole
             setattr(part, name, made[tensor])
+
+
+def compile_parts(model: MoVEKD, teachers: Teachers, **options) -> None:
+    """torch.compile of the student, the teachers, and what is elementwise in the LLM's layers.
+
+    These are its norms and its FFN; T differs from batch to batch, and is not compiled anew.
+    """
+    for encoder in (model.vlm.student, *teachers.encoders.values()):
+        encoder.compile(**options)
+    for layer in model.vlm.llm.blocks:
+        for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
+            if hasattr(layer, name):  # Llama's names; another LLM runs as it is
+                getattr(layer, name).compile(dynamic=True, **options)
 
 
 def shard(root: nn.Module, units: Iterable[nn.Module], device: str, world: int,

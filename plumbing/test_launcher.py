@@ -218,6 +218,13 @@ def check_numbers_are_sent(rank: int) -> None:
     assert torch.equal(model[0](torch.ones(1, 3)), expected(torch.ones(1, 3)))
 
 
+def check_one_copy(machine: Machine) -> None:
+    """Only the first process builds models with numbers."""
+    with machine.building():
+        vlm = small_vlm()
+    assert {p.is_meta for p in vlm.parameters()} == {not machine.first}
+
+
 def check_slow_folder(rank: int) -> None:
     """The first process is slow to make a checkpoint's folder: the other does not make it."""
     if rank == 0:
@@ -266,6 +273,7 @@ def both(rank: int, folder: Path, port: int) -> None:
     machine = Machine(C)
     check_patience(machine)
     check_folder_is_seen(machine)
+    check_one_copy(machine)
     check_numbers_are_sent(rank)
     check_slow_folder(rank)
     Path(f"done{rank}").touch()

@@ -18,7 +18,7 @@ from plumbing.build import build_datasets, build_tokenizer, load_sets
 from plumbing.cli import InputError
 from plumbing.flags import load_config
 from plumbing.machine import Machine, Share
-from plumbing.sharding import gather_full, shard, shard_frozen
+from plumbing.sharding import compile_parts, gather_full, shard, shard_frozen
 from tests_common import (HERE, SHARED, SHORT, C, assert_same_run, images, read_log, run_here,
                           run_script, some_conversations, tiny_teachers, total_loss, whole_method)
 
@@ -240,13 +240,13 @@ def test_compiled_is_the_same():
         torch.manual_seed(0)
         model, teachers, batch = whole_method()
         if compiled:
-            for encoder in (model.vlm.student, *teachers.encoders.values()):
-                encoder.compile(backend="aot_eager")
+            compile_parts(model, teachers, backend="aot_eager")
         terms = model(batch, teachers)
         loss = total_loss(terms)
         loss.backward()
         router = model.vlm.student.net.blocks[0].mlp.router
-        results.append((loss, terms["experts"], router.weight.grad))
+        norm = model.vlm.llm.layers[0].input_layernorm
+        results.append((loss, terms["experts"], router.weight.grad, norm.weight.grad))
     for eager, traced in zip(*results):
         close(eager, traced)
 

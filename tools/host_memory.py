@@ -7,8 +7,10 @@ Proportional: what several processes share, such as a file that all read, counts
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import TextIO
 
 from plumbing.cli import InputError, Parser, run
 
@@ -45,6 +47,20 @@ def proportional_kb(process: int) -> tuple[int, int]:
     return sizes["Pss:"], sizes["Pss_Anon:"]
 
 
+class Forward(threading.Thread):
+    """Passes on what a run prints; `training` once its first stage has begun."""
+
+    def __init__(self, lines: TextIO):
+        super().__init__()
+        self.lines = lines
+        self.training = False
+
+    def run(self) -> None:
+        for line in self.lines:
+            print(line, end="", flush=True)
+            self.training = self.training or line.startswith("stage ")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run train.py with the flags, and print the peaks."""
     parser = Parser(__doc__)
@@ -52,15 +68,21 @@ def main(argv: list[str] | None = None) -> None:
     if not (PROC / "self/smaps_rollup").exists():
         raise InputError("the system does not say what processes share; this is for Linux")
     script = Path(__file__).parent.parent / "train.py"
-    child = subprocess.Popen([sys.executable, str(script), *flags])
-    peaks = [0, 0]
+    child = subprocess.Popen([sys.executable, str(script), *flags], stdout=subprocess.PIPE,
+                             text=True)
+    forward = Forward(child.stdout)
+    forward.start()
+    peaks = {"before the first step": [0, 0], "after": [0, 0]}
     while child.poll() is None:
+        peak = peaks["after" if forward.training else "before the first step"]
         sizes = [proportional_kb(process) for process in tree(child.pid)]
         for i, column in enumerate(zip(*sizes)):
-            peaks[i] = max(peaks[i], sum(column))
+            peak[i] = max(peak[i], sum(column))
         time.sleep(INTERVAL)
-    print(f"peak memory of all processes: {peaks[0] / 1024:,.0f} MB, {peaks[1] / 1024:,.0f} MB of "
-          "them with no file behind")
+    forward.join()
+    for when, (whole, anonymous) in peaks.items():
+        print(f"peak memory of all processes {when}: {whole / 1024:,.0f} MB, "
+              f"{anonymous / 1024:,.0f} MB of them with no file behind")
     sys.exit(child.returncode)
 
 

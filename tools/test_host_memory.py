@@ -28,4 +28,4 @@ def test_a_run_that_fails_keeps_its_status(capfd):
         assert e.code == 2
     out, errors = capfd.readouterr()
     assert "error:" in errors
-    assert re.search(r"peak memory of all processes: \d+ MB", out)
+    assert re.search(r"processes before the first step: \d+ MB", out)
