@@ -82,7 +82,8 @@ def free(place: Place) -> None:
 
 def full_config(place: Place, **changes) -> Config:
     """--full on a GPU; on a CPU its switches at the tiny preset's sizes."""
-    c = dataclasses.replace(FULL, device=place.device, out=str(place.folder / "checks"), workers=0)
+    c = dataclasses.replace(FULL, device=place.device, out=str(place.folder / "checks"), workers=0,
+                            processes=1)
     if not place.cuda:
         small = {name: getattr(TINY, name) for name in (*FULL.teachers, "image_size", "mole_rank")}
         c = dataclasses.replace(c, max_length=160, micro_batch=8, **small)

@@ -230,6 +230,7 @@ def meta_step(c: Config, model: MoVEKD, teachers: Teachers, batch_size: int, tok
     shape = (batch_size, 3, c.image_size, c.image_size)
     images = torch.empty(shape, dtype=torch.uint8, device="meta")               # (B, 3, R, R)
     ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")      # (B, T)
+    outputs = teachers(images, []) if c.lambda_kd else {}
     V_s = vlm.student(images)                                                   # (B, n, d)
     x = vlm.llm.embed(ids)                                                      # (B, T, D)
     projected = vlm.projector(V_s)                                              # (B, n, D)
@@ -237,7 +238,6 @@ def meta_step(c: Config, model: MoVEKD, teachers: Teachers, batch_size: int, tok
     x = torch.cat([projected.to(x.dtype), x[:, projected.shape[1]:]], dim=1)    # (B, T, D)
     L_total = text_loss(run_llm(vlm, x), ids)                                   # ()
     if c.lambda_kd:
-        outputs = teachers(images, [])
         student, targets, w_tea = model.pairs(V_s, outputs)                     # m x (B, n, d) each
         w_tok = token_weights(outputs["clip"].cls_scores, model.token_weight)   # (B, n)
         L_kd, _ = kd_loss(student, targets, w_tok, w_tea)                       # ()

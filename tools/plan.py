@@ -1,6 +1,6 @@
 """Will it fit, and how long will it take?  Counted on the meta device: no GPU, no download.
 
-    python -m tools.plan --full                                 # 8 GPUs of 80 GB (30 s)
+    python -m tools.plan --full                                 # 8 GPUs of 80 GB (15 s)
     python -m tools.plan --full --gpus 4 --gpu-memory 40 --teachers clip eva
     python -m tools.plan --small --gpus 1 --gpu-memory 24       # any flag of train.py may follow
 

@@ -161,4 +161,4 @@ def test_all_that_a_cpu_can_check(tmp_path, capsys):
     status, rows = check(capsys, "--out", str(Path(tmp_path) / "table.md"))
     assert status == 0, [row for row in rows if row[-1] == "NO"]
     reasons = [row[-2] for row in rows if row[-1] == "left out"]
-    assert reasons and all(reason.startswith(("wants a GPU", "too small")) for reason in reasons)
+    assert reasons and all(reason.startswith(("wants ", "too small")) for reason in reasons)
