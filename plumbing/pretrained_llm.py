@@ -4,6 +4,7 @@ Letters: B samples, T tokens, D width, V vocabulary.
 """
 
 import inspect
+import json
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 from plumbing.cli import InputError
 from plumbing.encoder_weights import ask_hub
 from tiny.llm import token_positions
+
+
+SPACE = "\u2581"  # in the pieces of a sentencepiece model
 
 
 def require_transformers():
@@ -80,6 +84,24 @@ class PretrainedLLM(nn.Module):
         return output.logits                                                             # (B, T, V)
 
 
+def join_spaces_last(tokenizer) -> None:
+    """Let a tokenizer that was made of Llama's tokenizer.model read runs of spaces as Llama does.
+
+    There, and in the tokenizer.json of the hub, they are joined last, so that a word takes the last
+    space before it. transformers 5 orders the merges by the pieces' numbers, spaces first.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [tuple(merge) for merge in state.get("merges", [])]
+    if not merges or merges[0] != (SPACE, SPACE):
+        return
+    spaces = [merge for merge in merges if set("".join(merge)) == {SPACE}]
+    words = [merge for merge in merges if set("".join(merge)) != {SPACE}]
+    spaces.sort(key=lambda merge: (len(merge[0]), len(merge[1])), reverse=True)
+    tokenizer.backend_tokenizer.model = type(tokenizer.backend_tokenizer.model)(
+        state["vocab"], words + spaces, fuse_unk=state["fuse_unk"], unk_token=state["unk_token"],
+        byte_fallback=state["byte_fallback"])
+
+
 class PretrainedTokenizer:
     """A real LLM's tokenizer behind the names of WordTokenizer's.
 
@@ -96,12 +118,14 @@ class PretrainedTokenizer:
         except (OSError, ValueError, ImportError) as e:
             fault = f"its tokenizer cannot be loaded ({type(e).__name__})"
             raise llm_error(name, fault) from None
+        join_spaces_last(self.tokenizer)
         self.eos = self.tokenizer.eos_token_id
         self.bos = self.tokenizer.bos_token_id
         if self.bos is None:
             self.bos = self.eos
         self.pad = self.eos  # never seen: the attention mask hides it, its label is IGNORE
         # a sentencepiece model puts a space before a text, and after </s> again or not
+        self.puts_space = "".join(self.tokenizer.tokenize("a")).startswith(SPACE)
         after_end = self.tokenizer(self.tokenizer.eos_token + "a", add_special_tokens=False)
         self.anew_after_end = after_end.input_ids[1:] == self.encode("a")
         self.check(name)
@@ -121,6 +145,8 @@ class PretrainedTokenizer:
         return text
 
     def encode(self, text: str) -> list[int]:
+        if self.puts_space and text.startswith(" "):
+            text = f" {text}"  # transformers 5 puts none before a space, sentencepiece does
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def encode_after_end(self, text: str) -> list[int]:

