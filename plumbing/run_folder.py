@@ -42,7 +42,8 @@ except ImportError:  # Windows
     fcntl = resource = None
 
 FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
-         "samples.png", "held_out.json", "model.safetensors", "result.json", "evaluation.json")  # of a run
+         "samples.png", "held_out.json", "model.safetensors", "result.json",
+         "evaluation.json")  # of a run
 
 
 def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
