@@ -17,9 +17,8 @@ from kd_loss import kd_loss, token_weights
 from model import Student
 from mole import mole_layers, router_probs
 from plumbing.build import load_eval_set, load_student
-from plumbing.cli import Parser, run
+from plumbing.cli import InputError, Parser, run
 from plumbing.config import FULL
-from plumbing.flags import load_config
 from plumbing.whole_run import load_whole_run
 from teachers import Teachers, VisionEncoder, build_adapters
 from tiny.pretrain import cells
@@ -34,7 +33,7 @@ def chosen_experts(run_folder: Path) -> tuple[Student, list[torch.Tensor], list[
     """The student; expert (PICTURES, 1 + n) and p (PICTURES, 1 + n, E) of each layer."""
     student, _ = load_student(run_folder)
     if not mole_layers(student):
-        raise SystemExit(f"{run_folder}: its student has no experts")
+        raise InputError(f"{run_folder}: its student has no experts; name another run")
     student(WorldImages("test", PICTURES).images)
     probs = router_probs(student)
     return student, [p.argmax(dim=-1) for p in probs], probs
@@ -70,7 +69,11 @@ def router(args) -> None:
 def uniform(args) -> None:
     """Exercise 2, on the first held-out picture."""
     whole = load_whole_run(args.run)
-    records, get_image = load_eval_set(load_config(args.run / "config.json"))
+    held_out = load_eval_set(whole.c)
+    if held_out is None or len(whole.model.adapters) == 0:
+        raise InputError(f"{args.run}: has no held-out picture, or no teachers; name a run of "
+                         "--tiny")
+    records, get_image = held_out
     name = records[0]["image"]
     images = get_image(name)[None].to(whole.c.device)
     outputs = whole.teachers(images, [name])
