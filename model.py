@@ -118,8 +118,11 @@ class VLM(nn.Module):
         return x.index_put((rows, columns), projected.flatten(0, 1))                     # (B, T, D)
 
     def forward(self, visual: torch.Tensor | None, input_ids: torch.Tensor,
-                attention_mask: torch.Tensor) -> torch.Tensor:
-        """visual (B_img, n, d), input_ids and attention_mask (B, T) -> logits (B, T, V)"""
+                attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """visual (B_img, n, d), input_ids and attention_mask (B, T) -> logits (B, T, V)
+
+        Without a mask every token sees all tokens before it: right where padding stands last.
+        """
         return self.llm(self.splice(input_ids, visual), attention_mask)                  # (B, T, V)
 
     @torch.no_grad()
@@ -201,9 +204,10 @@ class MoVEKD(nn.Module):
             outputs = teachers(images, batch["image_names"])                        # m x (B_img, .)
         V_s = None if images is None else self.vlm.student(images)                   # (B_img, n, d)
 
-        # L_text. A stand-in picture (plumbing/machine.py) runs, but stands in no text
+        # L_text. Training batches are padded on the right, so no mask is needed. A stand-in picture
+        # (plumbing/machine.py) runs, but stands in no text
         shown = V_s[:0] if batch.get("stand_in") else V_s                            # (B_img, n, d)
-        logits = self.vlm(shown, ids, batch["attention_mask"])                           # (B, T, V)
+        logits = self.vlm(shown, ids, None)                                              # (B, T, V)
         L_text = text_loss(logits, labels)                                                      # ()
         terms = {"L_text": L_text, "L_kd": L_text.new_zeros(()), "L_balance": L_text.new_zeros(())}
         if images is None:

@@ -70,10 +70,15 @@ class PretrainedLLM(nn.Module):
     def new_cache(self):
         return require_transformers().DynamicCache()
 
-    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor,
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None,
                 cache=None) -> torch.Tensor:
-        """inputs_embeds (B, T, D), attention_mask (B, T_all) -> logits (B, T, V)"""
-        positions = token_positions(attention_mask)[:, -inputs_embeds.shape[1]:]            # (B, T)
+        """inputs_embeds (B, T, D), attention_mask (B, T_all) -> logits (B, T, V)
+
+        Without a mask, as in training, attention takes its fastest kernel.
+        """
+        positions = None  # those of the model: 0, 1, ...
+        if attention_mask is not None:
+            positions = token_positions(attention_mask)[:, -inputs_embeds.shape[1]:]        # (B, T)
         output = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                             position_ids=positions, use_cache=cache is not None,
                             **{self.cache_name: cache})
