@@ -36,26 +36,15 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory):
-    """A small random Llama and its tokenizer (a word a token) as transformers saves them."""
+    """A small random Llama and its tokenizer, of Llama's kind, as transformers saves them."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     torch.manual_seed(0)
-    known = set()
-    for record in world_records("train", "chat", 50) + world_records("train", "caption", 50):
-        for turn in record["conversations"]:
-            known.update(re.findall(r"\w+|[^\w\s]", turn["value"]))
-    words = ["<unk>", "<s>", "</s>", *sorted(known), "A", "chat", "between", "USER", "ASSISTANT",
-             ":"]
-    ids = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    model = tokenizers.models.WordLevel(ids, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("llama")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>",
-                                                eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(folder)
+    vocabulary, merges = common.llama_pieces(tokenizers)
+    transformers.LlamaTokenizer(vocabulary, merges).save_pretrained(folder)
     config = transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder

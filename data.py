@@ -7,10 +7,12 @@ A record is what LLaVA's JSON files hold, one conversation about one image or no
                        {"from": "gpt", "value": "heart"}, ...]}
 
 `conversation_ids` makes token ids and labels of it; `get_image(name)` gives its image as a uint8
-tensor (3, R, R). Both the tiny world (tiny/world.py) and files on disk come as records and
-get_image, and take the same path from there on.
+tensor (3, R, R), or as {R_i: (3, R_i, R_i)}, one for each size that an encoder sees. Both the tiny
+world (tiny/world.py) and files on disk come as records and get_image, and take the same path from
+there on.
 
-Letters: B samples, B_img of them with an image, T text tokens, R pixels of the square image.
+Letters: B samples, B_img of them with an image, T text tokens, R pixels of the square image, R_i
+pixels of encoder i's view.
 
 Batches that are equal on any number of processes, and grouped by length, make its last third.
 """
@@ -20,6 +22,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -27,6 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 IGNORE = -100  # a label that the loss skips (torch's cross_entropy default)
+MEAN_COLOUR = (122, 116, 104)  # CLIP's
+CaptionEnd = Literal["eos", "newline"]  # what ends a caption of stage 1: </s>, or as in LLaVA
 
 
 class DataError(ValueError):
@@ -37,7 +42,8 @@ class DataError(ValueError):
 # From a record to token ids and labels
 
 
-def conversation_ids(record: dict, template: str, tokenizer, n: int) -> tuple[list, list]:
+def conversation_ids(record: dict, template: str, tokenizer, n: int,
+                     caption_end: CaptionEnd = "eos") -> tuple[list, list]:
     r"""Token ids and labels (T,) of a record; ^ marks what the loss sees:
 
         "plain" (captions)       <s><image>a red heart on grass</s>
@@ -46,40 +52,75 @@ def conversation_ids(record: dict, template: str, tokenizer, n: int) -> tuple[li
                                                                          ^^^^^^^^^
                                  USER: what colour? ASSISTANT: red</s>
                                                               ^^^^^^^
-    LLaVA's prompts, built piece by piece so that the mask is exact by construction. `<image>`
-    becomes n copies of the image token: the places of the student's tokens. "plain" drops the
-    human's words: the image alone must explain the caption. A real LLM has Vicuna's instruction
-    before the first USER: and a space before each answer. A record that ends with a question ends
-    after "ASSISTANT:". Words of a text are never control tokens, even if it reads </s> or USER:.
+    They are LLaVA's prompts and LLaVA's ids. `<image>` becomes n copies of the image token: the
+    places of the student's tokens. "plain" drops the human's words: the image alone must explain
+    the caption, which ends with </s> or, as LLaVA's, with a "newline". A real LLM has Vicuna's
+    instruction before the first USER:. A record that ends with a question ends after "ASSISTANT:".
+    Words of a text are never control tokens, even if it reads </s> or USER:.
     """
+    if template == "plain":
+        pieces = caption_pieces(record, tokenizer, n, caption_end)
+    else:
+        pieces = dialogue_pieces(record, tokenizer, n)
     ids = [tokenizer.bos]
     labels = [IGNORE]
-    for i, turn in enumerate(record["conversations"]):
-        text = turn["value"]
-        if turn["from"] == "gpt":
-            space = tokenizer.space if template == "v1" else ""
-            answer = tokenizer.encode(space + tokenizer.plain(text)) + [tokenizer.eos]
-            ids += answer
-            labels += answer
-            continue
-        # only a record with an image has a place for it; elsewhere <image> is a word of the text
-        pictured = "image" in record and "<image>" in text
-        image = [tokenizer.image] * n if pictured else []
-        if template == "plain":
-            asked = image
-        else:
-            system = tokenizer.system if i == 0 else ""
-            question = text.replace("<image>", "") if pictured else text
-            question = f"{tokenizer.plain(question.strip())} ASSISTANT:"
-            if pictured:
-                # the image first, wherever the question has it, as LLaVA does
-                asked = tokenizer.encode(f"{system}USER: ") + image
-                asked += tokenizer.encode(f"\n{question}")
-            else:
-                asked = tokenizer.encode(f"{system}USER: {question}")
-        ids += asked
-        labels += [IGNORE] * len(asked)
+    for tokens, learnt in pieces:
+        ids += tokens
+        labels += tokens if learnt else [IGNORE] * len(tokens)
     return ids, labels
+
+
+def caption_pieces(record: dict, tokenizer, n: int, end: CaptionEnd) -> Iterator[tuple[list, bool]]:
+    """The prompt "plain" in pieces: (tokens, whether they are learnt)."""
+    for turn in record["conversations"]:
+        text = tokenizer.plain(turn["value"])
+        if turn["from"] == "human":
+            pictured = "image" in record and "<image>" in turn["value"]
+            yield [tokenizer.image] * n if pictured else [], False
+        elif end == "newline":
+            yield tokenizer.encode(f"{text}\n"), True
+        else:
+            yield tokenizer.encode(text) + [tokenizer.eos], True
+
+
+def dialogue_pieces(record: dict, tokenizer, n: int) -> Iterator[tuple[list, bool]]:
+    """The prompt "v1" in pieces: (tokens, whether they are learnt).
+
+    The text between two control tokens, an image or </s>, is tokenised as a whole, as in LLaVA, its
+    spaces as they are. The mask ends where the tokens of the text without the answer end.
+    """
+    read = tokenizer.encode  # of the text from here on
+    text = tokenizer.system  # since the last control token
+    for turn in record["conversations"]:
+        said = turn["value"]
+        if turn["from"] == "gpt":
+            tokens = read(f"{text} {tokenizer.plain(said)}")
+            asked = common_length(tokens, read(text))
+            yield tokens[:asked], False
+            yield tokens[asked:] + [tokenizer.eos], True
+            text = ""
+            read = tokenizer.encode_after_end
+            continue
+        text += "USER: "
+        # only a record with an image has a place for it; elsewhere <image> is a word of the text
+        if "image" in record and "<image>" in said:
+            # the image first, wherever the question has it, and no spaces around the question
+            yield read(text) + [tokenizer.image] * n, False
+            question = said.replace("<image>", "").strip()
+            text = f"\n{tokenizer.plain(question)}" if question else ""
+            read = tokenizer.encode
+        else:
+            text += tokenizer.plain(said)
+        text += " ASSISTANT:"
+    yield read(text), False
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many tokens at the start of a and b are the same."""
+    for k, (one, other) in enumerate(zip(a, b)):
+        if one != other:
+            return k
+    return min(len(a), len(b))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -133,30 +174,63 @@ def write_json(path: Path, value) -> None:
 
 def blank_image(size: int) -> torch.Tensor:
     """A picture of nothing, uint8 (3, size, size): CLIP's mean colour, 0 after normalisation."""
-    colour = torch.tensor([122, 116, 104], dtype=torch.uint8)
+    colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)
     return colour[:, None, None].repeat(1, size, size)
 
 
-def square_image(picture: Image.Image, size: int) -> torch.Tensor:
-    """An RGB picture padded to a square, then resized: uint8 (3, size, size).
+def padded(picture: Image.Image, size: int, shrink: Image.Resampling) -> Image.Image:
+    """An RGB picture padded to a square, so that nothing is cut off and all encoders see one place.
 
-    So nothing is cut off and all encoders see one geometry. The padding is CLIP's mean colour, as
-    in LLaVA. A long thin picture is shrunk first: its square would take far more memory than it.
+    The padding is CLIP's mean colour, as in LLaVA. A long thin picture is shrunk to `size` first:
+    its square would take far more memory than it.
     """
     long, short = max(picture.size), min(picture.size)
     if long > 4 * short and long > size:
         shrunk = [max(1, round(pixels * size / long)) for pixels in picture.size]
-        picture = picture.resize(shrunk, Image.Resampling.BILINEAR)
-    image = TF.pil_to_tensor(picture)                                       # (3, height, width)
-    _, height, width = image.shape
-    if height != width:
-        side = max(height, width)
-        left = (side - width) // 2
-        top = (side - height) // 2
-        canvas = blank_image(side)
-        canvas[:, top:top + height, left:left + width] = image
-        image = canvas                                                      # (3, side, side)
-    return TF.resize(image, [size, size], antialias=True)                   # (3, size, size)
+        picture = picture.resize(shrunk, shrink)
+    width, height = picture.size
+    if height == width:
+        return picture
+    side = max(height, width)
+    square = Image.new("RGB", (side, side), MEAN_COLOUR)
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def square_image(picture: Image.Image, size: int) -> torch.Tensor:
+    """An RGB picture padded to a square, then resized: uint8 (3, size, size)."""
+    image = TF.pil_to_tensor(padded(picture, size, Image.Resampling.BILINEAR))  # (3, side, side)
+    return TF.resize(image, [size, size], antialias=True)                       # (3, size, size)
+
+
+def square_views(picture: Image.Image, sizes: tuple[int, ...]) -> dict[int, torch.Tensor]:
+    """An RGB picture padded to a square, then resized once to each size: {R_i: (3, R_i, R_i)}.
+
+    Bicubic, by PIL: LLaVA's own pixels.
+    """
+    views = {}
+    for size in sizes:
+        square = padded(picture, size, Image.Resampling.BICUBIC)
+        view = square.resize((size, size), Image.Resampling.BICUBIC)
+        views[size] = TF.pil_to_tensor(view)                                    # (3, R_i, R_i)
+    return views
+
+
+def stack_images(images: list) -> torch.Tensor | dict[int, torch.Tensor]:
+    """Images as a batch: (B, 3, R, R) of one of square_image's each, {R_i: ...} of square_views'"""
+    if isinstance(images[0], dict):
+        return {size: torch.stack([image[size] for image in images]) for size in images[0]}
+    return torch.stack(images)                                                  # (B, 3, R, R)
+
+
+def to_device(value, device: str | torch.device):
+    """A tensor, or each of a dict of tensors, on a device; anything else as it is.
+
+    From pinned memory a copy to a GPU is not waited for.
+    """
+    if isinstance(value, dict):
+        return {key: part.to(device, non_blocking=True) for key, part in value.items()}
+    return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
 
 
 # ------------------------------------------------------------------------------------------------
@@ -166,6 +240,8 @@ def square_image(picture: Image.Image, size: int) -> torch.Tensor:
 class Conversations(Dataset):
     """Records and images as samples {input_ids (T,), labels (T,), image uint8 (3, R, R), ...}.
 
+    The image is what get_image gives, or None.
+
     A sample is made when it is asked for. A conversation longer than max_length, its image's tokens
     counted, is cut there, as in LLaVA. What cannot be used (an unreadable image, no answer within
     max_length, a prompt that is too long) is a DataError in `sample`. In dataset[i], which worker
@@ -174,7 +250,7 @@ class Conversations(Dataset):
     """
 
     def __init__(self, records: list[dict], get_image: Callable, tokenizer, template: str, n: int,
-                 max_length: int, skip_bad: bool = False):
+                 max_length: int, skip_bad: bool = False, caption_end: CaptionEnd = "eos"):
         self.records = records
         self.get_image = get_image
         self.tokenizer = tokenizer
@@ -182,6 +258,7 @@ class Conversations(Dataset):
         self.n = n
         self.max_length = max_length
         self.skip_bad = skip_bad
+        self.caption_end = caption_end
 
     def __len__(self) -> int:
         return len(self.records)
@@ -203,7 +280,8 @@ class Conversations(Dataset):
         """The sample of one row. Raises DataError."""
         record = self.records[row]
         place = f"row {row} (counted from 0, id {record.get('id')})"
-        ids, labels = conversation_ids(record, self.template, self.tokenizer, self.n)
+        ids, labels = conversation_ids(record, self.template, self.tokenizer, self.n,
+                                       self.caption_end)
         cut = len(ids) > self.max_length
         if cut:
             limit = f"--max-length {self.max_length}"
@@ -220,7 +298,7 @@ class Conversations(Dataset):
         image = None
         if "image" in record:
             try:
-                image = self.get_image(record["image"])                     # (3, R, R)
+                image = self.get_image(record["image"])            # (3, R, R), or a view a size
             except DataError as e:
                 raise DataError(f"{place} has a bad image: {e}; `python -m tools.check_data` finds "
                                 "all such rows beforehand") from None
@@ -239,9 +317,9 @@ class Conversations(Dataset):
 def collate(samples: list[dict], pad: int, side: str = "right") -> dict:
     """A batch of samples, padded on the right to train and on the left to generate.
 
-    input_ids, labels, attention_mask (B, T); images uint8 (B_img, 3, R, R) of the samples that have
-    one, in order, None if none has; image_names, theirs; and what was skipped and cut. A fault
-    among the samples is passed on alone.
+    input_ids, labels, attention_mask (B, T); images uint8 (B_img, 3, R, R), or {R_i: (B_img, 3,
+    R_i, R_i)}, of the samples that have one, in order, None if none has; image_names, theirs; and
+    what was skipped and cut. A fault among the samples is passed on alone.
     """
     for sample in samples:
         if "fault" in sample:
@@ -256,7 +334,7 @@ def collate(samples: list[dict], pad: int, side: str = "right") -> dict:
         return torch.tensor(full)                                           # (B, T)
 
     pictured = [sample for sample in samples if sample["image"] is not None]
-    images = torch.stack([sample["image"] for sample in pictured]) if pictured else None
+    images = stack_images([sample["image"] for sample in pictured]) if pictured else None
     skipped = []
     for sample in samples:
         skipped += sample.get("skipped", [])

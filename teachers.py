@@ -61,8 +61,9 @@ def create_net(spec: str, **more) -> nn.Module:
 class VisionEncoder(nn.Module):
     """A timm encoder that makes its own view of the loader's image: its resolution, mean and std.
 
-    One image, many views, in a batch on the device; and one geometry, so that token (i, j) of two
-    encoders looks at one place. `net` is the spec's timm model with its weights; None: random ones.
+    One image, many views, in a batch on the device; or the loader has made the views of each size
+    from the original. One geometry, so that token (i, j) of two encoders looks at one place.
+    `net` is the spec's timm model with its weights; None: random ones.
     """
 
     def __init__(self, spec: str, net: nn.Module | None = None):
@@ -88,10 +89,13 @@ class VisionEncoder(nn.Module):
         """d_i"""
         return self.net.num_features
 
-    def view(self, images: torch.Tensor) -> torch.Tensor:
-        """What the encoder gets to see: uint8 (B, 3, R, R) -> normalised (B, 3, R_i, R_i)"""
-        size = [self.image_size, self.image_size]
-        x = TF.resize(images, size, self.interpolation, antialias=True)           # (B, 3, R_i, R_i)
+    def view(self, images: torch.Tensor | dict[int, torch.Tensor]) -> torch.Tensor:
+        """What it gets to see: uint8 (B, 3, R, R), or {R_i: ...} -> normalised (B, 3, R_i, R_i)"""
+        if isinstance(images, dict):
+            x = images[self.image_size]                                           # (B, 3, R_i, R_i)
+        else:
+            size = [self.image_size, self.image_size]
+            x = TF.resize(images, size, self.interpolation, antialias=True)       # (B, 3, R_i, R_i)
         x = TF.to_dtype(x, torch.float32, scale=True)                             # (B, 3, R_i, R_i)
         x = TF.normalize(x, self.mean, self.std)                                  # (B, 3, R_i, R_i)
         return x.to(next(self.net.parameters()).dtype)                            # (B, 3, R_i, R_i)

@@ -69,6 +69,8 @@ def test_every_flag_named_in_the_text_exists():
             known.add("--" + node.target.id.replace("_", "-"))
     theirs = {"--nnodes", "--nproc-per-node", "--shutdown-timeout", "--ipc"}
     for page, text in TEXTS.items():
+        if page.name == "messages.md":
+            continue  # wrong flags are what it is about
         for flag in re.findall(r"`(--[a-z][\w-]+)", text):
             presets = ("--tiny", "--small", "--full", "--recipe")
             assert flag in known | theirs or flag in presets, f"{page.name}: {flag}"

@@ -211,13 +211,32 @@ def random_file(name: str, folder: Path) -> nn.Module:
     return net
 
 
+def llama_pieces(tokenizers, size: int = 700) -> tuple[dict[str, int], list]:
+    """(vocabulary, merges) of a tokenizer with Llama's settings, made of the tiny world's words.
+
+    As a sentencepiece model of byte-pair encoding: pieces that begin with a space, and a byte each
+    for what is no piece. LlamaTokenizer(vocabulary, merges) reads with it.
+    """
+    texts = ["A chat between a curious user and an artificial intelligence assistant. USER: "]
+    for record in world_records("train", "chat", 50) + world_records("train", "caption", 50):
+        for turn in record["conversations"]:
+            texts += turn["value"].splitlines()
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    single = [f"<0x{byte:02X}>" for byte in range(256)]
+    model.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<unk>", "<s>", "</s>", *single], show_progress=False))
+    pieces = json.loads(model.to_str())["model"]
+    return pieces["vocab"], [tuple(merge) for merge in pieces["merges"]]
+
+
 def full_flags(real_folder: Path, llama_folder: Path) -> list[str]:
     """`--full`, with files in place of downloads, at toy sizes."""
     flags = ["--full", "--device", "cpu", "--precision", "fp32", "--data-root", str(real_folder),
              "--weights", str(real_folder), "--llm", str(llama_folder)]
     for name, spec in REAL.items():
         flags += [f"--{name}", spec]
-    return flags + ("--image-size 64 --stage1-batch 4 --stage2-batch 4 --micro-batch 2 "
+    return flags + ("--stage1-batch 4 --stage2-batch 4 --micro-batch 2 "
                     "--log-every 1 --workers 1 --mole-rank 4 "
                     "--teachers clip eva convnext sam").split()
 

@@ -17,6 +17,9 @@ all but the teachers). One loss in both, below in `train_stage`:
 Longer than the loop alone: it holds the whole run, from the flags to the evaluation, in one order.
 """
 
+if __name__ == "__main__":
+    import plumbing.early_signals  # loading the libraries below takes seconds
+
 import json
 import math
 import sys
@@ -156,6 +159,8 @@ def train_stages(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
                  datasets: dict[int, Conversations], pad: int, progress: Progress,
                  checkpoint: Path | None, log: RunLog) -> None:
     """Train from where progress stands to the end. Raises Stopped if a signal ended it."""
+    for stage in (1, 2):
+        check_batch(c, machine, datasets[stage], stage)
     machine.training = True
     for stage in range(progress.stage, 3):
         if stage > progress.stage:
@@ -172,6 +177,15 @@ def train_stages(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
             raise Stopped(f"stopped by {machine.stop or 'a signal'} at stage {progress.stage}, "
                           f"step {progress.step}; to go on: python train.py --resume {c.out}")
     machine.checkpoints.finish()
+
+
+def check_batch(c: Config, machine: Machine, dataset: Conversations, stage: int) -> None:
+    """Raise InputError if a stage's batch cannot be dealt out to all processes."""
+    batch_size = getattr(c, f"stage{stage}_batch")
+    pieces, _ = machine.micro_batches(batch_size)
+    if pieces > min(batch_size, len(dataset)):
+        raise InputError(f"--stage{stage}-batch {batch_size}: has no sample for each of {pieces} "
+                         "micro-batches; raise it or use fewer --processes")
 
 
 class StagePlan(NamedTuple):
@@ -192,9 +206,6 @@ def plan_stage(c: Config, machine: Machine, dataset: Conversations, pad: int,
     steps = count_steps(len(dataset), batch_size, epochs)
     steps = min(steps, c.max_steps or steps)
     pieces, own = machine.micro_batches(batch_size)
-    if pieces > min(batch_size, len(dataset)):
-        raise InputError(f"--stage{stage}-batch {batch_size}: has no sample for each of {pieces} "
-                         "micro-batches; raise it or use fewer --processes")
     loader = make_loader(dataset, batch_size, epochs, c.seed + stage, pad, c.group_batches, pieces,
                          own, progress.step, **loader_options(c))
     return StagePlan(steps, getattr(c, f"stage{stage}_lr"), own, iter(loader))
@@ -263,8 +274,12 @@ def check_finite(values: dict[str, torch.Tensor], progress: Progress, lr: float)
     for name, value in values.items():
         if not value.isfinite().all():
             bad = value[~value.isfinite()].flatten()[0].item()
+            remedy = f"lower --stage{progress.stage}-lr {lr}"
+            if name.startswith("kd_"):
+                teacher = name.removeprefix("kd_")
+                remedy += f", if teacher {teacher}'s tokens of these images are finite"
             raise InputError(f"{name} is {bad} at stage {progress.stage}, step {progress.step}: "
-                             f"lower --stage{progress.stage}-lr {lr}")
+                             f"{remedy}")
 
 
 def lr_share(step: int, steps: int, warmup: float) -> float:

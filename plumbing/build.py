@@ -10,7 +10,7 @@ from model import VLM, Ensemble, MoVEKD, Student
 from plumbing.cli import InputError
 from plumbing.config import Config
 from plumbing.encoder_weights import find_weights, is_real, load_net
-from plumbing.image_files import DiskImages
+from plumbing.image_files import DiskImages, Size, student_size, training_size
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import keep, place_of, read_records
 from plumbing.teacher_cache import digest
@@ -53,11 +53,12 @@ def load_sets(c: Config) -> dict[str, tuple]:
         for name, (file, folder) in llava_layout(Path(c.data_root)).items():
             # too many images to open them all beforehand
             records = read_records(file, folder, c.skip_bad)
-            sets[name] = (records, DiskImages(folder, c.image_size, c.allow_outside))
+            sets[name] = (records, DiskImages(folder, training_size(c), c.allow_outside))
     elif c.data:
         folder = Path(c.image_folder or Path(c.data).parent)
-        sets = {"pretrain": checked_set(c, Path(c.pretrain_data or c.data), folder),
-                "train": checked_set(c, Path(c.data), folder)}
+        size = training_size(c)
+        sets = {"pretrain": checked_set(c, Path(c.pretrain_data or c.data), folder, size),
+                "train": checked_set(c, Path(c.data), folder, size)}
     else:
         sets = {"pretrain": tiny_set("pretrain", c.n_pretrain),
                 "train": tiny_set("train", c.n_train, c.n_described, c.n_text)}
@@ -71,14 +72,14 @@ def load_eval_set(c: Config) -> tuple | None:
     """(records, get_image) of the held-out questions, if there are any."""
     if c.eval_data:
         folder = c.image_folder or Path(c.data or c.eval_data).parent
-        return checked_set(c, Path(c.eval_data), Path(folder))
+        return checked_set(c, Path(c.eval_data), Path(folder), student_size(c))
     return None if c.data_root else tiny_set(c.eval_split, c.n_eval)
 
 
-def checked_set(c: Config, file: Path, folder: Path) -> tuple:
+def checked_set(c: Config, file: Path, folder: Path, size: Size) -> tuple:
     """(records, get_image) of a file whose rows and images are all looked at beforehand."""
     records = read_records(file, folder, c.skip_bad, DiskImages(folder, 16, c.allow_outside))
-    return records, DiskImages(folder, c.image_size, c.allow_outside)
+    return records, DiskImages(folder, size, c.allow_outside)
 
 
 def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | PretrainedTokenizer:
@@ -127,7 +128,8 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
                          "nothing to align")
     captions = not c.data or c.pretrain_data
     template = "plain" if captions else "v1"
-    return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad),
+    return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
+                             c.caption_end),
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
 
 

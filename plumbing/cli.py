@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 
+import torch
+
 from data import DataError
 
 
@@ -35,6 +37,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the arguments)")
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether the machine or its GPU had no memory left; on a CPU torch has no name for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 def run(program: Callable) -> None:
     """Run a program's main(); bad input becomes its line and exit status 2.
 
@@ -46,9 +55,15 @@ def run(program: Callable) -> None:
         if int(os.environ.get("RANK", 0)) == 0:  # every process stops; the first says so
             print(e, file=sys.stderr)
         sys.exit(STOPPED)
+    except KeyboardInterrupt:  # of a program that does not listen for signals
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(STOPPED)
     except Exception as e:
         if isinstance(e, OSError) and e.strerror:
             e = InputError(f"{e.filename or 'the machine'}: {e.strerror}")
+        if out_of_memory(e):
+            e = InputError(f"out of memory: {str(e).splitlines()[0][:200]}; lower --micro-batch, "
+                           "then add --recompute; `python -m tools.plan` says what a run wants")
         bad_input = isinstance(e, DataError)
         rank = int(os.environ.get("RANK", 0))
         world = int(os.environ.get("WORLD_SIZE", 1))

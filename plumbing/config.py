@@ -8,6 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
+from data import CaptionEnd
 from kd_loss import TeacherWeight, TokenWeight
 from mole import BalanceForm, MoleForm, MoleInit, RouterGrad
 from teachers import AdapterDirection, AdapterForm, TargetNorm
@@ -29,6 +30,7 @@ Weight = Annotated[float, Range(0, 1e6)]
 Seed = Annotated[int, Range(0, 2 ** 32 - 1)]
 Pixels = Annotated[int, Range(16, 8192)]
 Dropout = Annotated[float, Range(0, 0.95)]  # nothing is learnt where nearly all is dropped
+ImageViews = Literal["one", "each"]
 
 
 def encoder(spec: str):
@@ -58,7 +60,9 @@ class Config:
     n_described: CountOrZero = COUNTS["described"]
     n_text: CountOrZero = COUNTS["text"]
     n_eval: Count = COUNTS["eval"]
-    image_size: Pixels = 128                # px of the loader's square image
+    image_size: Pixels = 128                # px of the loader's square image, of which views are
+    image_views: ImageViews = "one"         # "each": an encoder's own size, from the original
+    caption_end: CaptionEnd = "eos"         # of stage 1's captions; LLaVA's is "newline"
     max_length: Count = 2048                # tokens of a conversation; LLaVA's; longer ones are cut
     group_batches: Count = 1                # batches sorted by length together; 8: little padding
     workers: Processes = 0                  # processes that load images; 0 suits images in memory
@@ -152,6 +156,8 @@ LARGER = {
     "out":              ("runs/small",                         "runs/full"),
     "device":           ("auto",                               "cuda"),
     "image_size":       (512,                                  1024),
+    "image_views":      ("each",                               "each"),
+    "caption_end":      ("newline",                            "newline"),
     "group_batches":    (8,                                    8),
     "workers":          (2,                                    8),
     "clip":             ("vit_base_patch16_clip_quickgelu_224.openai img_size=224",    # 196 x 768

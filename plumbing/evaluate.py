@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Conversations, blank_image, collate
+from data import Conversations, blank_image, collate, to_device
 from model import VLM
 from plumbing.config import Config
 from tiny.llm import WordTokenizer
@@ -54,7 +54,7 @@ def answer(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image: Calla
         batch = collate([prompts.sample(row) for row in rows], tokenizer.pad, side="left")
         visual = None
         if batch["images"] is not None:
-            visual = vlm.student(batch["images"].to(c.device))              # (B_img, n, d)
+            visual = vlm.student(to_device(batch["images"], c.device))      # (B_img, n, d)
         ids = vlm.generate(visual, batch["input_ids"].to(c.device),
                            batch["attention_mask"].to(c.device), tokenizer.eos,
                            c.max_new_tokens)                                # (B, new tokens)

@@ -36,8 +36,8 @@ def add_field(parser: Parser, field: dataclasses.Field) -> None:
     """Make a flag of a field of Config."""
     kind = plain_type(field)
     options = {"type": kind}
-    if typing.get_origin(kind) is Literal:
-        options = {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is Literal:  # check_value looks at it, as at a config.json's
+        options = {"metavar": "{" + ",".join(typing.get_args(kind)) + "}"}
     elif kind is tuple:
         options = {"type": str, "nargs": "+"}
     elif kind is bool:
@@ -150,7 +150,9 @@ def check_value(name: str, field: dataclasses.Field, value) -> None:
         return
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{name} {value!r}: must be of type {kind.__name__}")
+        wanted = {tuple: "a list of names", str: "a text", bool: "true or false",
+                  int: "a whole number", float: "a number"}[kind]
+        raise InputError(f"{name} {value!r}: must be {wanted}")
     if kind is tuple and not (value and all(isinstance(item, str) for item in value)):
         raise InputError(f"{name} {value!r}: must be a list of at least one name")
     if typing.get_origin(field.type) is Annotated:

@@ -10,18 +10,24 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from data import DataError, square_image
+from data import DataError, square_image, square_views
+from plumbing.config import Config
+from teachers import parse_spec
 
+Size = int | tuple[int, ...]  # of the loader's image; or of the views made of the original
 # what the machine lacks, not the file: such an error is passed on as it is
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
-def load_image(path: Path, size: int) -> torch.Tensor:
-    """An image file as uint8 (3, size, size). Raises DataError if it is missing or unreadable."""
+def load_image(path: Path, size: Size) -> torch.Tensor | dict:
+    """An image file as uint8 (3, size, size), or a view for each of several sizes.
+
+    Raises DataError if it is missing or unreadable.
+    """
     remedy = "replace the file or drop its row"
     try:
         with Image.open(path) as file:
-            return square_image(as_seen(file), size)
+            return fit(as_seen(file), size)
     except FileNotFoundError:
         raise DataError(f"{path}: no such image file") from None
     except Image.DecompressionBombError as e:
@@ -34,6 +40,13 @@ def load_image(path: Path, size: int) -> torch.Tensor:
             EOFError, OverflowError, struct.error) as e:  # what PIL makes of a broken file
         fault = type(e).__name__
     raise DataError(f"{path}: not a readable image ({fault}); {remedy}")
+
+
+def fit(picture: Image.Image, size: Size) -> torch.Tensor | dict:
+    """An RGB picture as a square of one size, or as a view for each of several."""
+    if isinstance(size, tuple):
+        return square_views(picture, size)
+    return square_image(picture, size)
 
 
 def as_seen(picture: Image.Image) -> Image.Image:
@@ -64,19 +77,45 @@ def eight_bits(values: np.ndarray) -> np.ndarray:
     return ((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
 
 
+def student_size(c: Config) -> Size:
+    """What the loader makes of a picture that only the student sees."""
+    return loader_size(c, c.teachers if c.student == "ensemble" else ("clip",))
+
+
+def training_size(c: Config) -> Size:
+    """What the loader makes of a picture that is trained on; without L_kd no teacher sees it."""
+    if c.lambda_kd or c.student == "ensemble":
+        return loader_size(c, ("clip", *c.teachers))
+    return loader_size(c, ("clip",))
+
+
+def loader_size(c: Config, encoders: tuple[str, ...]) -> Size:
+    """The size of the loader's image, or the sizes that some encoders want from the original."""
+    if c.image_views == "one":
+        return c.image_size
+    return tuple(sorted({parse_spec(getattr(c, name))[1] for name in encoders}))
+
+
+def image_bytes(size: Size) -> int:
+    """What the loader's image takes, or all of its views."""
+    sizes = size if isinstance(size, tuple) else (size,)
+    return sum(3 * pixels ** 2 for pixels in sizes)
+
+
 class DiskImages:
     """get_image for records of a file on disk, whose image names are relative to `folder`.
 
+    It gives one image of `size` px, or with several sizes a view for each, from the original.
     A name that leads out of the folder, by .. or a link, is refused unless it may.
     """
 
-    def __init__(self, folder: Path, size: int, allow_outside: bool = False):
+    def __init__(self, folder: Path, size: Size, allow_outside: bool = False):
         self.folder = Path(folder)
         self.size = size
         self.allow_outside = allow_outside
         self.source = str(self.folder.resolve())
 
-    def __call__(self, name: str) -> torch.Tensor:
+    def __call__(self, name: str) -> torch.Tensor | dict[int, torch.Tensor]:
         return load_image(self.path(name), self.size)
 
     def path(self, name: str) -> Path:

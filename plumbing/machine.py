@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from data import IGNORE, blank_image
+from data import IGNORE, blank_image, to_device
 from model import MoVEKD
 from plumbing.checkpoints import Checkpoints, Progress, load_checkpoint
 from plumbing.cli import InputError, Stopped
@@ -267,10 +267,7 @@ class Machine:
             batch = {**batch, "images": blank, "image_names": [None], "stand_in": True}
         moved = {}
         for name, value in batch.items():
-            if torch.is_tensor(value):
-                # from pinned memory a copy to a GPU is not waited for
-                value = value.to(self.c.device, non_blocking=True)
-            moved[name] = value
+            moved[name] = to_device(value, self.c.device)
         return moved
 
     # --- a step

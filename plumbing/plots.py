@@ -41,7 +41,10 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image: Ca
         axis.axis("off")
     for axis, i in zip(axes.flat, order):
         row, given = rows[i], answers[i]
-        axis.imshow(get_image(row["record"]["image"]).permute(1, 2, 0).numpy())
+        image = get_image(row["record"]["image"])
+        if isinstance(image, dict):
+            image = image[max(image)]
+        axis.imshow(image.permute(1, 2, 0).numpy())
         color = "green" if normalise(given) == row["answer"] else "red"
         title = f"{row['question'][:40]}\n{row['answer'][:25]} | {given[:25]}"
         axis.set_title(title, fontsize=10, pad=5, parse_math=False, color=color)

@@ -106,10 +106,19 @@ class PretrainedTokenizer:
         if self.bos is None:
             self.bos = self.eos
         self.pad = self.eos  # never seen: the attention mask hides it, its label is IGNORE
-        # each piece is encoded by itself, so that the mask is exact; a sentencepiece model starts
-        # every piece with a space of its own
-        starts_with_space = self.tokenizer.tokenize("a")[0].startswith("\u2581")
-        self.space = "" if starts_with_space else " "
+        # a sentencepiece model puts a space before a text, and after </s> again or not
+        after_end = self.tokenizer(self.tokenizer.eos_token + "a", add_special_tokens=False)
+        self.anew_after_end = after_end.input_ids[1:] == self.encode("a")
+        self.check(name)
+
+    def check(self, name: str) -> None:
+        """Raise InputError if a text does not come back as it was."""
+        text = "Hello world, is it \u00e9t\u00e9?\nYes, 20 of them."
+        back = self.tokenizer.decode(self.encode(text))
+        if back.strip() != text:
+            raise InputError(f"--llm {name}: its tokenizer reads {text!r} as {back!r}; transformers"
+                             " 5.0 to 5.2 garble a tokenizer.model: pip install "
+                             "'transformers>=5.3'")
 
     @staticmethod
     def plain(text: str) -> str:
@@ -118,6 +127,14 @@ class PretrainedTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def encode_after_end(self, text: str) -> list[int]:
+        """The ids of a text that follows </s>."""
+        if self.anew_after_end:
+            return self.encode(text)
+        # a line break is a token of its own, and after it, as after </s>, no space is put
+        before = self.encode("\n")
+        return self.encode(f"\n{text}")[len(before):]
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the end-of-sentence token."""

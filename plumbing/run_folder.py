@@ -30,6 +30,7 @@ from plumbing.records import images_of, rows_digest
 from plumbing.released_checkpoint import load_released, released_config
 from plumbing.sharding import cast_vlm, full_state
 from plumbing.teacher_cache import digest
+from plumbing.watch import Watch
 from tiny.llm import WordTokenizer
 from tiny.tensor_files import read_tensors, write_tensors
 
@@ -171,6 +172,7 @@ class RunLog:
     def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress):
         self.every = c.log_every
         self.first = first
+        self.watch = Watch(lambda line: tqdm.write(line, file=sys.stderr))
         self.file = None
         if first:
             # without a buffer: no half line waits in one when the disk is full
@@ -212,7 +214,10 @@ class RunLog:
         """Every --log-every steps and at the last: a line for programs, and one to read."""
         self.tokens += counts["tokens"]
         step = progress.step - 1
-        if not self.file or (step % self.every and not last):
+        if not self.file:
+            return
+        self.watch.look(progress.stage, step, terms, last)
+        if step % self.every and not last:
             return
         values = {"stage": progress.stage, "step": step}
         for name in sorted(terms, key=lambda name: not name.startswith("L_")):  # losses first

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from data import DataError
+from data import DataError, stack_images, to_device
 from plumbing.cli import InputError
 from plumbing.records import images_of
 from plumbing.teacher_cache import CachedTeachers
@@ -54,8 +54,8 @@ def fill(norms: dict[str, ChannelNorm], teachers: Teachers, sets: list[tuple], d
             readable = read_images(batch, source, skip_bad)
             if not readable:
                 continue
-            pixels = torch.stack(readable)                                          # (B, 3, R, R)
-        outputs = teachers(pixels.to(device), batch)
+            pixels = stack_images(readable)                                         # (B, 3, R, R)
+        outputs = teachers(to_device(pixels, device), batch)
         for name in norms:
             tokens = outputs[name].tokens.flatten(0, 1).double().cpu()              # (B * n_i, d_i)
             sums[name] += torch.stack([tokens.sum(dim=0), tokens.square().sum(dim=0)])
@@ -67,8 +67,8 @@ def fill(norms: dict[str, ChannelNorm], teachers: Teachers, sets: list[tuple], d
         norm.std.copy_(std)
 
 
-def read_images(names: list[str], source: dict, skip_bad: bool) -> list[torch.Tensor]:
-    """The images by name, uint8 (3, R, R) each; with skip_bad without those that are unreadable."""
+def read_images(names: list[str], source: dict, skip_bad: bool) -> list:
+    """The images by name, as get_image gives them; with skip_bad without the unreadable ones."""
     images = []
     for name in names:
         try:
@@ -99,7 +99,7 @@ def check_teachers(teachers: Teachers, sets: list[tuple], device: str) -> None:
                 continue  # its row is reported when it is trained on
     if not names:
         return
-    for name, output in teachers(torch.stack(pixels).to(device), names).items():
+    for name, output in teachers(to_device(stack_images(pixels), device), names).items():
         tokens = output.tokens.float()                                              # (B, n_i, d_i)
         if not tokens.isfinite().all():
             raise InputError(f"teacher {name}: its tokens are nan or inf; its weights are damaged")

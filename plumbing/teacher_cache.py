@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import read_json, write_json
+from data import read_json, stack_images, to_device, write_json
 from plumbing.cli import InputError
 from plumbing.records import images_of
 from teachers import TeacherOutput, Teachers, VisionEncoder
@@ -47,7 +47,9 @@ class TeacherCache:
     def __init__(self, folder: Path, name: str, encoder: VisionEncoder, images: list[str],
                  get_image: Callable, source: str, fingerprint: str, batch: int = 64):
         self.rows = {image: i for i, image in enumerate(images)}
-        R = get_image(images[0]).shape[-1]
+        first = get_image(images[0])
+        # a view from the original is another than one from the loader's image
+        R = f"own {encoder.image_size}" if isinstance(first, dict) else first.shape[-1]
         key = digest("rows", encoder.spec, str(R), source, *images)[:12]
         made_of = {"teacher": encoder.spec, "pixels": R, "images": fingerprint,
                    "weights": weights_digest(encoder)}
@@ -172,8 +174,8 @@ def run_encoder(files: dict[str, Path], encoder: VisionEncoder, images: list[str
     name = files["tokens"].name.split(".")[0]
     arrays = {"crc32": new_array(files["crc32"], np.uint32, (len(images),))}
     for i in tqdm(range(0, len(images), batch), desc=f"cache {name}", leave=False):
-        pixels = torch.stack([get_image(image) for image in images[i:i + batch]])
-        output = encoder(pixels.to(device))
+        pixels = stack_images([get_image(image) for image in images[i:i + batch]])
+        output = encoder(to_device(pixels, device))
         rows = {}
         for field, value in output._asdict().items():
             if value is not None:
@@ -198,9 +200,11 @@ class CachedTeachers(Teachers):
         super().__init__(dict(teachers.encoders))
         self.caches = caches
 
-    def forward(self, images: torch.Tensor, names: list[str | None]) -> dict[str, TeacherOutput]:
+    def forward(self, images: torch.Tensor | dict[int, torch.Tensor],
+                names: list[str | None]) -> dict[str, TeacherOutput]:
         """The cached outputs of the images called so; their pixels are not looked at."""
-        return {name: cache.read(names, images.device) for name, cache in self.caches.items()}
+        pixels = next(iter(images.values())) if isinstance(images, dict) else images
+        return {name: cache.read(names, pixels.device) for name, cache in self.caches.items()}
 
 
 def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> CachedTeachers:

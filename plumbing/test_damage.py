@@ -1,4 +1,4 @@
-"""Files of our own that are damaged, and a disk that refuses: one line, and nothing half written."""
+"""Files of our own that are damaged, a disk that refuses: one line, and nothing half written."""
 
 import contextlib
 import resource
@@ -122,7 +122,8 @@ def test_a_full_disk_is_one_line(workplace, tmp_path, monkeypatch, size, place):
         train.main([*SHORT, "--out", "runs/full", "--save-every", "2"])
     said = f"{getattr(error.value, 'filename', '')} {error.value}"
     assert place in said or (place == "cache" and "teachers" in said), said
-    assert not list(tmp_path.rglob("*.tmp")) and not saved_checkpoints(Path("runs/full/checkpoints"))
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not saved_checkpoints(Path("runs/full/checkpoints"))
 
 
 def test_the_log_keeps_no_half_line(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from plumbing.cli import InputError
 from plumbing.config import Config
+from plumbing.image_files import image_bytes, training_size
 from plumbing.launcher import SIGNALS, wanted_processes
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -51,7 +52,7 @@ def check_shared_memory(c: Config) -> None:
         return
     samples = c.micro_batch or max(c.stage1_batch, c.stage2_batch)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", wanted_processes(c)))
-    wanted = processes * c.workers * PREFETCH * samples * 3 * c.image_size ** 2
+    wanted = processes * c.workers * PREFETCH * samples * image_bytes(training_size(c))
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < wanted:
         raise InputError(

@@ -21,7 +21,6 @@ class WordTokenizer:
     SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:"]
     pad, unk, bos, eos, image = range(5)
     system = ""     # no instruction before the first question
-    space = ""      # none before an answer: words are split anyway
     _pattern = re.compile("|".join(SPECIAL) + r"|\w+|[^\w\s]")
 
     def __init__(self, vocabulary: list[str]):
@@ -62,6 +61,8 @@ class WordTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return [self.ids.get(word, self.unk) for word in self.words(text)]
+
+    encode_after_end = encode  # a word is the same token everywhere
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the end-of-sentence token, words joined by one space."""

@@ -11,7 +11,7 @@ from plumbing.build import load_sets
 from plumbing.cli import Parser, run
 from plumbing.config import Config
 from plumbing.evaluate import answer, normalise, questions_of
-from plumbing.image_files import load_image
+from plumbing.image_files import load_image, student_size
 from plumbing.run_folder import load_run
 from tiny.llm import WordTokenizer
 
@@ -49,7 +49,8 @@ def ask(c: Config, vlm, tokenizer, image: Path, question: str) -> str:
                   file=sys.stderr)
     turn = {"from": "human", "value": f"<image>\n{question}"}
     record = {"image": str(image), "conversations": [turn]}
-    return answer(c, vlm, tokenizer, [record], lambda name: load_image(Path(name), c.image_size))[0]
+    size = student_size(c)
+    return answer(c, vlm, tokenizer, [record], lambda name: load_image(Path(name), size))[0]
 
 
 def print_samples(c: Config, vlm, tokenizer, records: list[dict], get_image, n: int) -> None:

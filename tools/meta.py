@@ -48,13 +48,22 @@ def meta_models(c: Config) -> tuple[MoVEKD, Teachers]:
     """All models of a run without their numbers."""
     with torch.device("meta"):
         llm = PretrainedLLM(c.llm, llm_config(c.llm)) if c.llm else None
-        vlm = build_vlm(c, MetaTokenizer, {}, llm)
-        teachers = build_teachers(c, {})
-        model = build_movekd(c, vlm, teachers)
-    # the others look at values, which there are none of; they cost next to nothing
+        model, teachers = random_models(c, llm)
+    return without_values(model), teachers
+
+
+def random_models(c: Config, llm: PretrainedLLM | None) -> tuple[MoVEKD, Teachers]:
+    """All models of a run with random weights, on the device that torch.device names."""
+    vlm = build_vlm(c, MetaTokenizer, {}, llm)
+    teachers = build_teachers(c, {})
+    return build_movekd(c, vlm, teachers), teachers
+
+
+def without_values(model: MoVEKD) -> MoVEKD:
+    """The model with the weights of its loss that do not look at values; they cost nothing."""
     model.token_weight = "paper"
     model.teacher_weight = "uniform"
-    return model, teachers
+    return model
 
 
 def llm_config(name: str):

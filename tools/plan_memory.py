@@ -44,13 +44,13 @@ class Memory:
 
 RULES = {
     "parameters": "4 P / G in fp32; sharded, also what is gathered in the arithmetic's precision: "
-                  "all that is in no block, and two blocks",
+                  "all that is in no unit (the student, or a block of the LLM), and two units",
     "gradients": "4 P_trained / G; with several micro-batches a step, 4 P_trained, for they are "
-                 "added up unsharded; sharded, also one block's",
+                 "added up unsharded; sharded, also one unit's",
     "optimizer": "8 P_trained / G: AdamW's two moments",
     "teachers": "P_teacher in the arithmetic's precision; above 500 M parameters shared among G, "
                 "and one stage of it gathered",
-    "buffers": "sharded: a flat copy of what is gathered (all in no block, and a block), the same "
+    "buffers": "sharded: a flat copy of what is gathered (all in no unit, and a unit), the same "
                "two gradients in the arithmetic's precision, and the larger in fp32 to reduce",
     "activations": "b times what one more sample of --max-length tokens takes at the worst moment, "
                    "counted on the meta device with fused attention",
@@ -65,37 +65,34 @@ def memory(c: Config, model: MoVEKD, teachers: Teachers, gpus: int, accumulate: 
     """RULES, in numbers; `accumulate`: a step has several micro-batches."""
     width = 2 if c.precision == "bf16" else 4
     sharded = gpus > 1 or c.precision == "bf16"
-    P, largest = sizes(model, trained=False)
-    P_trained, largest_trained = sizes(model, trained=True)
-    outside = P - sum(block_sizes(model, trained=False))
-    outside_trained = P_trained - sum(block_sizes(model, trained=True))
+    P, units = sizes(model, trained=False)
+    P_trained, units_trained = sizes(model, trained=True)
+    outside = P - sum(units)
+    outside_trained = P_trained - sum(units_trained)
     parameters = 4 * P / gpus
     gradients = 4 * P_trained / gpus
     buffers = 0.0
     if sharded:
-        parameters += width * (outside + 2 * largest)
-        gradients = (4 * P_trained if accumulate else gradients) + 4 * largest_trained
-        buffers = (width * (outside_trained + largest_trained)
-                   + 4 * max(outside_trained, largest_trained))
+        parameters += width * (outside + sum(units[:2]))
+        gradients = (4 * P_trained if accumulate else gradients) + 4 * units_trained[0]
+        buffers = (width * (outside_trained + units_trained[0])
+                   + 4 * max(outside_trained, units_trained[0]))
     if gpus > 1:  # one alone copies straight to where it is used
-        buffers += width * (outside + largest)
+        buffers += width * (outside + units[0])
     held = teacher_bytes(teachers, width, gpus) if c.lambda_kd else 0.0
     return Memory(parameters, gradients, 8 * P_trained / gpus, held, buffers, per_sample,
                   NCCL if gpus > 1 else 0.0)
 
 
-def sizes(model: MoVEKD, trained: bool) -> tuple[int, int]:
-    """Parameters of the whole model, and of its largest block; all, or those that are trained."""
-    total = count(p for p in model.parameters() if p.requires_grad or not trained)
-    return total, max(block_sizes(model, trained), default=0)
+def sizes(model: MoVEKD, trained: bool) -> tuple[int, list[int]]:
+    """Parameters of the whole model, and of each unit of sharding, the largest first.
 
-
-def block_sizes(model: MoVEKD, trained: bool) -> list[int]:
-    """Parameters of each block; all, or those that are trained."""
+    All of them, or those that are trained.
+    """
     found = []
-    for block in model.vlm.blocks:
-        found.append(count(p for p in block.parameters() if p.requires_grad or not trained))
-    return found
+    for module in (model, model.vlm.student, *model.vlm.llm.blocks):
+        found.append(count(p for p in module.parameters() if p.requires_grad or not trained))
+    return found[0], sorted(found[1:], reverse=True)
 
 
 def teacher_bytes(teachers: Teachers, width: int, gpus: int) -> float:

@@ -1,0 +1,138 @@
+"""Does it run on this GPU as on the CPU, in the memory and time it should?  In under 10 minutes.
+
+    python -m tools.gpu_check                       # one GPU, random weights, no network
+    python -m tools.gpu_check --out gpu_check.md    # the table in Markdown too, for docs/speed.md
+    python -m tools.gpu_check --device cpu          # what a CPU can check, at toy sizes (3 min)
+    python -m tools.gpu_check --only views kill     # some of the checks
+
+Prints a table, check | expected | got | ok; the exit status is 1 if one is not ok. What is left out
+is in the table too, with the reason.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from plumbing.build import find_device
+from plumbing.cli import InputError, Parser, run
+from tools import gpu_checks_correctness as correctness
+from tools import gpu_checks_memory as memory
+from tools import gpu_checks_runs as runs
+from tools import gpu_checks_speed as speed
+from tools.gpu_checks_common import LeftOut, Place, Row, free
+
+# in this order: what a later check needs is made by an earlier one, and the slowest come last
+CHECKS = {
+    "versions": correctness.check_versions,
+    "group": correctness.check_group,
+    "views": correctness.check_views,
+    "start": correctness.check_start,
+    "bf16": correctness.check_bf16,
+    "dtypes": correctness.check_dtypes,
+    "recompute": correctness.check_recompute,
+    "attention": correctness.check_attention,
+    "fp32-run": runs.check_fp32_run,
+    "bf16-run": runs.check_bf16_run,
+    "kill": runs.check_kill,
+    "sigterm": runs.check_sigterm,
+    "synchronisations": runs.check_synchronisations,
+    "memory": memory.check_memory,
+    "fragments": memory.check_fragments,
+    "checkpoint": memory.check_checkpoint,
+    "loader": speed.check_loader,
+    "stage2": speed.check_stage2_speed,
+    "llama-layer": speed.check_llama_layer_speed,
+    "mole": speed.check_mole_speed,
+    "recompilations": runs.check_recompilations,
+    "teachers": speed.check_teachers_speed,
+}
+SECONDS = {"cuda": 570, "cpu": 170}     # all of it; what does not fit any more is left out
+HEAD = "| check | expected | got | ok |\n|---|---|---|---|"
+
+
+def rows_of(name: str, check: Callable, place: Place) -> Iterator[Row]:
+    """A check's rows. What it raises becomes one: a check that fails stops no other."""
+    what = (check.__doc__ or "").split("\n")[0]
+    try:
+        free(place)
+        yield from check(place)
+    except LeftOut as e:
+        yield Row(name, what, str(e), None)
+    except Exception as e:  # whatever a GPU can do wrong
+        fault = str(e).strip().splitlines()
+        yield Row(name, what, f"{type(e).__name__}: {fault[0][:300] if fault else ''}", False)
+
+
+def line(row: Row) -> str:
+    """A row in Markdown."""
+    said = {True: "yes", False: "NO", None: "left out"}[row.ok]
+    cells = [" ".join(cell.split()).replace("|", "\\|") for cell in row[:3]]
+    return f"| {' | '.join([*cells, said])} |"
+
+
+def print_rows(names: list[str], place: Place) -> list[Row]:
+    """Make the checks; each row is printed as soon as it is known."""
+    print(HEAD)
+    rows = []
+    for name in tqdm(names, leave=False, disable=None):
+        for row in rows_of(name, CHECKS[name], place):
+            rows.append(row)
+            tqdm.write(line(row))
+            sys.stdout.flush()
+    return rows
+
+
+def summary(rows: list[Row], seconds: float) -> str:
+    """How many were ok, not ok, left out."""
+    counts = {ok: sum(row.ok is ok for row in rows) for ok in (True, False, None)}
+    return (f"{counts[True]} ok, {counts[False]} not ok, {counts[None]} left out; "
+            f"{seconds:.0f} s")
+
+
+def write_table(file: Path, device: str, rows: list[Row], end: str) -> None:
+    """The table as a file of Markdown, complete or not at all."""
+    card = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
+    lines = [f"`python -m tools.gpu_check` on {card}, torch {torch.__version__}:", "", HEAD]
+    lines += [line(row) for row in rows]
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text("\n".join([*lines, "", end]) + "\n", encoding="utf-8")
+    temporary.rename(file)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """All checks, or those that are named."""
+    parser = Parser(__doc__)
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
+                        help="default: a GPU if there is one")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="CHECK",
+                        help=f"some of: {', '.join(CHECKS)}")
+    args = parser.parse_args(argv)
+    # before CUDA is first used: the sizes of steps vary
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    device = find_device(args.device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; --device cpu checks what it can")
+    if args.out and not args.out.parent.is_dir():
+        raise InputError(f"--out {args.out}: no such folder {args.out.parent}")
+    torch.manual_seed(0)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
+        place = Place(device, Path(folder), start + SECONDS[device])
+        rows = print_rows([name for name in CHECKS if name in args.only], place)
+    end = summary(rows, time.monotonic() - start)
+    print(end)
+    if args.out:
+        write_table(args.out, device, rows, end)
+    if any(row.ok is False for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)
