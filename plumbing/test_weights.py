@@ -179,6 +179,8 @@ def test_pretrained_llm_is_transformers_own(llama_folder):
     close(vlm(None, left_ids, left_mask)[:, 2:], logits, atol=1e-5, rtol=1e-5)
     right = vlm(None, F.pad(ids, (0, 2)), F.pad(mask, (0, 2)))[:, :-2]
     close(right, logits, atol=1e-5, rtol=1e-5)
+    unmasked = vlm(None, F.pad(ids, (0, 2)), None)[:, :-2]  # in training: not a bit is another
+    assert torch.equal(unmasked, right)
     expected = theirs.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None,
                                pad_token_id=0)[:, 6:]
     given = vlm.generate(None, left_ids, left_mask, eos=-1, max_new_tokens=5)
