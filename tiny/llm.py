@@ -171,11 +171,12 @@ class TinyLLM(nn.Module):
         return [[] for _ in self.layers]
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None,
-                cache: list | None = None) -> torch.Tensor:
+                cache: list | None = None, places: torch.Tensor | None = None) -> torch.Tensor:
         """inputs_embeds (B, T, D), attention_mask (B, T_all) -> logits (B, T, V)
 
         With a cache, empty before the prompt, the mask covers the past too. Padding may stand on
-        either side: positions count real tokens. Without a mask all tokens are real.
+        either side: positions count real tokens. Without a mask all tokens are real. With places
+        (K,) the logits are those of these places alone, (B, K, V).
         """
         mask = None
         T = inputs_embeds.shape[1]
@@ -187,7 +188,9 @@ class TinyLLM(nn.Module):
         x = inputs_embeds
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, mask, None if cache is None else cache[i])              # (B, T, D)
-        return self.lm_head(self.norm(x))                                                # (B, T, V)
+        if places is not None:
+            x = x[:, places]                                                             # (B, K, D)
+        return self.lm_head(self.norm(x))                                                # (B, K, V)
 
     def visible(self, attention_mask: torch.Tensor, T: int) -> torch.Tensor:
         """What each of the last T tokens sees: (B, T_all) -> bool (B, 1, T, T_all)"""
