@@ -107,16 +107,21 @@ def kd_loss(student: dict[str, torch.Tensor], teachers: dict[str, torch.Tensor],
     for i, (name, V_t) in enumerate(teachers.items()):
         # W^tok_j + 1/n
         weight = on_grid(w_tok, V_t.shape[1]) + 1 / V_t.shape[1]                            # (B, n)
-        # MSE(V^t_ij, V^s_j), the mean over d. A sum and a division, not mean(): the gradient of a
-        # sum is no (B, n, d) tensor of its own. mse_loss keeps no difference for backward.
-        mse = F.mse_loss(student[name].float(), V_t.float(), reduction="none")           # (B, n, d)
-        mse = mse.sum(dim=-1) / V_t.shape[-1]                                               # (B, n)
+        mse = token_errors(student[name], V_t)                                              # (B, n)
         # sum_j (W^tok_j + 1/n) MSE_ij
         loss = (weight * mse).sum(dim=-1)                                                   # (B,)
         # sum_i W^tea_i ...
         L_kd = L_kd + (w_tea[:, i] * loss).mean()                                           # ()
         per_teacher[name] = loss.mean().detach()                                            # ()
     return L_kd, per_teacher
+
+
+def token_errors(V_s: torch.Tensor, V_t: torch.Tensor) -> torch.Tensor:
+    """MSE(V^t_ij, V^s_j) of each token, the mean over d, in fp32: 2 x (B, n, d) -> (B, n)"""
+    # A sum and a division, not mean(): the gradient of a sum is no (B, n, d) tensor of its own.
+    # mse_loss keeps no difference for backward.
+    mse = F.mse_loss(V_s.float(), V_t.float(), reduction="none")                         # (B, n, d)
+    return mse.sum(dim=-1) / V_t.shape[-1]                                                  # (B, n)
 
 
 def on_grid(w_tok: torch.Tensor, n: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from data import Conversations, count_steps, make_loader, write_json
+from data import Conversations, make_loader, write_json
 from model import VLM, MoVEKD
 from plumbing.build import (build_datasets, build_llm, build_movekd, build_teachers,
                             build_tokenizer, build_vlm, check_lengths, check_place, find_device,
@@ -50,6 +50,7 @@ from plumbing.run_folder import (RunLog, check_data, export, load_run, load_vlm,
 from plumbing.sharding import gather_full
 from plumbing.target_statistics import check_teachers, measure_targets
 from plumbing.teacher_cache import cache_teachers
+from plumbing.watch import HeldOut, Watch, next_commands, stage_steps, stage_words
 from plumbing.workers import loader_options
 from teachers import Teachers
 
@@ -87,6 +88,8 @@ def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
         check_data(c, sets, tokenizer, progress, resumed)
 
     # Stage 0 makes what the tiny preset has in place of downloads. The first process makes it.
+    if machine.first and stage_words(c, 0):
+        print(stage_words(c, 0), flush=True)
     stage0_start = time.perf_counter()
     with machine.first_alone():
         weights, stage0_tflops = pretrained_weights(c, sets["train"][0], tokenizer)
@@ -100,7 +103,8 @@ def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
     # Both stages, or what a resumed run has left of them.
     if machine.first:
         start_run_folder(c, tokenizer)
-    log = RunLog(c, machine.first, resumed, progress)
+    held_out = None if machine.sharded else HeldOut(c, model.vlm, tokenizer, sets.get("eval"))
+    log = RunLog(c, machine.first, resumed, progress, Watch(c, machine.first, datasets, held_out))
     train_stages(c, machine, model, teachers, datasets, tokenizer.pad, progress, checkpoint, log)
     log.close()
 
@@ -203,11 +207,10 @@ def plan_stage(c: Config, machine: Machine, dataset: Conversations, pad: int,
     stage = progress.stage
     batch_size = getattr(c, f"stage{stage}_batch")
     epochs = getattr(c, f"stage{stage}_epochs")
-    steps = count_steps(len(dataset), batch_size, epochs)
-    steps = min(steps, c.max_steps or steps)
     pieces, own = machine.micro_batches(batch_size)
     loader = make_loader(dataset, batch_size, epochs, c.seed + stage, pad, c.group_batches, pieces,
                          own, progress.step, **loader_options(c))
+    steps = stage_steps(c, stage, dataset)
     return StagePlan(steps, getattr(c, f"stage{stage}_lr"), own, iter(loader))
 
 
@@ -313,7 +316,7 @@ def report(c: Config, sets: dict, tokenizer, vlm: VLM | None, progress: Progress
     if c.device == "cuda":
         result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
     write_json(out / "result.json", result)
-    print_result(result, out)
+    print_result(result, out, next_commands(c))
 
 
 def evaluate_run(c: Config) -> None:

@@ -1,19 +1,25 @@
 """From a Config to what a run is made of: data, tokenizer, weights, models."""
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data import Conversations, conversation_ids, read_json
+from data import Conversations, conversation_ids, read_json, stack_images
 from model import VLM, Ensemble, MoVEKD, Student
 from plumbing.cli import InputError
-from plumbing.config import Config
+from plumbing.config import FULL, Config
 from plumbing.encoder_weights import find_weights, is_real, load_net
-from plumbing.image_files import DiskImages, Size, student_size, training_size
+from plumbing.flags import load_config
+from plumbing.image_files import DiskImages, Size, load_image, student_size, training_size
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import keep, place_of, read_records
+from plumbing.released_checkpoint import read_released, released_config
+from plumbing.run_weights import fill_module, read_run_tensors, tensors_below
 from plumbing.teacher_cache import digest
+from plumbing.watch import check_tensorboard
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pretrain import MAKERS, stage0
@@ -225,6 +231,34 @@ def build_llm(c: Config, released: tuple | None, first: bool) -> PretrainedLLM |
     return None
 
 
+def load_student(run: str | Path) -> tuple[Student, Callable]:
+    """The distilled encoder alone, of a run or of the authors' checkpoint; and what reads a photo.
+
+        student, read_photo = load_student("runs/tiny")
+        V_s = student(read_photo("photo.png"))              # (1, n, d)
+
+    read_photo(path) gives what the student was trained on, as a batch of one. Raises InputError.
+    """
+    run = Path(run)
+    released = released_config(run)
+    if released:
+        c = dataclasses.replace(FULL, mole_form="fc1_fc2", **released[0])
+    else:
+        c = load_config(run / "config.json")
+    student = build_student(c, {})
+    if isinstance(student, Ensemble):
+        raise InputError(f"{run}: is the baseline that sees with all encoders, not one student")
+    tensors = read_released(student, run) if released else read_run_tensors(run)
+    prefix = "student." if released else "vlm.student."
+    fill_module(student, tensors_below(tensors, prefix), run)
+    student.loader_size = student_size(c)
+
+    def read_photo(path: str | Path) -> torch.Tensor | dict:
+        return stack_images([load_image(Path(path), student.loader_size)])
+
+    return student.float().eval(), read_photo
+
+
 def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = None) -> VLM:
     """The VLM. With weights given, the student starts as CLIP and the LLM as pretrained.
 
@@ -270,6 +304,7 @@ def check_place(c: Config) -> None:
     elif not c.data and is_real(c.clip):
         raise InputError("a real CLIP and no data: name --data-root DIR for LLaVA's sets, or "
                          "--data FILE and --eval-data FILE")
+    check_tensorboard(c)
     if c.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, "
                          "slowly, and `python -m tools.plan` says what GPUs it wants")

@@ -136,6 +136,7 @@ class Config:
     skip_damaged: bool = False              # --resume takes an older checkpoint for a damaged one
 
     log_every: Count = 10                   # steps
+    tensorboard: str = ""                   # folder for its events, if it is installed; "": none
     max_new_tokens: Count = 16              # of a generated answer; an endless one must end
     eval_batch: Count = 256                 # questions answered at once
 
@@ -143,7 +144,7 @@ class Config:
 ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("encoder"))
 # what a resumed run may change
 MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute", "save_every",
-           "skip_damaged", "workers")
+           "skip_damaged", "tensorboard", "workers")
 # what an evaluation may change
 EVALUATION = ("allow_outside", "device", "eval_batch", "eval_data", "eval_split", "image_folder",
               "max_length", "max_new_tokens", "n_eval")

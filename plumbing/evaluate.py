@@ -111,11 +111,11 @@ def print_accuracy(result: dict) -> None:
     print(f"  {'macro':26} {result['macro_accuracy']:7.1f}\n")
 
 
-def print_result(result: dict, out: Path) -> None:
-    """A table for the reader; then the last line, for programs: `result: ` and a JSON object."""
+def print_result(result: dict, out: Path, words: str = "") -> None:
+    """A table and words for the reader; the last line is for programs: `result: ` and JSON."""
     if "accuracy" in result:
         print_accuracy(result)
     print(f"{result['seconds']} s, {result['seconds_stage0']} s of them stage 0; "
           f"{result['tflops']} TFLOPs in the two stages, {result['tflops_stage0']} in stage 0; "
-          f"peak {result['peak_rss_mb']} MB; everything is in {out}/")
+          f"peak {result['peak_rss_mb']} MB; everything is in {out}/\n{words}")
     print("result: " + json.dumps(result))

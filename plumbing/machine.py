@@ -64,6 +64,7 @@ class Machine:
     def __init__(self, c: Config):
         self.c = c
         self.stop = ""          # the signal that told the run to stop
+        self.launcher = os.getppid() if launched() else None
         self.training = False
         self.doing = "before the first step: nothing is lost"
         self.former_handlers = {}
@@ -233,6 +234,8 @@ class Machine:
                 raise InputError(f'{batch["fault"]}; --skip-bad leaves such rows out')
             for line in batch["skipped"]:
                 tqdm.write(f"skipped: {line}", file=sys.stderr)
+        if self.launcher and os.getppid() != self.launcher:
+            self.stop = "the end of its launcher"  # killed: nobody would pass signals on
         texts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro]
         images = [len(batch["image_names"]) for batch in micro]
         counts = {

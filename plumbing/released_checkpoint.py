@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data import read_json
-from model import VLM
+from model import VLM, Student
 from mole import ReleasedMoLE
 from plumbing.cli import InputError
 from plumbing.pretrained_llm import require_transformers
@@ -110,14 +110,7 @@ def load_released(vlm: VLM, folder: Path) -> None:
     what is not run here (the last block, the final norm, the position ids, their adapters). Raises
     InputError.
     """
-    theirs = {}
-    for file in weight_files(folder):
-        theirs.update(read_shard(file))
-    try:
-        ours = convert(theirs, vlm)
-    except KeyError as missing:
-        raise InputError(f"{folder}: has no tensor {missing.args[0]!r}; the authors' checkpoints "
-                         "have") from None
+    ours = read_released(vlm.student, folder)
     expected = vlm.state_dict()
     for name, tensor in ours.items():
         if name not in expected:
@@ -132,7 +125,19 @@ def load_released(vlm: VLM, folder: Path) -> None:
     vlm.load_state_dict(ours)
 
 
-def convert(theirs: dict, vlm: VLM) -> dict[str, torch.Tensor]:
+def read_released(student: Student, folder: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors under the VLM's names. Raises InputError for a missing one."""
+    theirs = {}
+    for file in weight_files(folder):
+        theirs.update(read_shard(file))
+    try:
+        return convert(theirs, student)
+    except KeyError as missing:
+        raise InputError(f"{folder}: has no tensor {missing.args[0]!r}; the authors' checkpoints "
+                         "have") from None
+
+
+def convert(theirs: dict, student: Student) -> dict[str, torch.Tensor]:
     """The tensors under our names, taken out of `theirs`. Raises KeyError for a missing one."""
     take = theirs.pop
     ours = {
@@ -144,7 +149,7 @@ def convert(theirs: dict, vlm: VLM) -> dict[str, torch.Tensor]:
         ours[f"student.net.norm_pre.{kind}"] = take(f"{TOWER}pre_layrnorm.{kind}")
         for i in (0, 2):
             ours[f"projector.{i}.{kind}"] = take(f"model.mm_projector.{i}.{kind}")
-    blocks = vlm.student.net.blocks
+    blocks = student.net.blocks
     for i, block in enumerate(blocks):
         for name, tensor in convert_block(theirs, f"{TOWER}encoder.layers.{i}.", block.mlp).items():
             ours[f"student.net.blocks.{i}.{name}"] = tensor

@@ -28,11 +28,13 @@ from plumbing.flags import load_config
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import images_of, rows_digest
 from plumbing.released_checkpoint import load_released, released_config
+from plumbing.run_weights import fill_module, read_run_tensors, tensors_below
 from plumbing.sharding import cast_vlm, full_state
+from plumbing.silent_faults import SilentFaults
 from plumbing.teacher_cache import digest
 from plumbing.watch import Watch
 from tiny.llm import WordTokenizer
-from tiny.tensor_files import read_tensors, write_tensors
+from tiny.tensor_files import write_tensors
 
 try:
     import fcntl
@@ -41,7 +43,8 @@ except ImportError:  # Windows
     fcntl = resource = None
 
 FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
-         "samples.png", "model.safetensors", "result.json", "evaluation.json")  # of a run
+         "samples.png", "held_out.json", "model.safetensors", "result.json",
+         "evaluation.json")  # of a run
 
 
 def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
@@ -169,10 +172,11 @@ class RunLog:
     log.jsonl has no clock in it, so that one seed makes one log.
     """
 
-    def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress):
+    def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress, watch: Watch):
         self.every = c.log_every
+        self.watch = watch
         self.first = first
-        self.watch = Watch(lambda line: tqdm.write(line, file=sys.stderr))
+        self.faults = SilentFaults(lambda line: tqdm.write(line, file=sys.stderr))
         self.file = None
         if first:
             # without a buffer: no half line waits in one when the disk is full
@@ -207,8 +211,11 @@ class RunLog:
         """The steps of a stage that are left, with a bar; the clock of tokens/s starts."""
         self.clock = time.perf_counter()
         self.tokens = 0
-        return tqdm(range(progress.step, steps), total=steps, initial=progress.step,
-                    desc=f"stage {progress.stage}", mininterval=1, disable=not self.first)
+        for line in self.watch.begin(progress.stage):
+            self.say(line)
+        self.shown = tqdm(range(progress.step, steps), total=steps, initial=progress.step,
+                          desc=f"stage {progress.stage}", mininterval=1, disable=not self.first)
+        return self.shown
 
     def write(self, progress: Progress, terms: dict, counts: dict, last: bool) -> None:
         """Every --log-every steps and at the last: a line for programs, and one to read."""
@@ -216,7 +223,9 @@ class RunLog:
         step = progress.step - 1
         if not self.file:
             return
-        self.watch.look(progress.stage, step, terms, last)
+        self.faults.look(progress.stage, step, terms, last)
+        left = self.watch.after_step(progress.stage, progress.step)
+        self.shown.set_postfix_str(left, refresh=False)
         if step % self.every and not last:
             return
         values = {"stage": progress.stage, "step": step}
@@ -234,6 +243,8 @@ class RunLog:
             words.append("experts " + " ".join(layers))
         words.append(f"{self.tokens / (time.perf_counter() - self.clock):.0f} tokens/s")
         tqdm.write("  ".join(words))
+        for line in self.watch.after_line(values):
+            tqdm.write(line)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -326,36 +337,13 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
 
 def load_vlm(vlm: VLM, folder: Path) -> None:
     """Fill student, projector and LLM from a finished run of ours. Raises InputError."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise InputError(f"{folder}: holds no model.safetensors; the run has not finished")
-    weights = {}
-    for file in files:
-        tensors = read_tensors(file, "copy it again, or train again")
-        for name, tensor in tensors.items():
-            if name.startswith("vlm."):
-                weights[current_name(name.removeprefix("vlm."))] = tensor
+    weights = tensors_below(read_run_tensors(folder), "vlm.")
     own = vlm.state_dict()
     for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
         if name in weights and len(own.get(name, ())) > len(weights[name]):
             # words that the run did not know come after its own, as new
             weights[name] = torch.cat([weights[name], own[name][len(weights[name]):]])
-    try:
-        vlm.load_state_dict(weights)
-    except RuntimeError as e:
-        fault = str(e).splitlines()[1].strip()[:200]
-        raise InputError(f"{folder}: its weights do not fit its config.json: {fault}") from None
-
-
-def current_name(name: str) -> str:
-    """A tensor's name today; older runs called LoRA's matrices A and B."""
-    if ".mlp.lora" not in name:
-        return name
-    for old, new in ((".A.", ".down."), (".B.", ".up.")):
-        name = name.replace(old, new)
-    stem, _, last = name.rpartition(".")
-    is_old_up_bias = last == "bias" and not stem.endswith((".down", ".up"))
-    return f"{stem}.up_bias" if is_old_up_bias else name
+    fill_module(vlm, weights, folder)
 
 
 def peak_rss_mb() -> float:

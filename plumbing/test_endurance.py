@@ -59,6 +59,27 @@ def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
     assert_same_run(tmp_path / "runs/straight", out)
 
 
+@pytest.mark.slow
+def test_processes_do_not_outlive_their_launcher(workplace):
+    """kill -9 of the launcher of two processes: they finish their step, save and end."""
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), *SHORT, "--max-steps", "0", "--stage1-epochs",
+         "500", "--processes", "2", "--out", "runs/orphans"], cwd=workplace,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("stage 1 step 3 "):
+            break
+    children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 120
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert len(list((workplace / "runs/orphans/checkpoints").glob("stage1-*[0-9]"))) == 1
+
+
 def memory_and_files(process: int) -> tuple[float, int]:
     """Memory of its own in MB (mapped files apart), and open files, of a process."""
     for line in open(f"/proc/{process}/status", encoding="utf-8"):

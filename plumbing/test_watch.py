@@ -1,38 +1,134 @@
-"""Warnings of what goes wrong in silence: each once, with its number, and none of a sound run."""
+"""What a person sees of a run while it trains; none of it changes the run."""
 
+import dataclasses
+import sys
+
+import pytest
 import torch
 
-from plumbing.watch import Watch
+from data import read_json
+from plumbing import plots, watch
+from plumbing.cli import InputError
+from plumbing.watch import HeldOut, Watch, is_reference, next_commands, stage_words
+from tests_common import SHORT, C, assert_same_run, read_log, run_here, some_conversations
 
 
-def watched(experts: list[list[float]], kd_eva, steps: int = 300) -> list[str]:
-    """The warnings of a stage in which each step has these shares, and kd_eva(step)."""
+@pytest.fixture(scope="module")
+def sets():
+    """Datasets of both stages."""
+    return {1: some_conversations(32), 2: some_conversations(16)}
+
+
+def reference_line(step: int, factor: float = 1.0) -> dict:
+    """A line of the log in the middle of the bands of stage 1."""
+    line = {"stage": 1, "step": step}
+    for name, blocks in read_json(watch.BANDS)["bands"]["1"].items():
+        _, _, low, high = watch.band_of(blocks, step)
+        line[name] = factor * (low + high) / 2
+    return line
+
+
+def test_the_output_explains_itself(workplace):
+    """A line a stage in plain words, the heading of the log, and at the end what to try next."""
+    out = (workplace / "output.txt").read_text()
+    for stage in (0, 1, 2):
+        assert stage_words(dataclasses.replace(C, n_pretrain=128, n_train=64, n_described=32,
+                                               n_text=32), stage) in out
+    assert out.count(watch.HEADING) == 2
+    assert next_commands(C) in out
+    assert out.splitlines()[-1].startswith("result: ")
+    assert "held-out accuracy of 48 questions" in out
+
+
+def test_a_long_run_and_a_baseline_are_not_told_what_they_do():
+    """The words are those of the whole method in the tiny world, of no other run."""
+    assert stage_words(dataclasses.replace(C, llm="x"), 1) == ""
+    assert stage_words(dataclasses.replace(C, lambda_kd=0.0), 1) == ""
+
+
+def test_watching_changes_nothing(workplace, monkeypatch):
+    """A run that is not asked in between has the same log and weights, byte for byte."""
+    monkeypatch.setattr(HeldOut, "measure", lambda *_: None)
+    monkeypatch.setattr(watch, "EVERY", 1e9)
+    run_here(workplace, *SHORT, "--out", "runs/unwatched")
+    assert_same_run(workplace / "runs/unwatched", workplace / "runs/tiny")
+    assert not (workplace / "runs/unwatched/held_out.json").exists()
+
+
+def test_held_out_accuracy_is_asked_at_each_quarter(workplace):
+    """Four points a stage; the last is the run's own accuracy, for all questions are asked."""
+    points = read_json(workplace / "runs/tiny/held_out.json")
+    assert [(p["stage"], p["step"]) for p in points] == [(s, k) for s in (1, 2)
+                                                         for k in (1, 2, 3, 4)]
+    result = read_json(workplace / "runs/tiny/result.json")
+    assert points[-1]["accuracy"] == pytest.approx(result["macro_accuracy"])
+
+
+def test_a_loss_outside_its_band_is_said_once(sets):
+    """Numbers in the middle of the bands: silence; three times as high: a line a term."""
+    assert is_reference(dataclasses.replace(C, seed=7, out="x", n_eval=3, device="auto"))
+    assert not is_reference(dataclasses.replace(C, lambda_kd=0.5))
+    quiet, loud = Watch(C, True, sets, None), Watch(C, True, sets, None)
     said = []
-    watch = Watch(said.append)
-    for step in range(steps):
-        values = {"experts": torch.tensor(experts), "kd_clip": torch.tensor(0.0),
-                  "kd_eva": torch.tensor(float(kd_eva(step)))}
-        watch.look(2, step, values, last=step == steps - 1)
-    return said
+    for step in range(0, 75, 10):   # the first block of the bands
+        assert quiet.after_line(reference_line(step)) == []
+        said += loud.after_line(reference_line(step, 3.0))
+    assert len([line for line in said if line.startswith("note: L_kd is")]) == 1
+    assert "Is my loss normal?" in said[0]
+    other = Watch(dataclasses.replace(C, stage1_lr=0.1), True, sets, None)
+    assert not any(other.after_line(reference_line(step, 3.0)) for step in range(0, 200, 10))
 
 
-def falling(step: int) -> float:
-    return 2.0 - step / 300
+def test_the_time_left_is_that_of_both_stages(sets, monkeypatch):
+    """One step a second: what is left of stage 1, and all of stage 2."""
+    c = dataclasses.replace(C, stage1_batch=4, stage2_batch=2)
+    seen = Watch(c, True, sets, None)
+    assert seen.steps == {1: 9, 2: 55}     # 38 rows in batches of 4; 22 in batches of 2, 5 epochs
+    clock = iter(range(100))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    seen.begin(1)
+    assert seen.after_step(1, 1) == ""
+    assert seen.after_step(1, 2) == "0:34 left of the run"     # 7 + 55 / 2
 
 
-def test_a_collapsed_router_is_said_once():
-    """Layer 1's second expert has all tokens for 100 steps: one line, with layer and share."""
-    said = watched([[0.5, 0.5], [0.002, 0.998]], falling)
-    assert len(said) == 1
-    assert "layer 1: expert 1 has 99.8 % of the tokens, for 100 steps" in said[0]
-    assert not watched([[0.5, 0.5], [0.1, 0.9]], falling)
-    assert not watched([[1.0]], falling), "one expert has all tokens by design"
+def test_curves_are_drawn_while_it_trains(workplace, sets, monkeypatch):
+    """Not at every line, but as soon as the time is up; the file is never half."""
+    drawn = []
+    monkeypatch.setattr(watch, "plot_curves", drawn.append)
+    seen = Watch(C, True, sets, None)
+    line = read_log(workplace / "runs/tiny")[0]
+    seen.after_line(line)
+    assert not drawn
+    seen.next_drawing = 0.0
+    seen.after_line(line)
+    seen.after_line(line)
+    assert len(drawn) == 1
 
 
-def test_a_teacher_that_teaches_nothing_is_said_once():
-    """Its loss is 2 at the start and 2 after 300 steps, or at the end of a shorter stage."""
-    for steps in (100, 300, 900):
-        said = watched([[0.5, 0.5]], lambda step: 2 + 0.1 * (-1) ** step, steps)
-        assert len(said) == 1 and "teacher eva" in said[0] and f"{min(steps, 300)} steps" in said[0]
-    assert not watched([[0.5, 0.5]], falling)
-    assert not watched([[0.5, 0.5]], lambda step: 2, 99), "too short to tell"
+def test_curves_of_any_run(workplace, tmp_path):
+    """One line only, no experts, no teachers: there is a picture all the same."""
+    (tmp_path / "log.jsonl").write_text('{"stage": 2, "step": 0, "L_text": 1.0}\n')
+    plots.plot_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_tensorboard_is_optional(workplace, sets, monkeypatch):
+    """Missing: one line before any work. Installed: every number of a line is handed over."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--tensorboard events: the package is not installed"):
+        run_here(workplace, *SHORT, "--out", "runs/board", "--tensorboard", "events")
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder, self.written = folder, []
+
+        def add_scalar(self, *scalar):
+            self.written.append(scalar)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        type(torch)("torch.utils.tensorboard"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    seen = Watch(dataclasses.replace(C, tensorboard="events"), True, sets, None)
+    seen.after_line({"stage": 2, "step": 3, "L_text": 0.5, "experts": [[1.0]]})
+    assert seen.writer.written == [("stage 2/L_text", 0.5, 3)]
