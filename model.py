@@ -83,7 +83,7 @@ class VLM(nn.Module):
     """Student, projector and LLM: images and text in, next-token logits out.
 
     The LLM is any module with `dim`, `blocks`, `embed(ids)`, `forward(inputs_embeds,
-    attention_mask, cache)` and `new_cache()`: tiny/llm.py or plumbing/pretrained_llm.py.
+    attention_mask, cache, places)` and `new_cache()`: tiny/llm.py or plumbing/pretrained_llm.py.
     """
 
     def __init__(self, student: Student | Ensemble, llm: nn.Module, image_token: int):
@@ -118,9 +118,14 @@ class VLM(nn.Module):
         return x.index_put((rows, columns), projected.flatten(0, 1))                     # (B, T, D)
 
     def forward(self, visual: torch.Tensor | None, input_ids: torch.Tensor,
-                attention_mask: torch.Tensor) -> torch.Tensor:
-        """visual (B_img, n, d), input_ids and attention_mask (B, T) -> logits (B, T, V)"""
-        return self.llm(self.splice(input_ids, visual), attention_mask)                  # (B, T, V)
+                attention_mask: torch.Tensor | None, places: torch.Tensor | None = None
+                ) -> torch.Tensor:
+        """visual (B_img, n, d), input_ids and attention_mask (B, T) -> logits (B, T, V)
+
+        Without a mask every token sees all tokens before it: right where padding stands last. With
+        places (K,) the logits are those of these places alone, (B, K, V).
+        """
+        return self.llm(self.splice(input_ids, visual), attention_mask, places=places)   # (B, K, V)
 
     @torch.no_grad()
     def generate(self, visual: torch.Tensor | None, input_ids: torch.Tensor,
@@ -146,13 +151,18 @@ class VLM(nn.Module):
         return torch.stack(answer, dim=1)                                   # (B, <= max_new_tokens)
 
 
-def text_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """L_text, the mean next-token cross-entropy over the answer tokens: (B, T, V), (B, T) -> ()
+def next_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """What each token should predict, its follower's label; nothing follows the last: (B, T)"""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)                                       # (B, T)
 
-    All other labels are IGNORE.
+
+def text_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """L_text, the mean next-token cross-entropy over the answer tokens: (B, K, V), (B, K) -> ()
+
+    All other targets are IGNORE.
     """
-    predicted = logits[:, :-1].flatten(0, 1).float()                            # (B * (T - 1), V)
-    return F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=IGNORE)           # ()
+    predicted = logits.flatten(0, 1).float()                                            # (B * K, V)
+    return F.cross_entropy(predicted, targets.flatten(), ignore_index=IGNORE)                 # ()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -194,17 +204,19 @@ class MoVEKD(nn.Module):
         (0 without an image), then for the log: "experts" (L, E) the experts' shares of the tokens,
         "kd_NAME" each teacher's own loss, "w_NAME" its mean weight. Weighing is the loop's part.
         """
-        images, ids, labels = batch["images"], batch["input_ids"], batch["labels"]
+        images, ids, outputs = batch["images"], batch["input_ids"], {}
         # the teachers first: what they need while they run is gone before the student keeps its own
-        outputs = {}
         if self.distil and images is not None:
             outputs = teachers(images, batch["image_names"])                        # m x (B_img, .)
         V_s = None if images is None else self.vlm.student(images)                   # (B_img, n, d)
 
-        # L_text. A stand-in picture (plumbing/machine.py) runs, but stands in no text
+        # L_text: no mask, for padding stands on the right, and logits only where a sample answers.
+        # A stand-in picture (plumbing/machine.py) runs, but stands in no text
         shown = V_s[:0] if batch.get("stand_in") else V_s                            # (B_img, n, d)
-        logits = self.vlm(shown, ids, batch["attention_mask"])                           # (B, T, V)
-        L_text = text_loss(logits, labels)                                                      # ()
+        answers = next_tokens(batch["labels"])                                              # (B, T)
+        places = (answers != IGNORE).any(dim=0).nonzero().flatten()                           # (K,)
+        logits = self.vlm(shown, ids, None, places)                                      # (B, K, V)
+        L_text = text_loss(logits, answers[:, places])                                          # ()
         terms = {"L_text": L_text, "L_kd": L_text.new_zeros(()), "L_balance": L_text.new_zeros(())}
         if images is None:
             return terms

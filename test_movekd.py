@@ -17,7 +17,7 @@ from torch import nn
 import train
 from data import IGNORE, DataError, collate, conversation_ids
 from kd_loss import kd_loss, on_grid, teacher_weights, token_weights
-from model import Student, text_loss
+from model import Student, next_tokens, text_loss
 from mole import MoLE, ReleasedMoLE, balance_loss, expert_shares, mole_layers, router_probs
 from plumbing.build import build_movekd
 from teachers import (ClipEncoder, EncoderAdapter, TeacherOutput, VisionEncoder, adapt,
@@ -575,7 +575,7 @@ def test_text_loss_is_on_answer_tokens_only():
         for t in range(1, 5):
             if labels[b, t] != IGNORE:
                 terms.append(-logits[b, t - 1].log_softmax(-1)[labels[b, t]])
-    close(text_loss(logits, labels), torch.stack(terms).mean())
+    close(text_loss(logits, next_tokens(labels)), torch.stack(terms).mean())
 
 
 def test_labels_are_the_answers_and_nothing_else():
@@ -613,7 +613,7 @@ def test_forward_is_its_parts():
     terms = model(batch, teachers)
     V_s = model.vlm.student(batch["images"])
     logits = model.vlm(V_s, batch["input_ids"], batch["attention_mask"])
-    close(terms["L_text"], text_loss(logits, batch["labels"]))
+    close(terms["L_text"], text_loss(logits, next_tokens(batch["labels"])))
     outputs = teachers(batch["images"], [])
     targets = adapt(outputs, model.adapters)
     w_tok = token_weights(outputs["clip"].cls_scores, "paper")

@@ -74,14 +74,21 @@ class PretrainedLLM(nn.Module):
     def new_cache(self):
         return require_transformers().DynamicCache()
 
-    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor,
-                cache=None) -> torch.Tensor:
-        """inputs_embeds (B, T, D), attention_mask (B, T_all) -> logits (B, T, V)"""
-        positions = token_positions(attention_mask)[:, -inputs_embeds.shape[1]:]            # (B, T)
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None,
+                cache=None, places: torch.Tensor | None = None) -> torch.Tensor:
+        """inputs_embeds (B, T, D), attention_mask (B, T_all) -> logits (B, T, V)
+
+        Without a mask, as in training, attention takes its fastest kernel. With places (K,) the
+        logits are those of these places alone, (B, K, V).
+        """
+        positions = None  # those of the model: 0, 1, ...
+        if attention_mask is not None:
+            positions = token_positions(attention_mask)[:, -inputs_embeds.shape[1]:]        # (B, T)
         output = self.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask,
                             position_ids=positions, use_cache=cache is not None,
+                            logits_to_keep=0 if places is None else places,  # 0: all
                             **{self.cache_name: cache})
-        return output.logits                                                             # (B, T, V)
+        return output.logits                                                             # (B, K, V)
 
 
 def join_spaces_last(tokenizer) -> None:

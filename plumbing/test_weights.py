@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data import IGNORE, conversation_ids, write_json
-from model import VLM, Student, text_loss
+from model import VLM, Student, next_tokens, text_loss
 from plumbing.cli import InputError
 from plumbing.config import ENCODERS, FULL, SMALL
 from plumbing.encoder_weights import find_weights, is_real, load_net
@@ -174,11 +174,15 @@ def test_pretrained_llm_is_transformers_own(llama_folder):
     vlm = VLM(Student(C.clip), PretrainedLLM(str(llama_folder)), image_token=-200).eval()
     logits = vlm(None, ids, mask)
     close(logits, theirs(ids).logits)
-    close(text_loss(logits, ids), theirs(ids, labels=ids).loss)
+    close(text_loss(logits, next_tokens(ids)), theirs(ids, labels=ids).loss)
     left_ids, left_mask = F.pad(ids, (2, 0)), F.pad(mask, (2, 0))
     close(vlm(None, left_ids, left_mask)[:, 2:], logits, atol=1e-5, rtol=1e-5)
     right = vlm(None, F.pad(ids, (0, 2)), F.pad(mask, (0, 2)))[:, :-2]
     close(right, logits, atol=1e-5, rtol=1e-5)
+    unmasked = vlm(None, F.pad(ids, (0, 2)), None)[:, :-2]  # in training: not a bit is another
+    assert torch.equal(unmasked, right)
+    places = torch.tensor([1, 4])
+    close(vlm(None, ids, None, places), logits[:, places])
     expected = theirs.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None,
                                pad_token_id=0)[:, 6:]
     given = vlm.generate(None, left_ids, left_mask, eos=-1, max_new_tokens=5)
@@ -240,7 +244,7 @@ def test_smollm2_speaks(tmp_path):
     text = "The capital of France is Paris, and the capital of Italy is Rome."
     ids = torch.tensor([tokenizer.encode(text)])
     with torch.no_grad():
-        ours = text_loss(vlm(None, ids, torch.ones_like(ids)), ids)
+        ours = text_loss(vlm(None, ids, torch.ones_like(ids)), next_tokens(ids))
         close(ours, theirs(ids, labels=ids).loss)
     record = {"conversations": conversation("What is the capital of France?")}
     c = dataclasses.replace(C, max_new_tokens=24)

@@ -100,7 +100,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: torch.Tensor, rotary: tuple, mask: torch.Tensor,
+    def forward(self, x: torch.Tensor, rotary: tuple, mask: torch.Tensor | None,
                 cache: list | None) -> torch.Tensor:
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, h, T, D/h)
         k = self.k_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)          # (B, h, T, D/h)
@@ -112,7 +112,8 @@ class Attention(nn.Module):
                 k = torch.cat([cache[0], k], dim=2)                             # (B, h, T_all, D/h)
                 v = torch.cat([cache[1], v], dim=2)                             # (B, h, T_all, D/h)
             cache[:] = [k, v]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                 # (B, h, T, D/h)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                           is_causal=mask is None)                  # (B, h, T, D/h)
         return self.o_proj(x.transpose(1, 2).flatten(2))                                 # (B, T, D)
 
 
@@ -139,7 +140,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(dim, eps=1e-6)
         self.mlp = SwiGLU(dim, hidden)
 
-    def forward(self, x: torch.Tensor, rotary: tuple, mask: torch.Tensor,
+    def forward(self, x: torch.Tensor, rotary: tuple, mask: torch.Tensor | None,
                 cache: list | None) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)             # (B, T, D)
         return x + self.mlp(self.post_attention_layernorm(x))                            # (B, T, D)
@@ -169,26 +170,37 @@ class TinyLLM(nn.Module):
         """One list a layer, for its keys and values."""
         return [[] for _ in self.layers]
 
-    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor,
-                cache: list | None = None) -> torch.Tensor:
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None,
+                cache: list | None = None, places: torch.Tensor | None = None) -> torch.Tensor:
         """inputs_embeds (B, T, D), attention_mask (B, T_all) -> logits (B, T, V)
 
         With a cache, empty before the prompt, the mask covers the past too. Padding may stand on
-        either side: positions count real tokens.
+        either side: positions count real tokens. Without a mask all tokens are real. With places
+        (K,) the logits are those of these places alone, (B, K, V).
         """
-        T, T_all = inputs_embeds.shape[1], attention_mask.shape[1]
-        positions = token_positions(attention_mask)[:, -T:]                                 # (B, T)
+        mask = None
+        T = inputs_embeds.shape[1]
+        positions = torch.arange(T, device=inputs_embeds.device)[None]                      # (1, T)
+        if attention_mask is not None:
+            positions = token_positions(attention_mask)[:, -T:]                             # (B, T)
+            mask = self.visible(attention_mask, T)                                # (B, 1, T, T_all)
         rotary = self.rotary(positions)                                         # 2 x (B, 1, T, D/h)
-        causal = torch.ones(T, T_all, dtype=torch.bool, device=positions.device)        # (T, T_all)
+        x = inputs_embeds
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotary, mask, None if cache is None else cache[i])              # (B, T, D)
+        if places is not None:
+            x = x[:, places]                                                             # (B, K, D)
+        return self.lm_head(self.norm(x))                                                # (B, K, V)
+
+    def visible(self, attention_mask: torch.Tensor, T: int) -> torch.Tensor:
+        """What each of the last T tokens sees: (B, T_all) -> bool (B, 1, T, T_all)"""
+        T_all = attention_mask.shape[1]
+        causal = torch.ones(T, T_all, dtype=torch.bool, device=attention_mask.device)   # (T, T_all)
         causal = causal.tril(T_all - T)                                                 # (T, T_all)
         mask = causal & attention_mask[:, None, None, :].bool()                   # (B, 1, T, T_all)
         # padding sees itself: no empty softmax
         itself = torch.eye(T_all, dtype=torch.bool, device=mask.device)[-T:]            # (T, T_all)
-        mask = mask | itself                                                      # (B, 1, T, T_all)
-        x = inputs_embeds
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rotary, mask, None if cache is None else cache[i])              # (B, T, D)
-        return self.lm_head(self.norm(x))                                                # (B, T, V)
+        return mask | itself                                                      # (B, 1, T, T_all)
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of position * theta_i, theta_i = 10000^(-2i / (D/h))

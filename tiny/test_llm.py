@@ -39,6 +39,14 @@ def test_padding_changes_nothing():
         close(padded, alone[0], atol=1e-5, rtol=1e-5)
 
 
+def test_padding_on_the_right_needs_no_mask():
+    """No real token's logits change, not by a bit, if what stands behind it is not hidden."""
+    llm = TinyLLM(40, dim=32, depth=2, heads=4, hidden=48)
+    x = llm.embed(torch.randint(40, (3, 9)))
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [7]])).long()
+    assert torch.equal(llm(x, None)[mask.bool()], llm(x, mask)[mask.bool()])
+
+
 def test_words_are_tokens():
     """A word or mark a token, lower case, role names whole; decoding ends at </s>."""
     tokenizer = WordTokenizer.from_texts(["What shape?", "heart."])

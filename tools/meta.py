@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd_loss import kd_loss, token_weights
-from model import VLM, MoVEKD, text_loss
+from model import VLM, MoVEKD, next_tokens, text_loss
 from plumbing.build import build_movekd, build_teachers, build_vlm
 from plumbing.cli import InputError
 from plumbing.config import Config
@@ -111,15 +111,14 @@ def encoder_flops(encoder: VisionEncoder) -> float:
     return float(count_flops(lambda: encoder.net.forward_features(view)))
 
 
-def run_llm(vlm: VLM, x: torch.Tensor) -> torch.Tensor:
-    """The LLM on (B, T, D), nothing padded -> (B, T, V)
+def run_llm(vlm: VLM, x: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+    """The LLM on (B, T, D), nothing padded -> (B, T, V), or (B, K, V) with places (K,)
 
     It runs layer by layer, for transformers' own forward looks at values, which the meta device
     does not have.
     """
     if not isinstance(vlm.llm, PretrainedLLM):
-        mask = torch.ones(x.shape[:2], dtype=torch.long, device="meta")             # (B, T)
-        return vlm.llm(x, mask)                                                     # (B, T, V)
+        return vlm.llm(x, None, places=places)                                      # (B, K, V)
     decoder = vlm.llm.model.get_decoder()
     positions = torch.arange(x.shape[1], device="meta")[None]                       # (1, T)
     size = decoder.layers[0].self_attn.head_dim
@@ -128,7 +127,10 @@ def run_llm(vlm: VLM, x: torch.Tensor) -> torch.Tensor:
     for layer in decoder.layers:
         x = layer(x, attention_mask=None, position_ids=positions,
                   position_embeddings=rotary)                                       # (B, T, D)
-    return vlm.llm.model.get_output_embeddings()(decoder.norm(x))                   # (B, T, V)
+    x = decoder.norm(x)                                                             # (B, T, D)
+    if places is not None:
+        x = x[:, places]                                                            # (B, K, D)
+    return vlm.llm.model.get_output_embeddings()(x)                                 # (B, K, V)
 
 
 def step_flops(c: Config, stage: int, forward: dict[str, float]) -> dict[str, float]:
@@ -230,13 +232,15 @@ def meta_step(c: Config, model: MoVEKD, teachers: Teachers, batch_size: int, tok
     shape = (batch_size, 3, c.image_size, c.image_size)
     images = torch.empty(shape, dtype=torch.uint8, device="meta")               # (B, 3, R, R)
     ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")      # (B, T)
-    outputs = teachers(images, []) if c.lambda_kd else {}
+    outputs = teachers(images, []) if c.lambda_kd else {}                       # m x (B, .)
     V_s = vlm.student(images)                                                   # (B, n, d)
     x = vlm.llm.embed(ids)                                                      # (B, T, D)
     projected = vlm.projector(V_s)                                              # (B, n, D)
     # the words' embeddings go, as they do in VLM.splice
     x = torch.cat([projected.to(x.dtype), x[:, projected.shape[1]:]], dim=1)    # (B, T, D)
-    L_total = text_loss(run_llm(vlm, x), ids)                                   # ()
+    # at worst all that is no image is answers
+    places = torch.arange(projected.shape[1], tokens, device="meta")            # (K,)
+    L_total = text_loss(run_llm(vlm, x, places), next_tokens(ids)[:, places])   # ()
     if c.lambda_kd:
         student, targets, w_tea = model.pairs(V_s, outputs)                     # m x (B, n, d) each
         w_tok = token_weights(outputs["clip"].cls_scores, model.token_weight)   # (B, n)

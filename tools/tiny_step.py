@@ -11,7 +11,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from data import collate
-from model import Student, text_loss
+from model import Student, next_tokens, text_loss
 from plumbing.build import (build_datasets, build_movekd, build_teachers, build_tokenizer,
                             build_vlm, load_sets)
 from plumbing.config import TINY, Config
@@ -103,7 +103,7 @@ def floors(step: TinyStep) -> dict[str, Callable]:
 
     def llm() -> None:
         logits = vlm(V_s, batch["input_ids"], batch["attention_mask"])              # (B, T, V)
-        text_loss(logits, batch["labels"]).backward()
+        text_loss(logits, next_tokens(batch["labels"])).backward()
 
     @torch.no_grad()
     def teachers() -> None:
