@@ -40,13 +40,14 @@ from plumbing.checkpoints import Progress
 from plumbing.cli import InputError, Stopped, run
 from plumbing.config import Config
 from plumbing.evaluate import evaluate, print_accuracy, print_result
+from plumbing.finished_run import export, load_run, load_vlm
 from plumbing.flags import parse_flags
 from plumbing.launcher import launch, wanted_processes
 from plumbing.machine import Machine
 from plumbing.plots import plot_curves, plot_samples
 from plumbing.released_checkpoint import load_released, released_config
-from plumbing.run_folder import (RunLog, check_data, export, load_run, load_vlm, open_run_folder,
-                                 peak_rss_mb, start_run_folder)
+from plumbing.run_folder import check_data, open_run_folder, peak_rss_mb, start_run_folder
+from plumbing.run_log import RunLog
 from plumbing.sharding import gather_full
 from plumbing.target_statistics import check_teachers, measure_targets
 from plumbing.teacher_cache import cache_teachers

@@ -1,40 +1,23 @@
-"""What a run leaves behind: its config, log, weights and result; and how they are read again."""
+"""The folder of a run: one run in it, places that can be written, where to go on from."""
 
 import dataclasses
-import errno
-import json
 import os
 import platform
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import timm
 import torch
 import torchvision
-from huggingface_hub import split_torch_state_dict_into_shards
-from tqdm import tqdm
 
 from data import write_json
-from model import VLM, MoVEKD
-from plumbing.build import build_vlm, find_device, read_words
-from plumbing.checkpoints import (Progress, check_parameters, crc_of_start, newest_checkpoint,
-                                  saved_checkpoints)
+from plumbing.checkpoints import Progress, newest_checkpoint, saved_checkpoints
 from plumbing.cli import InputError
-from plumbing.config import FULL, Config, recipe
-from plumbing.flags import load_config
-from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
+from plumbing.config import Config
 from plumbing.records import images_of, rows_digest
-from plumbing.released_checkpoint import load_released, released_config
-from plumbing.run_weights import fill_module, read_run_tensors, tensors_below
-from plumbing.sharding import cast_vlm, full_state
-from plumbing.silent_faults import SilentFaults
 from plumbing.teacher_cache import digest
-from plumbing.watch import Watch
-from tiny.llm import WordTokenizer
-from tiny.tensor_files import write_tensors
 
 try:
     import fcntl
@@ -164,186 +147,6 @@ def start_run_folder(c: Config, tokenizer) -> None:
     else:
         write_json(out / "vocabulary.json", tokenizer.vocabulary)
     write_json(out / "versions.json", versions)
-
-
-class RunLog:
-    """log.jsonl and the lines on the screen; of the first process only, for the others nothing.
-
-    log.jsonl has no clock in it, so that one seed makes one log.
-    """
-
-    def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress, watch: Watch):
-        self.every = c.log_every
-        self.watch = watch
-        self.first = first
-        self.faults = SilentFaults(lambda line: tqdm.write(line, file=sys.stderr))
-        self.file = None
-        if first:
-            # without a buffer: no half line waits in one when the disk is full
-            self.file = open(Path(c.out) / "log.jsonl", "r+b" if resumed else "wb", buffering=0)
-            self.file.truncate(progress.log[0])
-            self.file.seek(0, 2)
-
-    def position(self) -> list[int]:
-        """Bytes written so far, and their CRC-32."""
-        if not self.file:
-            return [0, 0]
-        size = self.file.tell()
-        return [size, crc_of_start(Path(self.file.name), size)]
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-
-    def say(self, text: str) -> None:
-        if self.first:
-            print(text, flush=True)
-
-    def append(self, line: str) -> None:
-        """Write a line, or if the disk refuses leave no half of it. Raises OSError."""
-        before = self.file.tell()
-        data = line.encode()
-        if self.file.write(data) < len(data):
-            self.file.truncate(before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
-
-    def bar(self, progress: Progress, steps: int) -> tqdm:
-        """The steps of a stage that are left, with a bar; the clock of tokens/s starts."""
-        self.clock = time.perf_counter()
-        self.tokens = 0
-        for line in self.watch.begin(progress.stage):
-            self.say(line)
-        self.shown = tqdm(range(progress.step, steps), total=steps, initial=progress.step,
-                          desc=f"stage {progress.stage}", mininterval=1, disable=not self.first)
-        return self.shown
-
-    def write(self, progress: Progress, terms: dict, counts: dict, last: bool) -> None:
-        """Every --log-every steps and at the last: a line for programs, and one to read."""
-        self.tokens += counts["tokens"]
-        step = progress.step - 1
-        if not self.file:
-            return
-        self.faults.look(progress.stage, step, terms, last)
-        left = self.watch.after_step(progress.stage, progress.step)
-        self.shown.set_postfix_str(left, refresh=False)
-        if step % self.every and not last:
-            return
-        values = {"stage": progress.stage, "step": step}
-        for name in sorted(terms, key=lambda name: not name.startswith("L_")):  # losses first
-            value = terms[name]
-            values[name] = value.tolist() if torch.is_tensor(value) else value
-        for name in ("skipped", "cut"):
-            if getattr(progress, name):
-                values[name] = getattr(progress, name)
-        self.append(json.dumps(values) + "\n")
-        words = [f"stage {values['stage']} step {values['step']}"]
-        words += [f"{name} {v:.3g}" for name, v in values.items() if isinstance(v, float)]
-        if "experts" in values:
-            layers = ["/".join(f"{100 * s:.0f}" for s in shares) for shares in values["experts"]]
-            words.append("experts " + " ".join(layers))
-        words.append(f"{self.tokens / (time.perf_counter() - self.clock):.0f} tokens/s")
-        tqdm.write("  ".join(words))
-        for line in self.watch.after_line(values):
-            tqdm.write(line)
-
-
-# ------------------------------------------------------------------------------------------------
-# Final weights
-
-
-def save_weights(folder: Path, tensors: dict[str, torch.Tensor], **about: str) -> None:
-    """folder/model.safetensors, or above 5 GB several files and their index, as on the hub.
-
-    The old files go when the new ones are complete. Raises OSError.
-    """
-    temporary = folder / "weights.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    parts = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB")
-    for file, names in parts.filename_to_tensors.items():
-        write_tensors(temporary / file, {name: tensors[name] for name in names}, **about)
-    if parts.is_sharded:
-        write_json(temporary / "model.safetensors.index.json",
-                   {"metadata": parts.metadata, "weight_map": parts.tensor_to_filename})
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
-    for file in temporary.iterdir():
-        file.rename(folder / file.name)
-    temporary.rmdir()
-
-
-def export(c: Config, first: bool, model: MoVEKD, tokenizer) -> None:
-    """Save the final weights, with a real LLM's config and tokenizer: all that load_run reads.
-
-    All processes gather them, the first one writes. What cannot be written to the run folder is
-    written to a new folder for temporary files. Raises InputError, which names it.
-    """
-    check_parameters(model)
-    state = full_state(model)
-    if not first:
-        return
-    if c.precision == "bf16":
-        for name, tensor in state.items():
-            state[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
-    try:
-        write_model(Path(c.out), c, state, model, tokenizer)
-    except OSError as e:
-        elsewhere = Path(tempfile.mkdtemp(prefix="movekd-"))
-        write_model(elsewhere, c, state, model, tokenizer)
-        raise InputError(f"{c.out}: the trained model cannot be written there ({e.strerror}); it "
-                         f"is in {elsewhere}: move its files to {c.out}, then python train.py "
-                         f"--evaluate {c.out}") from None
-
-
-def write_model(folder: Path, c: Config, state: dict, model: MoVEKD, tokenizer) -> None:
-    """The final weights, and a real LLM's config and tokenizer. Raises OSError."""
-    if c.llm:
-        save_weights(folder, state)
-        model.vlm.llm.model.config.save_pretrained(folder / "llm")
-        tokenizer.tokenizer.save_pretrained(folder / "llm")
-    else:
-        save_weights(folder, state, words=digest(*tokenizer.vocabulary))
-
-
-def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
-    """The VLM of a finished run or of the authors' checkpoint, its tokenizer and its Config.
-
-    Strict: every tensor of the file must find its place. Raises InputError.
-    """
-    device = find_device(device)
-    released = released_config(folder)
-    if released:
-        fields, llm = released
-        fields = {**recipe("released"), **fields}
-        c = dataclasses.replace(FULL, llm=str(folder), **fields)
-        tokenizer = PretrainedTokenizer(c.llm)
-        vlm = build_vlm(c, tokenizer, {}, PretrainedLLM(c.llm, llm))
-        load_released(vlm, folder)
-    else:
-        c = load_config(folder / "config.json")
-        llm = None
-        if c.llm:
-            tokenizer = PretrainedTokenizer(str(folder / "llm"))
-            llm = PretrainedLLM.without_weights(folder / "llm")
-        else:
-            tokenizer = WordTokenizer(read_words(folder))
-        vlm = build_vlm(c, tokenizer, {}, llm)
-        load_vlm(vlm, folder)
-    c.device = device
-    on_gpu_in_bf16 = c.precision == "bf16" and device == "cuda"
-    cast_vlm(vlm, torch.bfloat16 if on_gpu_in_bf16 else torch.float32)
-    return vlm.to(device).eval(), tokenizer, c
-
-
-def load_vlm(vlm: VLM, folder: Path) -> None:
-    """Fill student, projector and LLM from a finished run of ours. Raises InputError."""
-    weights = tensors_below(read_run_tensors(folder), "vlm.")
-    own = vlm.state_dict()
-    for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
-        if name in weights and len(own.get(name, ())) > len(weights[name]):
-            # words that the run did not know come after its own, as new
-            weights[name] = torch.cat([weights[name], own[name][len(weights[name]):]])
-    fill_module(vlm, weights, folder)
 
 
 def peak_rss_mb() -> float:

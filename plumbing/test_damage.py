@@ -11,10 +11,11 @@ import torch
 
 import train
 from data import DataError
-from plumbing import run_folder
+from plumbing import finished_run
 from plumbing.checkpoints import saved_checkpoints
 from plumbing.cli import InputError
-from plumbing.run_folder import RunLog, load_run, save_weights
+from plumbing.finished_run import load_run, save_weights
+from plumbing.run_log import RunLog
 from plumbing.teacher_cache import TeacherCache
 from tests_common import SHORT, assert_same_run, damage, tiny_teachers
 from tiny.pretrain import FOLDER
@@ -130,7 +131,7 @@ def test_the_log_keeps_no_half_line(tmp_path, monkeypatch):
     """A line that the disk cuts is taken back."""
     monkeypatch.chdir(tmp_path)
     c = train.parse_flags(["--tiny", "--out", "."])[0]
-    log = RunLog(c, True, False, train.Progress())
+    log = RunLog(c, True, False, train.Progress(), watch=None)
     log.append("a whole line\n")
     with largest_file(20), pytest.raises(OSError, match="log.jsonl"):
         log.append("another line, which is too long\n")
@@ -144,7 +145,7 @@ def test_a_trained_model_is_written_elsewhere(kept, tmp_path, monkeypatch):
     """
     monkeypatch.chdir(kept)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(run_folder.tempfile, "tempdir", None)
+    monkeypatch.setattr(finished_run.tempfile, "tempdir", None)
     shutil.copytree("runs/kept", "runs/refused")
 
     def refuse(folder, tensors, **about):
@@ -153,7 +154,7 @@ def test_a_trained_model_is_written_elsewhere(kept, tmp_path, monkeypatch):
         save_weights(folder, tensors, **about)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "save_weights", refuse)
+        patch.setattr(finished_run, "save_weights", refuse)
         with pytest.raises(InputError, match="No space left on device.*move its files"):
             train.main(["--resume", "runs/refused"])
     elsewhere = next(tmp_path.glob("movekd-*"))

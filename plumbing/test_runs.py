@@ -15,7 +15,7 @@ from plumbing.build import load_sets
 from plumbing.cli import InputError
 from plumbing.evaluate import accuracy_per_type, answer, questions_of
 from plumbing.flags import load_config
-from plumbing.run_folder import load_run
+from plumbing.finished_run import load_run
 from plumbing.run_weights import current_name
 from tests_common import (MOLE, SHORT, C, assert_same_run, conversation, full_flags, images,
                           make_old, old_name, read_log, run_here, save_png)

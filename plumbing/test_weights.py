@@ -20,7 +20,7 @@ from plumbing.evaluate import answer
 from plumbing.flags import load_config
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.released_checkpoint import released_config
-from plumbing.run_folder import load_run
+from plumbing.finished_run import load_run
 from teachers import ClipEncoder, VisionEncoder, parse_spec
 from tests_common import REAL, SHORT, C, conversation, images, random_file, read_log, run_here
 

@@ -1,7 +1,7 @@
 """What a person sees of a run while it trains: plain words, curves, time left, accuracy, warnings.
 
 Nothing here changes what is computed: no random number is drawn, and log.jsonl is written by
-run_folder.RunLog alone.
+run_log.RunLog alone.
 """
 
 import dataclasses

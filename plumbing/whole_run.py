@@ -1,6 +1,6 @@
 """All of a finished run: its VLM, the encoder adapters, the teachers, and the model at its start.
 
-`run_folder.load_run` gives the VLM alone, which is all that answers questions.
+`finished_run.load_run` gives the VLM alone, which is all that answers questions.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from plumbing.build import (build_movekd, build_teachers, build_vlm, load_sets, 
 from plumbing.cli import InputError
 from plumbing.config import Config
 from plumbing.released_checkpoint import released_config
-from plumbing.run_folder import load_run, load_vlm
+from plumbing.finished_run import load_run, load_vlm
 from plumbing.run_weights import fill_module, read_run_tensors, tensors_below
 from teachers import Teachers
 

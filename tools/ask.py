@@ -12,7 +12,7 @@ from plumbing.cli import Parser, run
 from plumbing.config import Config
 from plumbing.evaluate import answer, normalise, questions_of
 from plumbing.image_files import load_image, student_size
-from plumbing.run_folder import load_run
+from plumbing.finished_run import load_run
 from tiny.llm import WordTokenizer
 
 

@@ -35,7 +35,7 @@ from plumbing.build import (build_encoder, build_teachers, build_tokenizer, buil
 from plumbing.cli import Parser, run
 from plumbing.config import TINY
 from plumbing.flags import load_config, parse_config
-from plumbing.run_folder import load_run
+from plumbing.finished_run import load_run
 from plumbing.teacher_cache import cache_teachers
 from tiny.pictures import WORLD_SIZE
 from tiny.scenes import ASKED

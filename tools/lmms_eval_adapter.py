@@ -26,7 +26,7 @@ from data import DataError
 from plumbing.cli import InputError, run
 from plumbing.evaluate import answer
 from plumbing.image_files import as_seen, fit, student_size
-from plumbing.run_folder import load_run
+from plumbing.finished_run import load_run
 
 try:
     from lmms_eval.api.model import lmms

@@ -9,7 +9,7 @@ import torch
 
 from plumbing.build import load_student
 from plumbing.cli import InputError
-from plumbing.run_folder import load_run
+from plumbing.finished_run import load_run
 from tests_common import images, save_png
 from tools import export_student
 
