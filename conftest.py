@@ -1,7 +1,6 @@
 """Fixtures of all tests. What is made by a run is made once a session, and only added to."""
 
 import json
-import re
 
 import pytest
 
