@@ -108,7 +108,8 @@ class HeldOut:
 class Watch:
     """One for a run; of the first process only, for the others it says nothing."""
 
-    def __init__(self, c: Config, first: bool, datasets: dict[int, Conversations], held_out: HeldOut | None):
+    def __init__(self, c: Config, first: bool, datasets: dict[int, Conversations],
+                 held_out: HeldOut | None):
         self.c = c
         self.held_out = held_out
         self.steps = {stage: stage_steps(c, stage, rows) for stage, rows in datasets.items()}

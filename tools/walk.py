@@ -133,7 +133,8 @@ def print_function(function: Callable, words: str, made: dict[int, dict], whole:
 def main(argv: list[str] | None = None) -> None:
     """Run one step under the tracer and print what it saw."""
     parser = Parser(__doc__)
-    parser.add_argument("--all-lines", action="store_true", help="print every line of the functions")
+    parser.add_argument("--all-lines", action="store_true",
+                        help="print every line of the functions")
     args = parser.parse_args(argv)
     model, teachers, batch = tiny_step()
     tracer = Tracer([function for function, _ in STOPS])
@@ -159,8 +160,8 @@ def print_loop(model: method.MoVEKD, terms: dict[str, torch.Tensor]) -> None:
     for name, term in (("L_text + lambda_kd * L_kd", learnt), ("L_balance", terms["L_balance"])):
         grads = torch.autograd.grad(term, routers, retain_graph=True)
         print(f"    gradient of {name} in the routers: {norm_of(grads):.4g}")
-    print("    The first is 0 because every up matrix is 0: no choice of an expert changes anything "
-          "yet.\n    L_total.backward() leaves these gradients (their norms):")
+    print("    The first is 0 because every up matrix is 0: no choice of an expert changes "
+          "anything yet.\n    L_total.backward() leaves these gradients (their norms):")
     L_total.backward()
     for name, parameters in model.parameter_groups().items():
         grads = [p.grad for p in parameters if p.grad is not None]
