@@ -17,7 +17,7 @@ from model import Student
 from mole import MoLE
 from plumbing.build import build_encoder
 from plumbing.config import FULL
-from plumbing.image_files import DiskImages
+from plumbing.image_files import DiskImages, training_size
 from plumbing.pretrained_llm import PretrainedLLM
 from plumbing.workers import check_shared_memory, loader_options
 from tiny.llm import WordTokenizer
@@ -180,13 +180,13 @@ def check_loader(place: Place) -> Iterator[Row]:
         record["image"] = f"{i}.jpg"
         picture.save(folder / record["image"])
     records = records * (number // 16)
-    dataset = Conversations(records, DiskImages(folder, c.image_size),
+    dataset = Conversations(records, DiskImages(folder, training_size(c)),
                             WordTokenizer.from_records(records), "v1", 36, c.max_length)
     batches = iter(make_loader(dataset, batch_size, 1, 0, 0, **loader_options(c)))
     next(batches)  # the workers have started
     start = time.perf_counter()
-    seen = sum(len(batch["images"]) for batch in batches)
+    seen = sum(len(batch["image_names"]) for batch in batches)
     rate = seen / (time.perf_counter() - start)
     expected = "> 7, what a GPU eats (an estimate)" if place.cuda else "measured"
-    yield Row(f"the loader's images a second, {workers} workers, {c.image_size} px", expected,
+    yield Row(f"the loader's images a second, {workers} workers, {training_size(c)} px", expected,
               f"{rate:.3g}", rate > 7 or not place.cuda)
