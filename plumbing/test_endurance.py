@@ -31,32 +31,36 @@ def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
 
     After each kill the run is started again, or resumed if it has left a checkpoint.
     """
-    flags = [*SHORT, "--max-steps", "12", "--save-every", "2"]
+    flags = [*SHORT, "--max-steps", "0", "--stage1-epochs", "40", "--stage2-epochs", "20",
+             "--save-every", "2"]
     begun = time.monotonic()
     run_here(tmp_path, *flags, "--out", "runs/straight")
     whole = time.monotonic() - begun
     for path in (tmp_path / "runs").iterdir():
         if path.name != "straight":
             path.rename(tmp_path / path.name)  # the killed run makes its own stage 0 and cache
+    begun = time.monotonic()
+    run_script(tmp_path, "--help")
+    loading = time.monotonic() - begun      # the libraries alone
     generator = random.Random(0)
     out = tmp_path / "runs/killed"
-    kills = 0
-    while kills < 10:
-        checkpoints = list(out.glob("checkpoints/stage*[0-9]"))
-        again = ["--resume", "runs/killed"] if checkpoints else [*flags, "--out", "runs/killed"]
-        process = start(tmp_path, *again)
-        try:
-            process.wait(timeout=generator.uniform(3, 8 + whole))
-            break  # it has ended before
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    if not (out / "result.json").exists():
-        done = run_script(tmp_path, "--resume", "runs/killed")
-        assert done.returncode == 0, done.stderr
-    assert kills >= 1
+    for _ in range(10):
+        process = start(tmp_path, *again(out, flags))
+        with pytest.raises(subprocess.TimeoutExpired):
+            # short enough that it does not end before the tenth kill
+            process.wait(timeout=loading + generator.uniform(0, 0.08) * whole)
+        process.kill()
+        process.wait()
+    done = run_script(tmp_path, *again(out, flags))
+    assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "runs/straight", out)
+
+
+def again(out: Path, flags: list[str]) -> list[str]:
+    """The arguments to go on: --resume, or all of them if there is no checkpoint yet."""
+    if list(out.glob("checkpoints/stage*[0-9]")):
+        return ["--resume", f"runs/{out.name}"]
+    return [*flags, "--out", f"runs/{out.name}"]
 
 
 @pytest.mark.slow
