@@ -16,6 +16,7 @@ from data import read_json, stack_images, to_device, write_json
 from plumbing.cli import InputError
 from plumbing.records import images_of
 from teachers import TeacherOutput, Teachers, VisionEncoder
+from tiny.tensor_files import temporary_name
 
 
 def digest(*texts: str) -> str:
@@ -152,9 +153,7 @@ def write_outputs(paths: dict[str, Path], encoder: VisionEncoder, images: list[s
     fails. Raises InputError for an output that is no number in fp16, and for a full disk.
     """
     paths["tokens"].parent.mkdir(parents=True, exist_ok=True)
-    temporary = {}
-    for part, path in paths.items():
-        temporary[part] = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = {part: temporary_name(path) for part, path in paths.items()}
     try:
         arrays = run_encoder(temporary, encoder, images, get_image, batch)
         for part, array in arrays.items():

@@ -1,8 +1,12 @@
 """Files of our own that are damaged, a disk that refuses: one line, and nothing half written."""
 
 import contextlib
+import os
+import platform
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,7 @@ from plumbing.run_log import RunLog
 from plumbing.teacher_cache import TeacherCache
 from tests_common import SHORT, assert_same_run, damage, tiny_teachers
 from tiny.pretrain import FOLDER
-from tiny.tensor_files import read_tensors, write_tensors
+from tiny.tensor_files import read_tensors, temporary_name, write_tensors
 from tiny.world import WorldImages
 
 HOW = ("flipped", "halved", "empty", "missing", "a folder", "a pipe")
@@ -93,6 +97,19 @@ def test_a_damaged_cache_is_named(tmp_path, part, how):
         damage(file, how)
     with pytest.raises(DataError, match="eva"):
         make_cache(tmp_path, encoder).read(NAMES, torch.device("cpu"))
+
+
+def test_what_dead_processes_left_is_cleared(tmp_path):
+    """Of this machine's dead processes only: the living, and other machines, may still write."""
+    host = platform.node()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (f"a.bin.{host}-{dead.pid}.tmp", f"a.bin.{host}-1.tmp", "a.bin.other-1.tmp"):
+        (tmp_path / name).touch()
+    own = temporary_name(tmp_path / "a.bin")
+    assert own.name == f"a.bin.{host}-{os.getpid()}.tmp"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {f"a.bin.{host}-1.tmp", "a.bin.other-1.tmp"}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 Every tensor's checksum stands in the file's own header, so it moves and is copied with the file.
 """
 
+import glob
 import json
 import os
+import platform
 import zlib
 from pathlib import Path
 
@@ -21,6 +23,32 @@ def checksum(tensor: torch.Tensor) -> int:
     return zlib.crc32(flat.view(torch.uint8).numpy())
 
 
+def temporary_name(path: Path) -> Path:
+    """A name of this process's own for a file that is not whole yet: two runs may write it at once.
+
+    What a process of this machine has left under such a name, and is dead, is deleted.
+    """
+    stem = f"{path.name}.{platform.node()}-"
+    for left in path.parent.glob(f"{glob.escape(stem)}*.tmp"):
+        process = left.name.removeprefix(stem).removesuffix(".tmp")
+        if process.isdigit() and not is_alive(int(process)):
+            left.unlink(missing_ok=True)
+    return path.with_name(f"{stem}{os.getpid()}.tmp")
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is such a process; on Windows, where asking would end it, yes."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about: str | float) -> None:
     """A safetensors file, which appears under its name when it is whole. Raises OSError.
 
@@ -31,7 +59,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about: str | f
     for name, tensor in tensors.items():  # tied weights share memory, which no file can hold
         copies[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     about["crc32"] = {name: checksum(tensor) for name, tensor in copies.items()}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may write it at once
+    temporary = temporary_name(path)
     try:
         save_file(copies, temporary, metadata={"about": json.dumps(about)})
     except SafetensorError as e:
