@@ -189,7 +189,7 @@ def words_of(batch: dict, logits: torch.Tensor, tokenizer) -> list[Word]:
             continue
         answer = labels[0, i].item() != IGNORE
         # the logits of the place before predict this token
-        loss = text_loss(logits[:, i - 1:i + 1], labels[:, i - 1:i + 1]) if answer else math.nan
+        loss = text_loss(logits[:, i - 1:i], labels[:, i:i + 1]) if answer else math.nan
         words.append(Word(token_text(tokenizer, token), answer, float(loss)))
     return words
 
