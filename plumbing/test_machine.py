@@ -73,6 +73,7 @@ def test_shares_of_micro_batches_add_up_to_the_batch():
         close(sums[name], term)
 
 
+@pytest.mark.slow
 def test_our_recipe_on_two_processes_and_resumed(workplace):
     """`--recipe ours`: two processes have the statistics and the losses of one.
 
@@ -164,6 +165,7 @@ def test_two_processes_go_on_as_one(one_of_two, two_processes):
     assert_same_log(two_processes / "runs/two", one_of_two)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_as_two(one_of_two, two_processes):
     """A checkpoint of one process goes on in two, mid stage 2, with the same losses."""
     copy_until(two_processes, "b", "d", "stage2-00000004")  # written by one process
@@ -181,6 +183,7 @@ def test_resumed_on_as_many_processes_it_is_the_straight_run(two_processes):
     assert_same_run(two_processes / "runs/c", two_processes / "runs/two")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_cleanly(workplace):
     """SIGTERM in the middle of a step: the step is finished, saved, exit status 3.
 
@@ -229,6 +232,7 @@ def test_recomputing_changes_nothing(workplace):
     assert_same_run(workplace / "runs/recomputed", workplace / "runs/tiny")
 
 
+@pytest.mark.slow
 def test_compiled_is_the_same():
     """torch.compile leaves the losses and gradients of the whole method as they are.
 

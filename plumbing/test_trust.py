@@ -389,6 +389,7 @@ def test_a_crafted_checkpoint_runs_nothing(kept, monkeypatch, tmp_path, where):
     """Code in the index, or in place of a scalar in a piece, with checksums to match: refused."""
     monkeypatch.chdir(kept)
     shutil.copytree("runs/kept", tmp_path / "runs/crafted")
+    shutil.copytree("runs/stage0", tmp_path / "runs/stage0")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(kept / "kept", tmp_path / "kept")
     newest = saved_checkpoints(Path("runs/crafted/checkpoints"))[-1]

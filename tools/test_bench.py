@@ -41,6 +41,7 @@ def test_a_recomputed_block_leaves_only_its_input():
     assert (peaks[1] - peaks[0]) / 4 < 1.1 * 4 * (4 * 37 * 64 + sum(trained))
 
 
+@pytest.mark.slow
 def test_trained_adapters_let_go_of_what_only_the_teacher_sees():
     """The README's explanation, in its smallest case.
 

@@ -100,6 +100,7 @@ def test_interval_and_paired_difference():
     assert show((1.25, 0.5), "+") == "+1.2 ± 0.5"
 
 
+@pytest.mark.slow
 def test_interrupted_comparison_goes_on(workplace, monkeypatch):
     """tools.compare runs the arms that have no result and leaves the others alone.
 

@@ -137,6 +137,7 @@ def test_the_sums_on_the_page_add_up(explained):
         assert total == pytest.approx(sum(products), abs=3e-5)
 
 
+@pytest.mark.slow
 def test_a_picture_of_ones_own_and_a_run_without_distillation(workplace, tmp_path, monkeypatch):
     """An image file with a question; without distillation CLIP is the only teacher shown."""
     monkeypatch.chdir(workplace)
@@ -152,6 +153,7 @@ def test_a_picture_of_ones_own_and_a_run_without_distillation(workplace, tmp_pat
         explain.main(["runs/tiny", "--row", "99"])
 
 
+@pytest.mark.slow
 def test_ours_the_heads_on_the_students_side(workplace, tmp_path, monkeypatch):
     """`--recipe ours`: each teacher's space has a basis of its own."""
     monkeypatch.chdir(workplace)

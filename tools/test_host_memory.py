@@ -20,6 +20,7 @@ def test_processes_are_counted_once():
     assert proportional_kb(child.pid) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_keeps_its_status(capfd):
     """train.py's own line and status, and the peak."""
     try:
