@@ -1,5 +1,6 @@
 """What tools.bench measures with, the slow forms it compares to, and what they show."""
 
+import pytest
 import torch
 
 from mole import mole_layers

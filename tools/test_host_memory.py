@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tools.host_memory import main, proportional_kb, tree
 
 
