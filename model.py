@@ -204,7 +204,7 @@ class MoVEKD(nn.Module):
         (0 without an image), then for the log: "experts" (L, E) the experts' shares of the tokens,
         "kd_NAME" each teacher's own loss, "w_NAME" its mean weight. Weighing is the loop's part.
         """
-        images, ids, outputs = batch["images"], batch["input_ids"], {}
+        images, outputs = batch["images"], {}
         # the teachers first: what they need while they run is gone before the student keeps its own
         if self.distil and images is not None:
             outputs = teachers(images, batch["image_names"])                        # m x (B_img, .)
@@ -215,7 +215,7 @@ class MoVEKD(nn.Module):
         shown = V_s[:0] if batch.get("stand_in") else V_s                            # (B_img, n, d)
         answers = next_tokens(batch["labels"])                                              # (B, T)
         places = (answers != IGNORE).any(dim=0).nonzero().flatten()                           # (K,)
-        logits = self.vlm(shown, ids, None, places)                                      # (B, K, V)
+        logits = self.vlm(shown, batch["input_ids"], None, places)                       # (B, K, V)
         L_text = text_loss(logits, answers[:, places])                                          # ()
         terms = {"L_text": L_text, "L_kd": L_text.new_zeros(()), "L_balance": L_text.new_zeros(())}
         if images is None:
