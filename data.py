@@ -31,6 +31,7 @@ from torchvision.transforms.v2 import functional as TF
 
 IGNORE = -100  # a label that the loss skips (torch's cross_entropy default)
 MEAN_COLOUR = (122, 116, 104)  # CLIP's
+LARGE_SIDE = 4096  # px; a square of it takes 50 MB
 CaptionEnd = Literal["eos", "newline"]  # what ends a caption of stage 1: </s>, or as in LLaVA
 
 
@@ -181,11 +182,11 @@ def blank_image(size: int) -> torch.Tensor:
 def padded(picture: Image.Image, size: int, shrink: Image.Resampling) -> Image.Image:
     """An RGB picture padded to a square, so that nothing is cut off and all encoders see one place.
 
-    The padding is CLIP's mean colour, as in LLaVA. A long thin picture is shrunk to `size` first:
-    its square would take far more memory than it.
+    The padding is CLIP's mean colour, as in LLaVA. A large, long and thin picture is shrunk to
+    `size` first: its square would take far more memory than it.
     """
     long, short = max(picture.size), min(picture.size)
-    if long > 4 * short and long > size:
+    if long > 4 * short and long > max(size, LARGE_SIDE):
         shrunk = [max(1, round(pixels * size / long)) for pixels in picture.size]
         picture = picture.resize(shrunk, shrink)
     width, height = picture.size
