@@ -86,8 +86,13 @@ def check_teachers_speed(place: Place) -> Iterator[Row]:
             encoder = build_encoder(c, name, {}).eval()
         if place.cuda:
             encoder.bfloat16()
-        yield from both_forms(place, f"teacher {name} on {samples} images", encoder,
-                              lambda module: module(images), flops)
+        forms = {"": encoder}
+        if hasattr(encoder.net, "stages"):  # convolutions, whose weights have two layouts
+            layout = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
+            forms[", channels_last"] = layout
+        for form, module in forms.items():
+            yield from both_forms(place, f"teacher {name} on {samples} images{form}", module,
+                                  lambda module: module(images), flops)
 
 
 def check_llama_layer_speed(place: Place) -> Iterator[Row]:

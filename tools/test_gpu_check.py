@@ -1,5 +1,6 @@
 """tools.gpu_check on a CPU: what it can check there holds, and each check sees what is wrong."""
 
+import copy
 import re
 import sys
 import warnings
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
-from tests_common import SHORT, run_here
+from plumbing.config import TINY
+from teachers import VisionEncoder
+from tests_common import SHORT, images, run_here
 from tools import gpu_check, gpu_checks_correctness
 from tools.gpu_checks_common import Place, Row
 from tools.gpu_checks_correctness import attention_kernels, check_start
@@ -77,6 +80,26 @@ def test_a_cpu_passes_what_it_can_check(capsys):
     assert status == 0, rows
     assert not [row for row in rows if row[-1] == "NO"]
     assert all(row[0].endswith("compiled") for row in rows if row[-1] == "left out")
+
+
+@torch.no_grad()
+def test_convnext_has_its_channels_last_anyway():
+    """timm's blocks give maps of this layout, so weights of it change neither values nor layout.
+
+    Only the first convolution, of the picture, sees the other.
+    """
+    encoder = VisionEncoder(TINY.convnext).eval()
+    layout = copy.deepcopy(encoder).to(memory_format=torch.channels_last)
+    seen = []
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, out: seen.append(
+                inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    pictures = images(2)
+    torch.testing.assert_close(layout(pictures).tokens, encoder(pictures).tokens, rtol=1e-5,
+                               atol=1e-5)
+    assert seen == [False] + [True] * (len(seen) - 1)
+    assert len(seen) > 5
 
 
 def test_without_transformers_the_llm_is_left_out(monkeypatch, capsys):
