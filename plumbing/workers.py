@@ -1,6 +1,7 @@
 """The processes that load images: how they are started, and what they need of the machine."""
 
 import atexit
+import gc
 import multiprocessing
 import os
 import shutil
@@ -21,18 +22,21 @@ def loader_options(c: Config) -> dict:
     options = {"num_workers": c.workers, "pin_memory": c.device == "cuda"}
     if c.workers:
         atexit.register(end_workers)
-        options["worker_init_fn"] = leave_signals_to_the_run
+        options["worker_init_fn"] = begin_worker
         if "fork" in multiprocessing.get_all_start_methods():
             # a forked worker shares the records with its parent; others get a pickled copy
             options["multiprocessing_context"] = "fork"
     return options
 
 
-def leave_signals_to_the_run(worker: int) -> None:
-    """What a worker does first: a signal to all processes must not take the run's loader away.
+def begin_worker(worker: int) -> None:
+    """What a worker does first: leave signals to the run, and what it shares with it as it is.
 
-    torchrun and batch systems signal every process; the run then finishes its step and saves.
+    torchrun and batch systems signal every process; the run then finishes its step and saves: a
+    signal must not take its loader away. A collection of garbage writes into every object that it
+    looks at, and so would make a copy of the run's.
     """
+    gc.freeze()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

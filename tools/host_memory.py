@@ -47,17 +47,25 @@ def proportional_kb(process: int) -> tuple[int, int]:
     return sizes["Pss:"], sizes["Pss_Anon:"]
 
 
-class Forward(threading.Thread):
-    """Passes on what a run prints; `training` once its first stage has begun."""
+def require_proportions() -> None:
+    """Raise InputError where the system does not say what processes share."""
+    if not (PROC / "self/smaps_rollup").exists():
+        raise InputError("the system does not say what processes share; this is for Linux")
 
-    def __init__(self, lines: TextIO):
+
+class Forward(threading.Thread):
+    """Reads, and passes on, what a run prints; `training` once its first stage has begun."""
+
+    def __init__(self, lines: TextIO, show: bool = True):
         super().__init__()
         self.lines = lines
+        self.show = show
         self.training = False
 
     def run(self) -> None:
         for line in self.lines:
-            print(line, end="", flush=True)
+            if self.show:
+                print(line, end="", flush=True)
             self.training = self.training or line.startswith("stage ")
 
 
@@ -65,8 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run train.py with the flags, and print the peaks."""
     parser = Parser(__doc__)
     _, flags = parser.parse_known_args(argv)
-    if not (PROC / "self/smaps_rollup").exists():
-        raise InputError("the system does not say what processes share; this is for Linux")
+    require_proportions()
     script = Path(__file__).parent.parent / "train.py"
     child = subprocess.Popen([sys.executable, str(script), *flags], stdout=subprocess.PIPE,
                              text=True)
