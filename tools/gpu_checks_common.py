@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import torch
 
-from data import IGNORE
+from data import IGNORE, to_device
 from model import MoVEKD
 from plumbing.config import FULL, TINY, Config
 from plumbing.machine import Machine
 from plumbing.pretrained_llm import PretrainedLLM, require_transformers
 from teachers import Teachers
 from tools.measuring import PeakMemory, count
-from tools.meta import MetaTokenizer, random_models, without_values
+from tools.meta import MetaTokenizer, loader_images, random_models, without_values
 from train import clip_gradients
 
 LLM_LAYERS = 32     # of Vicuna-7B
@@ -118,6 +118,10 @@ def build_without_numbers(place: Place, c: Config, layers: int) -> tuple[MoVEKD,
     return without_values(model), teachers
 
 
+def random_pixels(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
 def random_batch(c: Config, model: MoVEKD, samples: int, tokens: int) -> dict:
     """A batch as data.collate makes it, (B, T): each sample an image, then an answer to the end.
 
@@ -131,9 +135,9 @@ def random_batch(c: Config, model: MoVEKD, samples: int, tokens: int) -> dict:
     mask = torch.ones(size, dtype=torch.long)                                       # (B, T)
     for i in range(1, samples):
         ids[i, -i:], labels[i, -i:], mask[i, -i:] = 0, IGNORE, 0
-    images = torch.randint(0, 256, (samples, 3, c.image_size, c.image_size), dtype=torch.uint8)
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask, "images": images}
-    batch = {name: tensor.to(c.device) for name, tensor in batch.items()}
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask,
+             "images": loader_images(c, samples, random_pixels)}
+    batch = {name: to_device(value, c.device) for name, value in batch.items()}
     return {**batch, "image_names": [None] * samples, "skipped": [], "cut": 0}
 
 

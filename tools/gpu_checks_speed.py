@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from data import Conversations, make_loader
+from data import Conversations, make_loader, to_device
 from model import Student
 from mole import MoLE
 from plumbing.build import build_encoder
@@ -24,10 +24,10 @@ from tiny.llm import WordTokenizer
 from tiny.world import WorldImages, world_records
 from tools.gpu_checks_common import (LLM_LAYERS, LeftOut, Place, Row, build_without_numbers, free,
                                      full_config, llama_shape, median_seconds, random_batch,
-                                     require_library, training)
+                                     random_pixels, require_library, training)
 from tools.gpu_checks_memory import fitting
 from tools.measuring import SHAPES, count_flops
-from tools.meta import encoder_flops, forward_flops, step_flops
+from tools.meta import encoder_flops, forward_flops, loader_images, step_flops
 from tools.plan import TEXT
 from tools.vision import expert_options
 
@@ -77,8 +77,7 @@ def check_teachers_speed(place: Place) -> Iterator[Row]:
     """Each teacher's forward on a micro-batch."""
     c = full_config(place)
     samples = c.micro_batch if place.cuda else 2
-    images = torch.randint(0, 256, (samples, 3, c.image_size, c.image_size), dtype=torch.uint8,
-                           device=place.device)
+    images = to_device(loader_images(c, samples, random_pixels), place.device)
     for name in c.teachers:
         with torch.device("meta"):
             flops = samples * encoder_flops(build_encoder(c, name, {}))

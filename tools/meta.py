@@ -4,7 +4,9 @@ Letters: B samples, n tokens and d width of the student, m teachers, T tokens of
 D its width, V its vocabulary, h its heads.
 """
 
+import functools
 import gc
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +18,7 @@ from model import VLM, MoVEKD, next_tokens, text_loss
 from plumbing.build import build_movekd, build_teachers, build_vlm
 from plumbing.cli import InputError
 from plumbing.config import Config
+from plumbing.image_files import training_size
 from plumbing.pretrained_llm import PretrainedLLM, require_transformers
 from plumbing.sharding import recompute
 from teachers import Teachers, VisionEncoder
@@ -226,11 +229,19 @@ def drop_gradient(p: nn.Parameter) -> None:
     p.grad = None
 
 
+def loader_images(c: Config, batch_size: int, make: Callable) -> torch.Tensor | dict:
+    """A batch as the loader makes it, (B, 3, R, R), or {R_i: ...}; make(shape) gives a tensor."""
+    size = training_size(c)
+    if isinstance(size, tuple):
+        return {pixels: make((batch_size, 3, pixels, pixels)) for pixels in size}
+    return make((batch_size, 3, size, size))
+
+
 def meta_step(c: Config, model: MoVEKD, teachers: Teachers, batch_size: int, tokens: int) -> None:
     """MoVEKD.forward without what looks at values, and its backward."""
     vlm = model.vlm
-    shape = (batch_size, 3, c.image_size, c.image_size)
-    images = torch.empty(shape, dtype=torch.uint8, device="meta")               # (B, 3, R, R)
+    pixels = functools.partial(torch.empty, dtype=torch.uint8, device="meta")
+    images = loader_images(c, batch_size, pixels)               # (B, 3, R, R), or a view a size
     ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")      # (B, T)
     outputs = teachers(images, []) if c.lambda_kd else {}                       # m x (B, .)
     V_s = vlm.student(images)                                                   # (B, n, d)

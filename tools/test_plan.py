@@ -1,5 +1,6 @@
 """tools.plan: its counts are timm's and transformers', its predictions those of a measured step."""
 
+import dataclasses
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model import Student
 from plumbing.config import TINY
 from plumbing.flags import parse_config
+from plumbing.image_files import image_bytes, training_size
 from teachers import VisionEncoder, parse_spec
 from tests_common import MOLE
 from tiny.flops import flop_counter
@@ -18,7 +20,7 @@ from tiny.llm import TinyLLM
 from tools import plan
 from tools.measuring import PeakMemory, count, saved_bytes
 from tools.meta import (activations, forward_flops, fused_attention, llm_config, meta_models,
-                        step_flops)
+                        meta_step, step_flops)
 from tools.tiny_step import TinyStep
 
 
@@ -108,6 +110,29 @@ def test_plan_predicts_a_measured_step():
     m = plan.memory(c, model, teachers, 1, False, per_sample)
     weights = 4 * (count(step.model.parameters()) + count(step.teachers.parameters()))
     assert m.fixed + 8 * per_sample == pytest.approx(weights + peak, rel=0.15)
+
+
+def test_plan_carries_the_views_that_the_loader_makes(full_meta, monkeypatch):
+    """In a step of --full 336 and 1024 px of each sample, without L_kd 336; of --tiny one image.
+
+    They are the bytes that the workers' shared memory is checked for.
+    """
+    c, *_ = full_meta
+    seen = []
+    monkeypatch.setattr(VisionEncoder, "view", lambda encoder, images: seen.append(images))
+    for config, sizes in ((c, (336, 1024)), (dataclasses.replace(c, lambda_kd=0.0), (336,)),
+                          (TINY, 128)):
+        step = meta_models(config)
+        with pytest.raises(AttributeError):  # what sees no picture cannot go on
+            meta_step(config, *step, 3, 700)
+        images = seen.pop()
+        if isinstance(sizes, int):
+            assert images.shape == (3, 3, sizes, sizes)
+        else:
+            assert {size: view.shape for size, view in images.items()} == {
+                size: (3, 3, size, size) for size in sizes}
+        views = images.values() if isinstance(images, dict) else [images]
+        assert sum(view.numel() for view in views) == 3 * image_bytes(training_size(config))
 
 
 def test_plan_says_what_does_not_fit(full_meta, capsys):
