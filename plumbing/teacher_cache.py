@@ -170,8 +170,8 @@ def run_encoder(files: dict[str, Path], encoder: VisionEncoder, images: list[str
     arrays = {"crc32": new_array(files["crc32"], np.uint32, (len(images),))}
     try:
         fill_arrays(arrays, files, encoder, images, get_image, batch)
-        for part in arrays:
-            arrays[part].flush()
+        for array in arrays.values():
+            array.flush()
         return list(arrays)
     finally:
         arrays.clear()  # Windows neither renames nor deletes a file that is still mapped
