@@ -29,7 +29,7 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     done = common.run_script(folder, *common.SHORT)
     assert done.returncode == 0, done.stderr
-    (folder / "output.txt").write_text(done.stdout)
+    (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
     return folder
 
 

@@ -166,7 +166,7 @@ def write_json(path: Path, value) -> None:
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise OSError(e.errno, e.strerror, str(path)) from None  # a full disk names no file
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -227,11 +227,12 @@ def stack_images(images: list) -> torch.Tensor | dict[int, torch.Tensor]:
 def to_device(value, device: str | torch.device):
     """A tensor, or each of a dict of tensors, on a device; anything else as it is.
 
-    From pinned memory a copy to a GPU is not waited for.
+    From pinned memory a copy to a CUDA GPU is not waited for; Apple's would read what is gone.
     """
     if isinstance(value, dict):
-        return {key: part.to(device, non_blocking=True) for key, part in value.items()}
-    return value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        return {key: to_device(part, device) for key, part in value.items()}
+    asynchronous = torch.device(device).type == "cuda"
+    return value.to(device, non_blocking=asynchronous) if torch.is_tensor(value) else value
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from plumbing.flags import parse_flags
 
 HERE = Path(__file__).parent
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
-TEXTS = {page: page.read_text() for page in PAGES}
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 # commands shown in code blocks: the program and its arguments, up to two spaces and a remark
 COMMAND = re.compile(r"^    .*?python3? (train\.py|-m [\w.]+) ?(.*?)(?:\s{2,}.*)?$", re.M)
 OTHERS = ("venv", "pytest")     # modules that are not ours
@@ -30,7 +30,7 @@ def commands() -> list[tuple[str, str]]:
 def test_every_name_of_a_file_exists(page):
     """`file.py: name` names a function or class at the top of that file."""
     for file, name in re.findall(r"`([\w/]+\.py): ([\w.]+)`", TEXTS[page]):
-        tree = ast.parse((HERE / file).read_text())
+        tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
         names = {node.name for node in tree.body if hasattr(node, "name")}
         assert name.split(".")[0] in names, f"{page.name}: {file}: {name}"
     for file in re.findall(r"`((?:tiny|plumbing|tools|docs)/[\w/]+\.\w+)`", TEXTS[page]):
@@ -61,9 +61,9 @@ def test_every_command_shown_parses(program, rest):
 
 def test_every_flag_named_in_the_text_exists():
     """A flag in backquotes is one of train.py's or of a tool's."""
-    sources = [path.read_text() for path in HERE.glob("*/*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in HERE.glob("*/*.py")]
     known = set(re.findall(r'"(--[\w-]+)"', "\n".join(sources)))
-    config = ast.parse((HERE / "plumbing/config.py").read_text())
+    config = ast.parse((HERE / "plumbing/config.py").read_text(encoding="utf-8"))
     for node in ast.walk(config):
         if isinstance(node, ast.AnnAssign):
             known.add("--" + node.target.id.replace("_", "-"))
@@ -77,6 +77,6 @@ def test_every_flag_named_in_the_text_exists():
 
 
 def test_the_readme_can_be_read_in_one_sitting():
-    lines = (HERE / "README.md").read_text().splitlines()
+    lines = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 170
     assert max(map(len, lines)) <= 120

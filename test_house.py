@@ -31,7 +31,7 @@ FILES = module_files()
 def imports(path: Path) -> set[str]:
     """The modules of ours that a file imports, at its top or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
@@ -63,7 +63,7 @@ def test_no_circle():
 def functions(path: Path) -> dict[str, int]:
     """The functions of a file and the lines of each, from `def` on."""
     lines = {}
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef):
             name = f"{path.name}: {node.name}, line {node.lineno}"
             lines[name] = node.end_lineno - node.lineno + 1
@@ -82,7 +82,7 @@ def test_functions_are_short():
 def test_lines_are_short():
     """No line of any .py has more than 100 characters; the six files have 1,750 lines at most."""
     for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
-        for i, line in enumerate(path.read_text().splitlines(), start=1):
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             assert len(line) <= 100, f"{path}: line {i}"
-    total = sum(len((HERE / f"{name}.py").read_text().splitlines()) for name in PAPER)
-    assert total <= 1_750
+    texts = [(HERE / f"{name}.py").read_text(encoding="utf-8") for name in PAPER]
+    assert sum(len(text.splitlines()) for text in texts) <= 1_750

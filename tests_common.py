@@ -132,11 +132,12 @@ def run_here(folder: Path, *flags: str) -> None:
 def run_script(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     """`python train.py ...` in a process of its own."""
     return subprocess.run([sys.executable, str(HERE / "train.py"), *flags], cwd=folder,
-                          capture_output=True, text=True)
+                          capture_output=True, encoding="utf-8")
 
 
 def read_log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    text = (run / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def assert_same_run(a: Path, b: Path, *more: str) -> None:
@@ -270,7 +271,7 @@ def released_json(llama_folder: Path, folder: Path) -> None:
     for path in llama_folder.iterdir():
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.update(model_type="move_llava_llama", mm_hidden_size=128, mm_projector_type="mlp2x_gelu",
                   architectures=["MoVELlavaLlamaForCausalLM"], mm_vision_select_layer=-2,
                   image_aspect_ratio="pad", kd={"kd_mode": False})

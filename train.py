@@ -34,8 +34,8 @@ from torch import nn
 from data import Conversations, make_loader, write_json
 from model import VLM, MoVEKD
 from plumbing.build import (build_datasets, build_llm, build_movekd, build_teachers,
-                            build_tokenizer, build_vlm, check_lengths, check_place, find_device,
-                            load_eval_set, load_sets, pretrained_weights)
+                            build_tokenizer, build_vlm, check_lengths, check_mps, check_place,
+                            find_device, load_eval_set, load_sets, pretrained_weights)
 from plumbing.checkpoints import Progress
 from plumbing.cli import InputError, Stopped, run
 from plumbing.config import Config
@@ -61,11 +61,12 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     argv = sys.argv[1:] if argv is None else argv
     c, mode = parse_flags(argv, description=__doc__)
-    check_place(c)
     c.device = find_device(c.device)
+    check_place(c)
     if mode == "evaluate":
         evaluate_run(c)
         return
+    check_mps(c)
     processes = wanted_processes(c)
     if processes > 1:
         sys.exit(launch(__file__, argv, processes))

@@ -14,6 +14,7 @@ from plumbing.config import FULL, Config
 from plumbing.encoder_weights import find_weights, is_real, load_net
 from plumbing.flags import load_config
 from plumbing.image_files import DiskImages, Size, load_image, student_size, training_size
+from plumbing.launcher import launched, wanted_processes
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import keep, place_of, read_records
 from plumbing.released_checkpoint import read_released, released_config
@@ -291,10 +292,12 @@ def build_movekd(c: Config, vlm: VLM, teachers: Teachers) -> MoVEKD:
 
 
 def find_device(device: str) -> str:
-    """cpu or cuda."""
+    """cuda, mps (Apple's GPU) or cpu; "auto" is the first of them that is here."""
     if device != "auto":
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def check_place(c: Config) -> None:
@@ -308,3 +311,17 @@ def check_place(c: Config) -> None:
     if c.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, "
                          "slowly, and `python -m tools.plan` says what GPUs it wants")
+    if c.device == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: torch finds no Apple GPU here; --device auto takes what "
+                         "there is")
+
+
+def check_mps(c: Config) -> None:
+    """Raise InputError for training that Apple's GPU cannot do: torch shards nothing on it."""
+    if c.device != "mps":
+        return
+    if c.precision == "bf16":
+        raise InputError("--device mps: trains in fp32 only; add --precision fp32, or --device cpu")
+    if launched() or wanted_processes(c) > 1:
+        raise InputError("--device mps: one process has the GPU; leave --processes out, or give "
+                         "--device cpu")

@@ -119,7 +119,7 @@ class Checkpoints:
             write_json(temporary / "meta.json", meta)
             final = temporary.with_suffix("")
             shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+            temporary.replace(final)
             for old in saved_checkpoints(self.folder)[:-self.keep]:
                 shutil.rmtree(old)
 

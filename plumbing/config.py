@@ -44,7 +44,7 @@ class Config:
 
     out: str = "runs/tiny"                  # the run folder
     seed: Seed = 0                          # sets everything random: weights, order, dropout
-    device: Literal["cpu", "cuda", "auto"] = "cpu"  # "auto": a GPU if there is one
+    device: Literal["cpu", "cuda", "mps", "auto"] = "cpu"   # "auto": a GPU if any; "mps": Apple's
 
     # --- data: "" means the built-in tiny world
     data: str = ""                          # stage 2, LLaVA-format JSON

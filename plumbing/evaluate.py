@@ -115,7 +115,8 @@ def print_result(result: dict, out: Path, words: str = "") -> None:
     """A table and words for the reader; the last line is for programs: `result: ` and JSON."""
     if "accuracy" in result:
         print_accuracy(result)
+    peak = result["peak_rss_mb"]  # 0 where the system does not say it
     print(f"{result['seconds']} s, {result['seconds_stage0']} s of them stage 0; "
           f"{result['tflops']} TFLOPs in the two stages, {result['tflops_stage0']} in stage 0; "
-          f"peak {result['peak_rss_mb']} MB; everything is in {out}/\n{words}")
+          f"{f'peak {peak} MB; ' if peak else ''}everything is in {out}/\n{words}")
     print("result: " + json.dumps(result))

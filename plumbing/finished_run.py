@@ -41,7 +41,7 @@ def save_weights(folder: Path, tensors: dict[str, torch.Tensor], **about: str) -
     for old in folder.glob("model*.safetensors*"):
         old.unlink()
     for file in temporary.iterdir():
-        file.rename(folder / file.name)
+        file.replace(folder / file.name)
     temporary.rmdir()
 
 

@@ -66,6 +66,8 @@ def start(script: str, argv: list[str], processes: int) -> list[subprocess.Popen
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
     }
+    if os.name == "nt":  # torch's builds for Windows ask for libuv, and have none
+        environment.setdefault("USE_LIBUV", "0")
     children = []
     for rank in range(processes):
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -86,6 +88,8 @@ def watch(children: list[subprocess.Popen], received: list[int]) -> subprocess.P
             return None
         for number in received[passed_on:]:
             passed_on += 1
+            if os.name == "nt":
+                continue  # Ctrl-C has reached them: Windows has no sessions, and can send none
             for child in running:
                 child.send_signal(number)
         time.sleep(0.1)

@@ -158,7 +158,7 @@ class Machine:
         """Sums over the processes, in one message."""
         if self.world == 1:
             return values
-        flat = torch.cat([value.detach().double().flatten().cpu() for value in values.values()])
+        flat = torch.cat([value.detach().cpu().double().flatten() for value in values.values()])
         dist.all_reduce(flat)
         pieces = flat.split([value.numel() for value in values.values()])
         sums = {}

@@ -1,16 +1,20 @@
 """The pictures of a run: its curves and its held-out samples."""
 
+import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plumbing.evaluate import normalise
 
 
+MISSING = "\u25a1"  # a box
 PANELS = (  # title, prefix of what is drawn, scale of the axis
     ("losses", "L_", "log"),
     ("each teacher's own loss", "kd_", "log"),
@@ -105,15 +109,33 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image: Ca
             image = image[max(image)]
         axis.imshow(image.permute(1, 2, 0).numpy())
         color = "green" if normalise(given) == row["answer"] else "red"
-        title = f"{row['question'][:40]}\n{row['answer'][:25]} | {given[:25]}"
+        question, truth, given = map(drawable, (row["question"], row["answer"], given))
+        title = f"{question[:40]}\n{truth[:25]} | {given[:25]}"
         axis.set_title(title, fontsize=12, pad=5, parse_math=False, color=color)
     figure.suptitle("held-out images: question, true answer | the model's answer (green: right)",
                     fontsize=15)
     save_figure(figure, path)
 
 
+def drawable(text: str) -> str:
+    """A text in one line, a box in place of each character that the plots' font cannot draw."""
+    known = known_characters()
+    return "".join(c if ord(c) in known else MISSING for c in " ".join(text.split()))
+
+
+@functools.cache
+def known_characters() -> set[int]:
+    """The code points that the plots' font can draw."""
+    file = font_manager.findfont(font_manager.FontProperties())
+    return set(font_manager.get_font(file).get_charmap())
+
+
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically."""
+    """Write a PNG atomically. One that a program on Windows holds open stays as it is."""
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, dpi=80, format="png")
-    temporary.rename(path)
+    try:
+        temporary.replace(path)
+    except PermissionError:  # a viewer must not end a run
+        temporary.unlink()
+        print(f"note: {path}: is open in another program, and was not drawn anew", file=sys.stderr)

@@ -150,7 +150,10 @@ def start_run_folder(c: Config, tokenizer) -> None:
 
 
 def peak_rss_mb() -> float:
-    """Peak memory of the largest process of the run, this one or one of stage 0, in MB."""
+    """Peak memory of the largest process of the run, this one or one of stage 0, in MB.
+
+    0 on Windows, which has other means to ask.
+    """
     if resource is None:
         return 0.0
     peaks = [resource.getrusage(who).ru_maxrss

@@ -57,7 +57,8 @@ def fill(norms: dict[str, ChannelNorm], teachers: Teachers, sets: list[tuple], d
             pixels = stack_images(readable)                                         # (B, 3, R, R)
         outputs = teachers(to_device(pixels, device), batch)
         for name in norms:
-            tokens = outputs[name].tokens.flatten(0, 1).double().cpu()              # (B * n_i, d_i)
+            # Apple's GPU has no float64: to the CPU first
+            tokens = outputs[name].tokens.flatten(0, 1).cpu().double()              # (B * n_i, d_i)
             sums[name] += torch.stack([tokens.sum(dim=0), tokens.square().sum(dim=0)])
             places[name] += len(tokens)
     for name, norm in norms.items():

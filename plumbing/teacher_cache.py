@@ -155,23 +155,34 @@ def write_outputs(paths: dict[str, Path], encoder: VisionEncoder, images: list[s
     paths["tokens"].parent.mkdir(parents=True, exist_ok=True)
     temporary = {part: temporary_name(path) for part, path in paths.items()}
     try:
-        arrays = run_encoder(temporary, encoder, images, get_image, batch)
-        for part, array in arrays.items():
-            array.flush()
-            temporary[part].rename(paths[part])
+        parts = run_encoder(temporary, encoder, images, get_image, batch)
+        for part in parts:
+            temporary[part].replace(paths[part])
     finally:
         for left in temporary.values():
             left.unlink(missing_ok=True)
-    return [part for part in arrays if part != "crc32"]
+    return [part for part in parts if part != "crc32"]
+
+
+def run_encoder(files: dict[str, Path], encoder: VisionEncoder, images: list[str],
+                get_image: Callable, batch: int) -> list[str]:
+    """Write the encoder's fields for all images, and each row's checksum; returns their names."""
+    arrays = {"crc32": new_array(files["crc32"], np.uint32, (len(images),))}
+    try:
+        fill_arrays(arrays, files, encoder, images, get_image, batch)
+        for array in arrays.values():
+            array.flush()
+        return list(arrays)
+    finally:
+        arrays.clear()  # Windows neither renames nor deletes a file that is still mapped
 
 
 @torch.no_grad()
-def run_encoder(files: dict[str, Path], encoder: VisionEncoder, images: list[str],
-                get_image: Callable, batch: int) -> dict[str, np.memmap]:
-    """The encoder's fields for all images, and the checksum of each row, in mapped files."""
+def fill_arrays(arrays: dict[str, np.memmap], files: dict[str, Path], encoder: VisionEncoder,
+                images: list[str], get_image: Callable, batch: int) -> None:
+    """Run the encoder over all images; what it gives is written to new mapped files."""
     device = next(encoder.parameters()).device
     name = files["tokens"].name.split(".")[0]
-    arrays = {"crc32": new_array(files["crc32"], np.uint32, (len(images),))}
     for i in tqdm(range(0, len(images), batch), desc=f"cache {name}", leave=False):
         pixels = stack_images([get_image(image) for image in images[i:i + batch]])
         output = encoder(to_device(pixels, device))
@@ -189,7 +200,6 @@ def run_encoder(files: dict[str, Path], encoder: VisionEncoder, images: list[str
                 arrays[field] = new_array(files[field], np.float16, shape)
             arrays[field][i:i + batch] = values
         arrays["crc32"][i:i + batch] = row_checksums(rows)
-    return arrays
 
 
 class CachedTeachers(Teachers):

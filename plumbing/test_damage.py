@@ -45,9 +45,9 @@ def test_other_words_in_the_same_file_are_noticed(kept, tmp_path):
     """Two words that change places give every answer another meaning, and no tensor tells."""
     for name in ("config.json", "model.safetensors"):
         shutil.copy(kept / "runs/kept" / name, tmp_path / name)
-    text = (kept / "runs/kept/vocabulary.json").read_text()
+    text = (kept / "runs/kept/vocabulary.json").read_text(encoding="utf-8")
     swapped = text.replace('"red"', '"_"').replace('"blue"', '"red"').replace('"_"', '"blue"')
-    (tmp_path / "vocabulary.json").write_text(swapped)
+    (tmp_path / "vocabulary.json").write_text(swapped, encoding="utf-8")
     with pytest.raises(InputError, match="vocabulary.json: has changed since .*model.safetensors"):
         load_run(tmp_path, "cpu")
 
@@ -152,7 +152,7 @@ def test_the_log_keeps_no_half_line(tmp_path, monkeypatch):
     log.append("a whole line\n")
     with largest_file(20), pytest.raises(OSError, match="log.jsonl"):
         log.append("another line, which is too long\n")
-    assert Path("log.jsonl").read_text() == "a whole line\n"
+    assert Path("log.jsonl").read_text(encoding="utf-8") == "a whole line\n"
 
 
 def test_a_trained_model_is_written_elsewhere(kept, tmp_path, monkeypatch):

@@ -218,9 +218,9 @@ def test_what_is_no_list_of_rows_is_left_to_the_json_reader(tmp_path, text):
 def test_a_file_that_changes_under_the_run_is_named(tmp_path):
     """A row that is no longer where it was is an error, not another row's half."""
     file = tmp_path / "rows.json"
-    file.write_text(json.dumps(ODD))
+    file.write_text(json.dumps(ODD), encoding="utf-8")
     rows = read_list(file)
-    file.write_text("[1, 2]")
+    file.write_text("[1, 2]", encoding="utf-8")
     with pytest.raises(DataError, match="has changed while it was read"):
         rows[0]
 

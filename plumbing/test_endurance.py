@@ -38,7 +38,7 @@ def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
     whole = time.monotonic() - begun
     for path in (tmp_path / "runs").iterdir():
         if path.name != "straight":
-            path.rename(tmp_path / path.name)  # the killed run makes its own stage 0 and cache
+            path.replace(tmp_path / path.name)  # the killed run makes its own stage 0 and cache
     begun = time.monotonic()
     run_script(tmp_path, "--help")
     loading = time.monotonic() - begun      # the libraries alone
@@ -69,11 +69,12 @@ def test_processes_do_not_outlive_their_launcher(workplace):
     process = subprocess.Popen(
         [sys.executable, str(HERE / "train.py"), *SHORT, "--max-steps", "0", "--stage1-epochs",
          "500", "--processes", "2", "--out", "runs/orphans"], cwd=workplace,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
     for line in process.stdout:
         if line.startswith("stage 1 step 3 "):
             break
-    children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(
+        encoding="utf-8").split()
     assert len(children) == 2
     process.kill()
     process.wait()

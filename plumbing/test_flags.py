@@ -47,7 +47,7 @@ def test_the_config_of_a_run_records_every_switch(workplace):
     """config.json of a run holds each field of Config, the rows of the recipes among them."""
     c = load_config(workplace / "runs/tiny/config.json")
     assert c == parse_config([*SHORT])
-    text = (workplace / "runs/tiny/config.json").read_text()
+    text = (workplace / "runs/tiny/config.json").read_text(encoding="utf-8")
     fields = {field.name for field in dataclasses.fields(Config)}
     assert set(RECIPES) < fields
     assert all(f'"{name}":' in text for name in fields)
@@ -114,7 +114,7 @@ BAD = {
 def bad_files(workplace):
     """The workplace with files that cannot be used."""
     turns = conversation("<image>\nwhat?", "that")
-    (workplace / "broken.json").write_text('[{"id": 1,')
+    (workplace / "broken.json").write_text('[{"id": 1,', encoding="utf-8")
     (workplace / "corrupt.png").write_bytes(b"\x89PNG\r\n not a picture")
     answerless = {"conversations": turns[:1], "image": "corrupt.png"}
     write_json(workplace / "answerless.json", [answerless])

@@ -36,7 +36,8 @@ from tests_common import (HERE, SHORT, C, small_vlm, some_conversations, total_l
 def script(folder: Path, body: str) -> str:
     """A program for `launch`: `rank` is its process's."""
     path = folder / "script.py"
-    path.write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{body}\n")
+    text = f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{body}\n"
+    path.write_text(text, encoding="utf-8")
     return str(path)
 
 
@@ -115,8 +116,8 @@ def test_sigterm_to_all_processes_saves(workplace):
     """A run with loader workers, all of whose processes get SIGTERM, saves and ends with 3."""
     flags = [*SHORT, *"--max-steps 0 --stage1-epochs 9 --workers 2 --out runs/workers".split()]
     process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *flags], cwd=workplace,
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True, encoding="utf-8")
     for line in process.stdout:
         if line.startswith("stage 1 step 3 "):
             os.killpg(process.pid, signal.SIGTERM)

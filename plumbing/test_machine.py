@@ -192,8 +192,8 @@ def test_sigterm_saves_and_ends_cleanly(workplace):
     flags = [*SHORT, *"--stage1-epochs 3 --stage2-epochs 0.25 --max-steps 0".split()]
     saving = "--save-every 1 --keep 2 --out runs/stopped".split()
     process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *flags, *saving],
-                               cwd=workplace, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+                               cwd=workplace, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, encoding="utf-8")
     for line in process.stdout:
         if line.startswith("stage 1 step 3 "):
             process.send_signal(signal.SIGTERM)

@@ -31,7 +31,7 @@ def place(tmp_path, monkeypatch):
     save_png(folder / "a.png", images(1)[0])
     whole = (folder / "a.png").read_bytes()
     save_png(tmp_path / "a.png", images(1)[0])
-    (folder / "text.png").write_text("a picture of a heart")
+    (folder / "text.png").write_text("a picture of a heart", encoding="utf-8")
     (folder / "half.png").write_bytes(whole[:len(whole) // 2])
     (folder / "empty.png").write_bytes(b"")
     # a header that promises 100,000 x 100,000 pixels

@@ -39,7 +39,7 @@ def assert_total_is_the_sum(line: dict, c) -> None:
 
 def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
     """`train.py --tiny`: two tables, the result as one JSON object on the last line, all files."""
-    out = (workplace / "output.txt").read_text()
+    out = (workplace / "output.txt").read_text(encoding="utf-8")
     assert out.count("parameters\n") == 2
     *_, last = out.splitlines()
     result = read_json(workplace / "runs/tiny/result.json")

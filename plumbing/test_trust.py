@@ -27,7 +27,7 @@ from plumbing.flags import flag, load_config, parse_config
 from plumbing.image_files import DiskImages, as_seen, load_image
 from plumbing.records import read_list
 from plumbing.target_statistics import check_teachers
-from tests_common import (HERE, SHORT, conversation, damage, images, run_here, save_png,
+from tests_common import (HERE, SHORT, conversation, damage, images, read_log, run_here, save_png,
                           tiny_teachers)
 from tiny.llm import WordTokenizer
 from tiny.world import WorldImages, world_records
@@ -122,7 +122,7 @@ def test_a_stage_can_be_left_out_and_clipping_too(workplace):
     """--stage1-epochs 0 leaves stage 1 out; --grad-clip 0 clips nothing, and training learns."""
     run_here(workplace, *SHORT, "--out", "runs/one-stage", "--stage1-epochs", "0", "--grad-clip",
              "0")
-    log = [json.loads(line) for line in open(workplace / "runs/one-stage/log.jsonl")]
+    log = read_log(workplace / "runs/one-stage")
     assert [line["stage"] for line in log] == [2] * 4
     assert log[-1]["L_total"] < log[0]["L_total"]
 
@@ -204,7 +204,7 @@ def test_long_thin_pictures_take_memory_near_their_own(tmp_path, size):
             "image = load_image(Path(sys.argv[1]), 96); "
             "print(peak() - before, int(image[0, 47:49, 47:49].max()))")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "thin.png")], cwd=HERE,
-                          capture_output=True, text=True)
+                          capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     used, middle = map(int, done.stdout.split())
     assert used < 200_000  # kB: the pixels of the largest are 52 MB
@@ -244,12 +244,13 @@ def test_json_as_people_write_it(tmp_path):
     row = {"conversations": conversation("what?", "nice \ud83d")}
     rows = [{**row, "image": image} for image in (None, "", [])]
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows).encode())
-    (tmp_path / "lines.json").write_text("\n".join(json.dumps(row) for row in rows))
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "lines.json").write_text(lines, encoding="utf-8")
     for name in ("bom.json", "lines.json"):
         for record in read_list(tmp_path / name):
             assert "image" not in record
             assert record["conversations"][1]["value"].endswith("\ufffd")
-    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(DataError, match="nested too deep"):
         read_json(tmp_path / "deep.json")
 
@@ -339,7 +340,7 @@ def test_two_runs_do_not_share_a_folder(kept, monkeypatch):
     holder = subprocess.Popen(
         [sys.executable, "-c", "import fcntl, sys, time; f = open('runs/kept/run.lock', 'a+'); "
          "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"],
-        stdout=subprocess.PIPE, text=True)
+        stdout=subprocess.PIPE, encoding="utf-8")
     assert holder.stdout.readline() == "held\n"
     try:
         with pytest.raises(InputError, match="--out runs/kept: a run is in it, process "):
@@ -405,13 +406,13 @@ def test_a_crafted_checkpoint_runs_nothing(kept, monkeypatch, tmp_path, where):
         content = piece.read_bytes()
         end = info.offset + len(evil)
         piece.write_bytes(content[:info.offset] + evil + content[end:])
-    meta = json.loads((newest / "meta.json").read_text())
+    meta = json.loads((newest / "meta.json").read_text(encoding="utf-8"))
     meta["files"] = {name: sums for pattern in (".metadata", "__0_*")
                      for name, sums in checksums(newest, pattern).items()}
     meta["data"] = {}  # the copies have other times
     del meta["crc32"]
     meta["crc32"] = zlib.crc32(json.dumps(meta).encode())
-    (newest / "meta.json").write_text(json.dumps(meta))
+    (newest / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     with pytest.raises(InputError, match="crafted"):
         train.main(["--resume", "runs/crafted"])
     assert not list(tmp_path.rglob("pwned"))
@@ -443,7 +444,7 @@ def test_a_dead_teacher_is_named():
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(HERE / "train.py"), *SHORT, *flags], cwd=folder,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
@@ -475,10 +476,10 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_lost(workplace):
 
 def test_what_the_disk_refuses_is_one_line(workplace, tmp_path):
     """--out that is a file, below a file: one line with the place and the reason, exit status 2."""
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for out in ("file", "file/below"):
         done = subprocess.run([sys.executable, str(HERE / "train.py"), *SHORT, "--out", out],
-                              cwd=tmp_path, capture_output=True, text=True)
+                              cwd=tmp_path, capture_output=True, encoding="utf-8")
         assert done.returncode == 2
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and "file" in errors[0]

@@ -30,7 +30,7 @@ def reference_line(step: int, factor: float = 1.0) -> dict:
 
 def test_the_output_explains_itself(workplace):
     """A line a stage in plain words, the heading of the log, and at the end what to try next."""
-    out = (workplace / "output.txt").read_text()
+    out = (workplace / "output.txt").read_text(encoding="utf-8")
     for stage in (0, 1, 2):
         assert stage_words(dataclasses.replace(C, n_pretrain=128, n_train=64, n_described=32,
                                                n_text=32), stage) in out
@@ -107,7 +107,8 @@ def test_curves_are_drawn_while_it_trains(workplace, sets, monkeypatch):
 
 def test_curves_of_any_run(workplace, tmp_path):
     """One line only, no experts, no teachers: there is a picture all the same."""
-    (tmp_path / "log.jsonl").write_text('{"stage": 2, "step": 0, "L_text": 1.0}\n')
+    line = '{"stage": 2, "step": 0, "L_text": 1.0}\n'
+    (tmp_path / "log.jsonl").write_text(line, encoding="utf-8")
     plots.plot_curves(tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert not list(tmp_path.glob("*.tmp"))

@@ -326,7 +326,7 @@ def test_the_authors_shards_load(released_folder, tmp_path, kind):
     whole, shards = load_run(released_folder)[0], load_run(tmp_path)[0]
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, shards.state_dict()[name]), name
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     config["moe"]["moe_encoder_dense"] = True
     write_json(tmp_path / "config.json", config)
     with pytest.raises(InputError, match="moe_encoder_dense is true"):
@@ -339,9 +339,9 @@ def test_the_authors_shards_load(released_folder, tmp_path, kind):
 
 def test_the_authors_precision_is_kept(released_folder, tmp_path):
     """Their checkpoint's torch_dtype is that of the LLM that is built for it."""
-    config = json.loads((released_folder / "config.json").read_text())
+    config = json.loads((released_folder / "config.json").read_text(encoding="utf-8"))
     config["torch_dtype"] = "bfloat16"
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     weights = released_folder / "model.safetensors"
     (tmp_path / weights.name).symlink_to(weights)
     llm = PretrainedLLM("", released_config(tmp_path)[1])

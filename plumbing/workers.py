@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 from plumbing.cli import InputError
@@ -14,6 +15,9 @@ from plumbing.image_files import image_bytes, training_size
 from plumbing.launcher import SIGNALS, wanted_processes
 
 SHARED_MEMORY = Path("/dev/shm")
+# a forked worker shares the records with its parent, a spawned one gets a pickled copy; but macOS's
+# own libraries may fail in a fork, and Windows has none
+START = "fork" if sys.platform == "linux" else "spawn"
 PREFETCH = 2  # batches that a worker makes beforehand, torch's default
 
 
@@ -23,9 +27,7 @@ def loader_options(c: Config) -> dict:
     if c.workers:
         atexit.register(end_workers)
         options["worker_init_fn"] = begin_worker
-        if "fork" in multiprocessing.get_all_start_methods():
-            # a forked worker shares the records with its parent; others get a pickled copy
-            options["multiprocessing_context"] = "fork"
+        options["multiprocessing_context"] = START
     return options
 
 

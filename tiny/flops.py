@@ -30,4 +30,5 @@ def flop_counter() -> FlopCounterMode:
     for name in FUSED:
         mapping[getattr(aten, f"_scaled_dot_product_{name}")] = _forward
         mapping[getattr(aten, f"_scaled_dot_product_{name}_backward")] = _backward
+    mapping[aten._scaled_dot_product_attention_math_for_mps] = _forward  # Apple's, without backward
     return FlopCounterMode(display=False, custom_mapping=mapping)

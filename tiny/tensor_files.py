@@ -68,7 +68,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about: str | f
     umask = os.umask(0)
     os.umask(umask)
     temporary.chmod(0o666 & ~umask)  # as any other file: the library makes it private
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def read_about(path: Path) -> dict:

@@ -87,7 +87,7 @@ def run_arm(argv: list[str], weights: dict[str, Path]) -> None:
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "held.json").unlink(missing_ok=True)  # of an earlier run here
-    with (open(out / "output.txt", "w") as file, contextlib.redirect_stdout(file),
+    with (open(out / "output.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file),
           contextlib.redirect_stderr(file)):
         train.main(argv)
         if c.student != "ensemble":
@@ -196,7 +196,7 @@ def write_main(results: dict, out: Path, seeds: int, rest: list[str], tokenizer,
         before[f"{name}, the teacher"] = probe(teacher)
     costs = arm_costs(results, rest, tokenizer, weights)
     text = report(results, TITLES, costs, before, seeds)
-    (out / "table.md").write_text(text)
+    (out / "table.md").write_text(text, encoding="utf-8")
     plot(results, out / "compare.png")
     return text
 
@@ -204,7 +204,7 @@ def write_main(results: dict, out: Path, seeds: int, rest: list[str], tokenizer,
 def write_ladder(results: dict, out: Path, seeds: int, *_) -> str:
     """ladder.md and ladder.png."""
     text = ladder_table(results, seeds)
-    (out / "ladder.md").write_text(text)
+    (out / "ladder.md").write_text(text, encoding="utf-8")
     plot_ladder(results, out / "ladder.png")
     return text
 
@@ -212,7 +212,7 @@ def write_ladder(results: dict, out: Path, seeds: int, *_) -> str:
 def write_shares(results: dict, out: Path, seeds: int, *_) -> str:
     """shares.md and shares.png."""
     text = shares_table(results, seeds)
-    (out / "shares.md").write_text(text)
+    (out / "shares.md").write_text(text, encoding="utf-8")
     plot_shares(results, out / "shares.png")
     return text
 
@@ -222,7 +222,7 @@ def write_mole(results: dict, out: Path, seeds: int, rest: list[str], tokenizer,
     """mole.md and mole.png."""
     costs = arm_costs(results, rest, tokenizer, weights)
     text = "\n".join(accuracy_table(results, TITLES, costs, seeds)) + "\n"
-    (out / "mole.md").write_text(text)
+    (out / "mole.md").write_text(text, encoding="utf-8")
     plot_mole(results, out / "mole.png")
     return text
 

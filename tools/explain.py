@@ -10,7 +10,6 @@ Works for runs of every preset, and for the authors' checkpoint, whose folder ho
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 from plumbing.build import load_eval_set
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         (out / "explain" / file).write_bytes(png)
     temporary = out / "explain.html.tmp"
     temporary.write_text(html, encoding="utf-8")
-    temporary.rename(out / "explain.html")
+    temporary.replace(out / "explain.html")
     print(f"{out / 'explain.html'}: {name}; open it in a browser. Its {len(gallery.files)} "
           f"pictures are in {out / 'explain'}/")
 
@@ -163,5 +162,4 @@ def write_page(story: panels.Story, gallery: Gallery) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")
     run(main)

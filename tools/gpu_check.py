@@ -102,7 +102,7 @@ def write_table(file: Path, device: str, rows: list[Row], end: str) -> None:
     lines += [line(row) for row in rows]
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text("\n".join([*lines, "", end]) + "\n", encoding="utf-8")
-    temporary.rename(file)
+    temporary.replace(file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     # before CUDA is first used: the sizes of steps vary
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device = find_device(args.device)
+    if device == "mps":  # what is checked is CUDA's
+        device = "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; --device cpu checks what it can")
     if args.out and not args.out.parent.is_dir():

@@ -115,14 +115,14 @@ def reset_host_peak() -> float:
     As Linux counts it; elsewhere nan.
     """
     if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return host_peak()
 
 
 def host_peak() -> float:
     """The most bytes of host memory that this process has held since reset_host_peak."""
     status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
+    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):
             return 1024 * float(line.split()[1])
     return math.nan

@@ -34,8 +34,16 @@ TIMEOUT = 150       # seconds; a run of these takes a tenth
 def start(place: Place, *flags: str, **environment: str) -> subprocess.Popen:
     """`python train.py ...` in the checks' folder, in a process group of its own."""
     return subprocess.Popen([sys.executable, str(HERE / "train.py"), *flags], cwd=place.folder,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
                             env={**os.environ, **environment}, start_new_session=True)
+
+
+def signal_all(process: subprocess.Popen, name: str) -> None:
+    """Signal a run and its workers. Raises LeftOut on Windows, where the run is killed."""
+    if not hasattr(os, "killpg"):
+        process.kill()
+        raise LeftOut("Windows has no process groups, to which a signal could be sent")
+    os.killpg(process.pid, getattr(signal, name))
 
 
 def finish(process: subprocess.Popen, status: int = 0, timeout: float = TIMEOUT) -> str:
@@ -43,7 +51,7 @@ def finish(process: subprocess.Popen, status: int = 0, timeout: float = TIMEOUT)
     try:
         _, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        signal_all(process, "SIGKILL")
         raise RuntimeError(f"no end after {timeout} s") from None
     if process.returncode != status:
         last = (errors.strip().splitlines() or ["nothing on stderr"])[-1]
@@ -133,7 +141,7 @@ def check_kill(place: Place) -> Iterator[Row]:
     flags = [*SHORT, *LIKE_FULL, "--device", place.device, "--out", "runs/killed"]
     process = start(place, *flags)
     name = wait_for_checkpoint(place, process, "runs/killed")
-    os.killpg(process.pid, signal.SIGKILL)
+    signal_all(process, "SIGKILL")
     process.communicate()
     finish(start(place, "--resume", "runs/killed"))
     yield Row("killed, then --resume", "goes on from a checkpoint", f"{name} or later, to the end")
@@ -145,7 +153,7 @@ def check_sigterm(place: Place) -> Iterator[Row]:
     flags = [*SHORT, *LIKE_FULL, "--device", place.device, "--out", "runs/stopped"]
     process = start(place, *flags)
     wait_for_checkpoint(place, process, "runs/stopped")
-    os.killpg(process.pid, signal.SIGTERM)
+    signal_all(process, "SIGTERM")
     errors = finish(process, status=3)
     said = re.search(r"stopped by SIGTERM at .*", errors)
     yield Row("SIGTERM with 2 workers", "saved; exit status 3", said.group() if said else errors,

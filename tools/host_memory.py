@@ -23,7 +23,7 @@ def tree(root: int) -> list[int]:
     parents = {}
     for stat in PROC.glob("[0-9]*/stat"):
         try:
-            after_name = stat.read_text().rpartition(")")[2].split()
+            after_name = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
         except OSError:
             continue  # it has ended
         parents[int(stat.parent.name)] = int(after_name[1])
@@ -37,7 +37,7 @@ def proportional_kb(process: int) -> tuple[int, int]:
     """(all of a process's memory, what no file stands behind) in kB; 0 if it has ended."""
     sizes = {"Pss:": 0, "Pss_Anon:": 0}
     try:
-        lines = (PROC / str(process) / "smaps_rollup").read_text().splitlines()
+        lines = (PROC / str(process) / "smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     for line in lines:
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     require_proportions()
     script = Path(__file__).parent.parent / "train.py"
     child = subprocess.Popen([sys.executable, str(script), *flags], stdout=subprocess.PIPE,
-                             text=True)
+                             encoding="utf-8")
     forward = Forward(child.stdout)
     forward.start()
     peaks = {"before the first step": [0, 0], "after": [0, 0]}

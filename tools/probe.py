@@ -31,14 +31,15 @@ def probe_images(split: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 def pooled(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Mean and maximum of an encoder's tokens over each image: (N, 3, R, R) -> (N, 2 d_i)"""
     encoder.eval()
+    device = next(encoder.parameters()).device
     parts = []
     for part in images.split(250):
-        output = encoder(part)
+        output = encoder(part.to(device))
         # a student gives its tokens alone
         parts.append(output if torch.is_tensor(output) else output.tokens)
     tokens = torch.cat(parts)                                                      # (N, n_i, d_i)
     both = torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1)              # (N, 2 d_i)
-    return both.double()                                                           # (N, 2 d_i)
+    return both.cpu().double()                                                     # (N, 2 d_i)
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor, x_test: torch.Tensor) -> torch.Tensor:

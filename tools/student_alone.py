@@ -1,8 +1,8 @@
 """The distilled encoder alone: needs torch and timm (and torchvision, which timm brings).
 
-    from student import load_student, read_photo        # this file, beside student.pt and .json
-    student = load_student("FOLDER")
-    V_s = student(read_photo("photo.png", **student.config["photo"]))       # (1, n, d)
+    from student import Student                         # this file, beside student.pt and .json
+    student = Student("FOLDER").eval()
+    V_s = student(student.read_photo("photo.png"))      # (1, n, d)
 """
 
 import json
@@ -11,78 +11,50 @@ from pathlib import Path
 import timm
 import torch
 from PIL import Image, ImageOps
-from torch import nn
+from torch.nn import Module, ParameterList, functional as F
 from torchvision.transforms.v2 import functional as TF
 
 
-class LoRAs(nn.Module):
-    """The LoRAs of all experts as one; `gate` (..., E) is alpha/r for the chosen one, else 0."""
-
-    def __init__(self, d_in, d_out, experts, rank, bias):
+class MoLE(Module):
+    """A block's FFN with one expert a token: beside it (4 tensors), or in both its Linears (8)."""
+    def __init__(self, ffn, router, loras):
         super().__init__()
-        self.down = nn.Linear(d_in, experts * rank, bias=bias)
-        self.up = nn.Linear(experts * rank, d_out, bias=False)
-        self.up_bias = nn.Parameter(torch.zeros(experts, d_out)) if bias else None
-
-    def forward(self, x, gate):
-        low = self.down(x).unflatten(-1, (gate.shape[-1], -1)) * gate[..., None]
-        out = self.up(low.flatten(-2))
-        return out if self.up_bias is None else out + gate @ self.up_bias
-
-
-class MoLE(nn.Module):
-    """The block's FFN with one expert a token: beside it ("ffn"), or in both its Linears."""
-
-    def __init__(self, ffn, d, form, experts, rank, alpha):
-        super().__init__()
-        self.ffn, self.form, self.scale = ffn, form, alpha / rank
-        self.router = nn.Linear(d, experts)
-        if form == "ffn":
-            self.lora = LoRAs(d, d, experts, rank, False)
-        else:
-            self.lora_fc1 = LoRAs(d, ffn.fc1.out_features, experts, rank, True)
-            self.lora_fc2 = LoRAs(ffn.fc1.out_features, d, experts, rank, True)
+        self.ffn, self.router, self.loras = ffn, ParameterList(router), ParameterList(loras)
 
     def forward(self, x):
-        p = self.router(x)
-        gate = nn.functional.one_hot(p.argmax(-1), p.shape[-1]).to(x.dtype) * self.scale
-        if self.form == "ffn":
-            return self.ffn(x) + self.lora(x, gate)
-        x = self.ffn.act(self.ffn.fc1(x) + self.lora_fc1(x, gate))
-        return self.ffn.fc2(x) + self.lora_fc2(x, gate)
+        route = F.one_hot(F.linear(x, *self.router).argmax(-1), len(self.router[1])).to(x.dtype)
+        if len(self.loras) == 4:
+            return self.ffn(x) + self.expert(x, route, *self.loras)
+        x = self.ffn.act(self.ffn.fc1(x) + self.expert(x, route, *self.loras[:4]))
+        return self.ffn.fc2(x) + self.expert(x, route, *self.loras[4:])
+
+    def expert(self, x, route, down, a, up, b):
+        """All E LoRAs as one of rank E*r (up and b hold alpha/r): route leaves the chosen one's."""
+        low = F.linear(x, down, a).unflatten(-1, (route.shape[-1], -1)) * route[..., None]
+        return F.linear(low.flatten(-2), up) + route @ b
 
 
-class Student(nn.Module):
-    """uint8 (B, 3, R, R) -> V^s (B, n, d), hidden layer -2 without [CLS]"""
-
-    def __init__(self, config):
+class Student(Module):
+    """uint8 (B, 3, R, R) -> V^s (B, n, d), hidden layer -2 without [CLS]: what the LLM was shown"""
+    def __init__(self, folder):
         super().__init__()
-        self.config = config
-        self.net = timm.create_model(config["timm"], num_classes=0, **config["arguments"])
-        self.net.blocks = self.net.blocks[:-1]
-        self.net.norm = nn.Identity()
-        for block in self.net.blocks if config["mole"] else ():
-            block.mlp = MoLE(block.mlp, self.net.embed_dim, **config["mole"])
+        self.config = json.loads(Path(folder, "student.json").read_text(encoding="utf-8"))
+        weights = torch.load(Path(folder, "student.pt"), weights_only=True)
+        self.net = timm.create_model(**self.config["timm"])
+        self.net.load_state_dict(weights["net"])
+        for block, experts in zip(self.net.blocks, weights["experts"]):
+            block.mlp = MoLE(block.mlp, *experts)
 
     def forward(self, images):
-        size, how = self.config["size"], TF.InterpolationMode(self.config["interpolation"])
-        x = TF.to_dtype(TF.resize(images, size, how, antialias=True), torch.float32, scale=True)
-        x = TF.normalize(x, self.config["mean"], self.config["std"])
-        return self.net.forward_features(x)[:, 1:]
+        x = TF.to_dtype(TF.resize(images, **self.config["view"]), torch.float32, scale=True)
+        return self.net.forward_features(TF.normalize(x, **self.config["colours"]))[:, 1:]
 
-
-def load_student(folder):
-    student = Student(json.loads((Path(folder) / "student.json").read_text(encoding="utf-8")))
-    student.load_state_dict(torch.load(Path(folder) / "student.pt", weights_only=True))
-    return student.eval()
-
-
-def read_photo(path, pixels, bicubic):
-    """An image file, padded to a square with CLIP's mean colour: uint8 (1, 3, pixels, pixels)"""
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    side, (width, height) = max(picture.size), picture.size
-    square = Image.new("RGB", (side, side), (122, 116, 104))
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
-    if bicubic:
-        square = square.resize((pixels, pixels), Image.Resampling.BICUBIC)
-    return TF.resize(TF.pil_to_tensor(square), [pixels, pixels], antialias=True)[None]
+    def read_photo(self, path):
+        """An image file, padded to a square with CLIP's mean colour: uint8 (1, 3, R, R)"""
+        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        side, size = max(picture.size), self.config["photo"]["size"]
+        square = Image.new("RGB", (side, side), (122, 116, 104))
+        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        if self.config["photo"]["bicubic"]:  # as LLaVA: the view is made of the original
+            square = square.resize(size, Image.Resampling.BICUBIC)
+        return TF.resize(TF.pil_to_tensor(square), size)[None]

@@ -112,7 +112,7 @@ def test_interrupted_comparison_goes_on(workplace, monkeypatch):
     command = [*SHORT[1:], "--seeds", "1", "--arms", "no-kd", "movekd"]
     compare.main(command)
     folder = workplace / "runs/compare"
-    table = (folder / "table.md").read_text()
+    table = (folder / "table.md").read_text(encoding="utf-8")
     results = {arm: folder / arm / "0/result.json" for arm in ("no-kd", "movekd")}
     times = {arm: path.stat().st_mtime_ns for arm, path in results.items()}
     results["no-kd"].unlink()  # as if stopped before the end
@@ -120,6 +120,6 @@ def test_interrupted_comparison_goes_on(workplace, monkeypatch):
     compare.main(command)
     again = [arm for arm, path in results.items() if path.stat().st_mtime_ns != times[arm]]
     assert again == ["no-kd"]
-    assert (folder / "table.md").read_text() == table
+    assert (folder / "table.md").read_text(encoding="utf-8") == table
     assert all(f"(`{arm}`)" in table for arm in results)
     assert (folder / "compare.png").stat().st_size > 0

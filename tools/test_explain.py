@@ -211,6 +211,6 @@ def test_in_a_browser(explained, tmp_path):
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
          "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}",
          "--enable-logging=stderr", "--v=0", "--dump-dom", str(tmp_path / "page.html")],
-        capture_output=True, text=True, timeout=120)
+        capture_output=True, timeout=120, encoding="utf-8")
     assert re.search(r'data-said="true true false false true"', done.stdout)
     assert "CONSOLE" not in done.stderr

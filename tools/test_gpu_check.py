@@ -61,7 +61,8 @@ def test_a_check_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
     assert rows[1][1:3] == ["Is about something.", "RuntimeError: CUDA error: it"]
     assert rows[2][-2] == "wants a GPU: it is about one"
     assert re.match(r"wants 200000000 s, and 1\d\d s are left", rows[3][-2])
-    table = [line for line in file.read_text().splitlines() if line.startswith("| ")]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    table = [line for line in lines if line.startswith("| ")]
     assert [line.strip("| ").split(" | ") for line in table[1:]] == rows
     assert list(tmp_path.iterdir()) == [file]
     monkeypatch.setattr(gpu_check, "CHECKS", {"impossible": impossible})

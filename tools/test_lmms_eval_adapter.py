@@ -154,9 +154,10 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_two_processes_answer_a_share_each(workplace, tmp_path):
     """Under torchrun, as lmms-eval has it: counts are gathered on `device`, each has its share."""
-    (tmp_path / "gather.py").write_text(GATHER)
+    (tmp_path / "gather.py").write_text(GATHER, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(tmp_path / "gather.py"), str(workplace / "runs/tiny")],
-        cwd=HERE, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+        cwd=HERE, capture_output=True, encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(HERE)})
     assert "gathered" in done.stdout, done.stderr[-3000:]

@@ -12,6 +12,7 @@ import inspect
 import linecache
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -122,7 +123,7 @@ def print_function(function: Callable, words: str, made: dict[int, dict], whole:
     """A function's lines; behind each, what it made."""
     file = inspect.getsourcefile(function)
     lines, first = inspect.getsourcelines(function)
-    print(f"\n=== {function.__qualname__}   ({file.rsplit('/', 1)[-1]}, line {first})\n    {words}")
+    print(f"\n=== {function.__qualname__}   ({Path(file).name}, line {first})\n    {words}")
     for line in sorted(made) if not whole else range(first, first + len(lines)):
         source = linecache.getline(file, line).rstrip()
         print(f"{line:5} {source}")
