@@ -15,6 +15,7 @@ from plumbing.encoder_weights import find_weights, is_real, load_net
 from plumbing.flags import load_config
 from plumbing.image_files import DiskImages, Size, load_image, student_size, training_size
 from plumbing.launcher import launched, wanted_processes
+from plumbing.own_pictures import OWN_MAKERS, own_pictures
 from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.records import keep, place_of, read_records
 from plumbing.released_checkpoint import read_released, released_config
@@ -62,7 +63,7 @@ def load_sets(c: Config) -> dict[str, tuple]:
             records = read_records(file, folder, c.skip_bad)
             sets[name] = (records, DiskImages(folder, training_size(c), c.allow_outside))
     elif c.data:
-        folder = Path(c.image_folder or Path(c.data).parent)
+        folder = image_folder(c)
         size = training_size(c)
         sets = {"pretrain": checked_set(c, Path(c.pretrain_data or c.data), folder, size),
                 "train": checked_set(c, Path(c.data), folder, size)}
@@ -73,6 +74,11 @@ def load_sets(c: Config) -> dict[str, tuple]:
     if held_out:
         sets["eval"] = held_out
     return sets
+
+
+def image_folder(c: Config) -> Path:
+    """Where the images of --data are."""
+    return Path(c.image_folder or Path(c.data).parent)
 
 
 def load_eval_set(c: Config) -> tuple | None:
@@ -169,8 +175,8 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict,
     """Where each model's weights are, and the TFLOPs of stage 0.
 
     A real encoder's are in --weights or on the hub, a toy's (and the tiny LLM's) are made by stage
-    0 unless they have been. The LLM learns the language of `records`, the vision encoders always
-    see the tiny world.
+    0 unless they have been. The LLM learns the language of `records`; the vision encoders see the
+    tiny world, or with --stage0-pictures data the pictures of `records`.
     """
     wanted = {"clip", *c.teachers}
     found = {}
@@ -179,16 +185,25 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict,
         spec = getattr(c, name)
         if is_real(spec):
             found[name] = find_weights(spec, c.weights)
-    for name in MAKERS:
-        if name != "llm" and not is_real(getattr(c, name)):
-            toys[name] = (getattr(c, name), c.stage0_scale)
+    own = ()
+    if c.stage0_pictures == "data":
+        own = (own_pictures(records, image_folder(c), c.image_size),)
+    makers = OWN_MAKERS if own else MAKERS
+    for name in toy_encoders(c):
+        toys[name] = (makers[name], (getattr(c, name), c.stage0_scale, *own))
     if not c.llm:
         # an answer about an image that is not shown teaches guessing
         pure = [record for record in records if "image" not in record] or records
         texts = [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]
-        toys["llm"] = (llm_shape(c, tokenizer), c.stage0_scale, texts, tokenizer.pad)
+        llm = (llm_shape(c, tokenizer), c.stage0_scale, texts, tokenizer.pad)
+        toys["llm"] = (MAKERS["llm"], llm)
     paths, tflops = stage0(toys)
     return {**found, **paths}, tflops
+
+
+def toy_encoders(c: Config) -> list[str]:
+    """The encoders that stage 0 makes: those that have no weights anywhere."""
+    return [name for name in MAKERS if name != "llm" and not is_real(getattr(c, name))]
 
 
 def llm_shape(c: Config, tokenizer: WordTokenizer) -> tuple:
@@ -307,6 +322,9 @@ def check_place(c: Config) -> None:
     elif not c.data and is_real(c.clip):
         raise InputError("a real CLIP and no data: name --data-root DIR for LLaVA's sets, or "
                          "--data FILE and --eval-data FILE")
+    if c.stage0_pictures == "data" and not (c.data and toy_encoders(c)):
+        raise InputError("--stage0-pictures data: trains the toy encoders of --tiny on the pictures "
+                         "of --data FILE --eval-data FILE; name them, or leave the flag out")
     check_tensorboard(c)
     if c.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, "

@@ -114,6 +114,7 @@ class Config:
 
     # --- stages
     stage0_scale: Weight = 1.0              # multiplies stage 0's steps; small for a smoke run
+    stage0_pictures: Literal["world", "data"] = "world"  # "data": the toys learn the set's own
     stage1_epochs: Weight = 1.0             # LLaVA's
     stage1_batch: Count = 16                # small: here steps matter more than smooth gradients
     stage1_lr: Weight = 1e-3                # LLaVA's

@@ -274,7 +274,7 @@ def test_what_a_spawned_worker_gets_can_be_pickled(tmp_path):
             ours, theirs = dataset[i], copy[i]
             assert ours["input_ids"] == theirs["input_ids"]
             assert ours["image"] is None or ours["image"].equal(theirs["image"])
-    assert pickle.loads(pickle.dumps(workers.leave_signals_to_the_run)) is not None
+    assert pickle.loads(pickle.dumps(workers.begin_worker)) is not None
 
 
 def test_fork_is_for_linux_only(monkeypatch):

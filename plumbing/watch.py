@@ -13,6 +13,7 @@ from data import Conversations, count_steps, read_json, write_json
 from model import VLM
 from plumbing.cli import InputError
 from plumbing.config import EVALUATION, MACHINE, TINY, Config
+from plumbing.encoder_weights import is_real
 from plumbing.evaluate import accuracy_per_type, answer, questions_of
 from plumbing.plots import plot_curves
 
@@ -41,6 +42,8 @@ def is_reference(c: Config) -> bool:
 
 def stage_words(c: Config, stage: int) -> str:
     """For a first-time reader: what a stage of the tiny preset trains, on what, and why."""
+    if stage == 0 and c.data and not is_real(c.clip):
+        return own_words(c)
     if not is_lesson(c):
         return ""
     return {
@@ -52,6 +55,15 @@ def stage_words(c: Config, stage: int) -> str:
            f"{c.n_train + c.n_described + c.n_text:,} conversations, so that questions are "
            "answered from what the student sees",
     }[stage]
+
+
+def own_words(c: Config) -> str:
+    """What the toy encoders know of pictures that are not the tiny world's."""
+    if c.stage0_pictures == "data":
+        return (f"stage 0 trains the toy encoders on the pictures of {c.data} itself: CLIP on its "
+                "questions and answers, the others without labels (once, a few minutes)")
+    return (f"the toy encoders know the drawn pictures of the tiny world, not those of {c.data}; "
+            "--stage0-pictures data trains them on its own first")
 
 
 def next_commands(c: Config) -> str:

@@ -50,9 +50,12 @@ RECIPES = {  # steps, batch, peak learning rate
 }
 
 
-def fit(name: str, modules: nn.Module, loss_of: Callable, scale: float) -> float:
-    """AdamW with one cycle of learning rate on loss_of(generator, batch); returns the FLOPs."""
-    steps, batch, lr = RECIPES[name]
+def fit(name: str, recipe: tuple, modules: nn.Module, loss_of: Callable, scale: float) -> float:
+    """AdamW with one cycle of learning rate on loss_of(generator, batch); returns the FLOPs.
+
+    recipe: steps, batch, peak learning rate.
+    """
+    steps, batch, lr = recipe
     steps = max(2, round(steps * scale))
     optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -86,6 +89,35 @@ def pictures(scale: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, dict]
 # The four trainings
 
 
+class TextEncoder(nn.ModuleDict):
+    """What CLIP's pictures are held against: words of a text, one layer, their sum."""
+
+    def forward(self, ids: torch.Tensor, pad: int) -> torch.Tensor:
+        padding = ids == pad                                                            # (B, T)
+        words = self["layer"](self["embed"](ids), src_key_padding_mask=padding)         # (B, T, 64)
+        words = words.masked_fill(padding[:, :, None], 0).sum(dim=1)                    # (B, 64)
+        return F.normalize(self["head"](words), dim=-1)                                 # (B, 64)
+
+
+def text_encoder(words: int) -> TextEncoder:
+    """A small one with new weights, for a vocabulary of so many words."""
+    return TextEncoder({
+        "embed": nn.Embedding(words, 64),
+        "layer": nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True),
+        "head": nn.Linear(64, 64)})
+
+
+def clip_for_contrast(spec: str) -> VisionEncoder:
+    """CLIP with new weights, whose [CLS] ends in the space that it shares with the texts."""
+    clip = VisionEncoder(spec, create_net(spec, num_classes=64))
+    for module in clip.modules():
+        if isinstance(module, nn.Linear):
+            # timm's std of 0.02 is meant for width 1024; at 96 shapes are then learned late
+            module.reset_parameters()
+    nn.init.normal_(clip.net.pos_embed, std=0.3)  # at 0.02 a token hardly says where it is
+    return clip
+
+
 def pretrain_clip(spec: str, scale: float) -> tuple[nn.Module, float]:
     """InfoNCE between [CLS] and a caption encoder that is thrown away after.
 
@@ -98,31 +130,21 @@ def pretrain_clip(spec: str, scale: float) -> tuple[nn.Module, float]:
     tokenizer = WordTokenizer.from_texts(captions)
     tokens = [torch.tensor(tokenizer.encode(text)) for text in captions]
     ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad)  # (N, T)
-    clip = VisionEncoder(spec, create_net(spec, num_classes=64))
-    for module in clip.modules():
-        if isinstance(module, nn.Linear):
-            # timm's std of 0.02 is meant for width 1024; at 96 shapes are then learned late
-            module.reset_parameters()
-    nn.init.normal_(clip.net.pos_embed, std=0.3)  # at 0.02 a token hardly says where it is
-    text = nn.ModuleDict({
-        "embed": nn.Embedding(len(tokenizer.vocabulary), 64),
-        "layer": nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True),
-        "head": nn.Linear(64, 64)})
+    clip = clip_for_contrast(spec)
+    text = text_encoder(len(tokenizer.vocabulary))
     temperature = nn.ParameterDict({"log": torch.tensor(2.5)})
 
     def loss_of(generator: torch.Generator, batch: int) -> torch.Tensor:
         rows = torch.randint(len(images), (batch,), generator=generator)
         image = F.normalize(clip.net(clip.view(images[rows])), dim=-1)                  # (B, 64)
-        padding = ids[rows] == tokenizer.pad                                            # (B, T)
-        words = text["layer"](text["embed"](ids[rows]), src_key_padding_mask=padding)   # (B, T, 64)
-        words = words.masked_fill(padding[:, :, None], 0).sum(dim=1)                    # (B, 64)
-        words = F.normalize(text["head"](words), dim=-1)                                # (B, 64)
+        words = text(ids[rows], tokenizer.pad)                                          # (B, 64)
         logits = image @ words.T * temperature["log"].exp()                             # (B, B)
         same = (ids[rows][:, None] == ids[rows]).all(dim=-1).float()                    # (B, B)
         target = same / same.sum(dim=1, keepdim=True)                                   # (B, B)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    flops = fit("clip", nn.ModuleList([clip, text, temperature]), loss_of, scale)
+    modules = nn.ModuleList([clip, text, temperature])
+    flops = fit("clip", RECIPES["clip"], modules, loss_of, scale)
     clip.net.reset_classifier(0)  # the projection into the shared space goes with the captions
     return clip.net, flops
 
@@ -152,7 +174,7 @@ def pretrain_eva(spec: str, scale: float) -> tuple[nn.Module, float]:
         error = (out[..., 1:] - box[rows, None]).square().mean()
         return error + F.binary_cross_entropy_with_logits(out[..., 0], here[rows])
 
-    flops = fit("eva", nn.ModuleList([eva, head]), loss_of, scale)
+    flops = fit("eva", RECIPES["eva"], nn.ModuleList([eva, head]), loss_of, scale)
     return eva.net, flops
 
 
@@ -174,7 +196,8 @@ def pretrain_convnext(spec: str, scale: float) -> tuple[nn.Module, float]:
         target = pattern[rows, None].expand_as(covered)[covered]
         return F.cross_entropy(logits[covered], target)
 
-    flops = fit("convnext", nn.ModuleList([convnext, head]), loss_of, scale)
+    modules = nn.ModuleList([convnext, head])
+    flops = fit("convnext", RECIPES["convnext"], modules, loss_of, scale)
     return convnext.net, flops
 
 
@@ -191,7 +214,7 @@ def pretrain_llm(shape: tuple, scale: float, texts: list[list[int]],
         predicted = logits[:, :-1].flatten(0, 1)                                # (B * (T - 1), V)
         return F.cross_entropy(predicted, ids[:, 1:].flatten(), ignore_index=pad)
 
-    flops = fit("llm", llm, loss_of, scale)
+    flops = fit("llm", RECIPES["llm"], llm, loss_of, scale)
     return llm, flops
 
 
@@ -202,29 +225,30 @@ MAKERS = {"clip": pretrain_clip, "eva": pretrain_eva, "convnext": pretrain_convn
 # Side by side, once
 
 
-def job(name: str, arguments: tuple, path: Path) -> None:
+def job(maker: Callable, arguments: tuple, path: Path) -> None:
     """Train one model on one thread and write its weights, in a process of its own."""
     global PARENT
     PARENT = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    net, flops = MAKERS[name](*arguments)
+    net, flops = maker(*arguments)
     write_tensors(path, net.state_dict(), tflops=flops / 1e12)
 
 
-def stage0(arguments: dict[str, tuple]) -> tuple[dict[str, Path], float]:
+def stage0(toys: dict[str, tuple[Callable, tuple]]) -> tuple[dict[str, Path], float]:
     """Files with the toy models' weights, trained now if missing, and the TFLOPs they cost.
 
-    `arguments`: of each model that is wanted, those of its function in MAKERS. The models know
+    `toys`: of each model that is wanted, the function that makes it and its arguments. The models know
     nothing of each other, so they train side by side, one process and one thread each. Raises
     DataError for a damaged file, or if a process is killed.
     """
     scenes = sample_scenes("train", 4)
     world = [render(scenes).sum().item(), world_records("train", "caption", 4)]
     paths = {}
-    for name, args in arguments.items():
-        source = [inspect.getsource(function) for function in (MAKERS[name], fit, pictures, cells)]
+    for name, (maker, args) in toys.items():
+        parts = (maker, fit, pictures, cells, clip_for_contrast, text_encoder, TextEncoder)
+        source = [inspect.getsource(part) for part in parts]
         made_of = [source, args, RECIPES[name], SEED, IMAGES, None if name == "llm" else world]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
         paths[name] = FOLDER / f"{name}-{key}.safetensors"
@@ -235,7 +259,7 @@ def stage0(arguments: dict[str, tuple]) -> tuple[dict[str, Path], float]:
               file=sys.stderr)
         workers = min(len(missing), os.cpu_count())
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            jobs = [pool.submit(job, name, arguments[name], paths[name]) for name in missing]
+            jobs = [pool.submit(job, *toys[name], paths[name]) for name in missing]
             try:
                 for future in jobs:
                     future.result()
