@@ -239,8 +239,8 @@ def job(maker: Callable, arguments: tuple, path: Path) -> None:
 def stage0(toys: dict[str, tuple[Callable, tuple]]) -> tuple[dict[str, Path], float]:
     """Files with the toy models' weights, trained now if missing, and the TFLOPs they cost.
 
-    `toys`: of each model that is wanted, the function that makes it and its arguments. The models know
-    nothing of each other, so they train side by side, one process and one thread each. Raises
+    `toys`: of each model that is wanted, the function that makes it and its arguments. The models
+    know nothing of each other, so they train side by side, one process and one thread each. Raises
     DataError for a damaged file, or if a process is killed.
     """
     scenes = sample_scenes("train", 4)
