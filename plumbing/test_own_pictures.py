@@ -99,7 +99,7 @@ def test_encoders_learn_the_sets_own_pictures(shapes, monkeypatch):
     assert done.returncode == 0, done.stderr[-3000:]
     line = "stage 0 trains the toy encoders on the pictures of train.json itself: CLIP on its "
     assert done.stdout.startswith(line)
-    assert json.loads((shapes / "runs/own/config.json").read_text())["stage0_pictures"] == "data"
+    assert read_json(shapes / "runs/own/config.json")["stage0_pictures"] == "data"
     made = {path.name: path.stat().st_mtime_ns for path in shapes.glob("runs/stage0/*")}
     assert sorted(name.split("-")[0] for name in made) == ["clip", "convnext", "eva", "llm"]
     train.main([*own, "--out", "runs/again"])

@@ -65,7 +65,7 @@ def peaks_of_loading(place: Path, llm: Path, processes: int) -> list[int]:
     # what is freed goes back to the system at once
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"}
     child = subprocess.Popen([sys.executable, str(TRAIN), *flags, "--overwrite"], cwd=place,
-                             stdout=subprocess.PIPE, text=True, env=environment)
+                             stdout=subprocess.PIPE, encoding="utf-8", env=environment)
     forward = Forward(child.stdout, show=False)
     forward.start()
     peaks = [0]
@@ -74,13 +74,19 @@ def peaks_of_loading(place: Path, llm: Path, processes: int) -> list[int]:
         peaks = max(peaks, sizes, key=sum)
         time.sleep(0.01)
     for process in reversed(tree(child.pid)):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.kill(process, signal.SIGKILL)
+        end(process)
     child.wait()
     forward.join()
     if not forward.training:
         raise InputError(f"train.py ended with status {child.returncode} before it trained")
     return peaks[-processes:]  # without the one that only starts the others
+
+
+def end(process: int) -> None:
+    """End a process at once: what it would save is of no use. (Windows has no such signal.)"""
+    if hasattr(signal, "SIGKILL"):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(process, signal.SIGKILL)
 
 
 def model_table() -> str:

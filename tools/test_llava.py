@@ -46,12 +46,12 @@ def llava() -> types.SimpleNamespace:
     talk = types.ModuleType("conversation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "conversation", talk)  # its dataclass asks there
-        exec((folder / "conversation.py").read_text(), talk.__dict__)
+        exec((folder / "conversation.py").read_text(encoding="utf-8"), talk.__dict__)
     names = {"torch": torch, "copy": copy, "Image": Image, "conversation_lib": talk,
              "IS_TOKENIZER_GREATER_THAN_0_14": True}  # as of the 0.15.1 that LLaVA asks for
-    exec((folder / "constants.py").read_text(), names)
+    exec((folder / "constants.py").read_text(encoding="utf-8"), names)
     for file in ("mm_utils.py", "train/train.py"):
-        tree = ast.parse((folder / file).read_text())
+        tree = ast.parse((folder / file).read_text(encoding="utf-8"))
         tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
         for node in tree.body:
             node.returns = None  # hints name what is not here
