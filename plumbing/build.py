@@ -323,8 +323,9 @@ def check_place(c: Config) -> None:
         raise InputError("a real CLIP and no data: name --data-root DIR for LLaVA's sets, or "
                          "--data FILE and --eval-data FILE")
     if c.stage0_pictures == "data" and not (c.data and toy_encoders(c)):
-        raise InputError("--stage0-pictures data: trains the toy encoders of --tiny on the pictures "
-                         "of --data FILE --eval-data FILE; name them, or leave the flag out")
+        raise InputError("--stage0-pictures data: trains the toy encoders of --tiny on the "
+                         "pictures of --data FILE --eval-data FILE; name them, or leave the flag "
+                         "out")
     check_tensorboard(c)
     if c.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, "

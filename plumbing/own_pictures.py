@@ -67,8 +67,7 @@ def own_pictures(records: Iterable[dict], folder: Path, size: int) -> OwnPicture
     turns = {}
     for record in records:
         if "image" in record:
-            said = [turn["value"].replace("<image>", "").strip() for turn in record["conversations"]]
-            turns.setdefault(record["image"], []).extend(zip(said[0::2], said[1::2]))
+            turns.setdefault(record["image"], []).extend(answered(record["conversations"]))
     if not turns:
         raise InputError("--stage0-pictures data: no record of --data has an image to learn from")
     names = sorted(turns)
@@ -78,6 +77,15 @@ def own_pictures(records: Iterable[dict], folder: Path, size: int) -> OwnPicture
     made_of = hashlib.sha256((source + DiskImages(folder, size).fingerprint(names)).encode())
     return OwnPictures(str(folder), size, names, [turns[name] for name in names],
                        made_of.hexdigest())
+
+
+def answered(conversation: list[dict]) -> list[tuple[str, str]]:
+    """(question, answer) pairs of a conversation, which may begin or end with anyone's turn."""
+    pairs = []
+    for turn, reply in zip(conversation, conversation[1:]):
+        if turn["from"] == "human" and reply["from"] == "gpt":
+            pairs.append((turn["value"].replace("<image>", "").strip(), reply["value"].strip()))
+    return pairs
 
 
 class Sentences:

@@ -71,10 +71,12 @@ def shapes(tmp_path):
 def test_records_of_one_picture_are_put_together(shapes, monkeypatch):
     """Pictures by name, all that is said of each, <image> left out; text alone has none.
 
+    A dialogue may begin with an answer, as ShareGPT's do: pairs stay pairs.
     What is made of them is known by the files: a changed picture is another set.
     """
     records = read_json(shapes / "train.json")
-    records.append({"image": "3.png", "conversations": conversation("<image> big?", "no")})
+    more = [{"from": "gpt", "value": "as I said"}, *conversation("<image> big?", "no", "why?")]
+    records.append({"image": "3.png", "conversations": more})
     pictures = own_pictures(records, shapes, 32)
     assert pictures.names == [f"{i}.png" for i in range(8)]
     assert pictures.turns[3] == [("what is it?", "a fish"), ("red?", "no"), ("big?", "no")]
