@@ -95,7 +95,7 @@ def of_a_run(run: Path, mode: str, may_change: tuple, flags: dict, recipe_name: 
         raise InputError(f"{fixed[0]}: with --{mode} a run keeps what its config.json says; only "
                          f"{', '.join(map(flag, may_change))} may be given")
     c = dataclasses.replace(load_config(run / "config.json"), **{"out": str(run), **flags})
-    check_config(c)
+    check_config(c, trains=mode != "evaluate")
     return c
 
 
@@ -161,15 +161,18 @@ def check_value(name: str, field: dataclasses.Field, value) -> None:
             raise InputError(f"{name} {value}: must be between {low:,} and {high:,}")
 
 
-def check_config(c: Config) -> None:
-    """Raise InputError, which names the flag and the remedy, for what cannot run."""
+def check_config(c: Config, trains: bool = True) -> None:
+    """Raise InputError, which names the flag and the remedy, for what cannot run.
+
+    An evaluation (not `trains`) needs no training set beside its held-out one.
+    """
     for field in dataclasses.fields(Config):
         check_value(flag(field.name), field, getattr(c, field.name))
     unique = len(set(c.teachers)) == len(c.teachers)
     if c.teachers[0] != "clip" or not set(c.teachers) <= set(ENCODERS) or not unique:
         raise InputError(f"--teachers {' '.join(c.teachers)}: must start with clip and be among "
                          f"{' '.join(ENCODERS)}, each once")
-    check_data_flags(c)
+    check_data_flags(c, trains)
     for name in ENCODERS:
         check_spec(name, getattr(c, name))
     for name in c.teachers:
@@ -189,11 +192,11 @@ def check_config(c: Config) -> None:
         raise InputError("--stage1-epochs 0 and --stage2-epochs 0: one of the stages must be run")
 
 
-def check_data_flags(c: Config) -> None:
+def check_data_flags(c: Config, trains: bool) -> None:
     """Raise InputError for flags of data that do not go together."""
     if c.data and c.data_root:
         raise InputError("--data and --data-root: name one of them")
-    if not c.data_root and bool(c.data) != bool(c.eval_data):
+    if trains and not c.data_root and bool(c.data) != bool(c.eval_data):
         raise InputError("--data and --eval-data go together: name a training and a held-out set")
     if c.eval_data and c.data_root and not c.image_folder:
         raise InputError("--eval-data with --data-root needs --image-folder, the folder its images "

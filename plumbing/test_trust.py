@@ -493,8 +493,17 @@ def test_a_run_can_be_evaluated_again(kept, monkeypatch, capsys):
     line = capsys.readouterr().out.splitlines()[-1]
     result = read_json(Path("runs/kept/result.json"))
     assert json.loads(line.removeprefix("result: "))["accuracy"] == result["accuracy"]
+    write_json(Path("kept/two.json"), read_json(Path("kept/train.json"))[:2])
+    train.main(["--evaluate", "runs/kept", "--eval-data", "kept/two.json"])
+    on_files = capsys.readouterr().out
     with pytest.raises(InputError, match="--stage1-lr: with --evaluate a run keeps"):
         train.main(["--evaluate", "runs/kept", "--stage1-lr", "1"])
+
+    # so can one of the tiny world, which was trained on no file
+    train.main(["--evaluate", "runs/tiny", "--eval-data", "kept/two.json"])
+    for out in (on_files, capsys.readouterr().out):
+        told = json.loads(out.splitlines()[-1].removeprefix("result: "))
+        assert 0 <= told["macro_accuracy"] <= 100 and "seconds" not in told
 
 
 def test_long_prompts_are_known_before_training(kept, monkeypatch):

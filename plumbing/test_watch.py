@@ -35,7 +35,9 @@ def test_the_output_explains_itself(workplace):
         assert stage_words(dataclasses.replace(C, n_pretrain=128, n_train=64, n_described=32,
                                                n_text=32), stage) in out
     assert out.count(watch.HEADING) == 2
-    assert next_commands(C) in out
+    assert next_commands(C) in out and "--recipe ours" in out
+    ours = dataclasses.replace(C, adapter_direction="student_to_teacher")
+    assert "--recipe ours" not in next_commands(ours)  # it has just been run
     assert out.splitlines()[-1].startswith("result: ")
     assert "held-out accuracy of 48 questions" in out
 

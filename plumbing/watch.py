@@ -70,10 +70,14 @@ def next_commands(c: Config) -> str:
     """What to try after a first run of the tiny preset."""
     if not is_lesson(c):
         return ""
-    return (f"try next:\n    python -m tools.explain {c.out}     # this run looked into: open "
-            f"{c.out}/explain.html\n    python -m tools.ask {c.out}         # its answers about "
-            "held-out pictures\n    python train.py --tiny --recipe ours --out runs/ours   # the "
-            "recipe that teaches more\n")
+    lines = (f"try next:\n    python -m tools.explain {c.out}     # this run looked into: open "
+             f"{c.out}/explain.html\n    python -m tools.ask {c.out}         # its answers about "
+             "held-out pictures\n")
+    if c.adapter_direction == "teacher_to_student":
+        return lines + ("    python train.py --tiny --recipe ours --out runs/ours   # the recipe "
+                        "that teaches more\n")
+    return lines + (f"    python -m tools.export_student {c.out} runs/student   # the distilled "
+                    "encoder alone, for timm\n")
 
 
 def check_tensorboard(c: Config) -> None:
