@@ -82,7 +82,8 @@ def token_weights(story: Story, gallery: Gallery) -> str:
         "0 and 1, so two of the new weights differ at most by the factor e = 2.718, whatever "
         "CLIP looks at; and as they sum to 1 over many tokens, nearly all are close to 0, where "
         "the exponential is flat. So the released weights are nearly uniform, and W^tok + 1/n "
-        f"is then 2/n: in effect L_kd is doubled. This run uses the form {form!r}.</p>")
+        "is then about 2/n: what that does to L_kd is to double a plain mean over the patches. "
+        f"This run uses the form {form!r}.</p>")
 
 
 def experts(story: Story, gallery: Gallery) -> str:
