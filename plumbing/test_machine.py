@@ -123,6 +123,7 @@ def test_micro_batches_are_the_undivided_batch(two_processes):
     assert_same_log(two_processes / "runs/undivided", two_processes / "runs/divided")
 
 
+@pytest.mark.slow
 def test_bad_input_of_many_processes_is_one_line(workplace):
     """An error that every process meets is said once, without traceback or launcher's report."""
     done = run_script(workplace, *SHORT, "--processes", "2", "--max-length", "20",

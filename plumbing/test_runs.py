@@ -127,6 +127,7 @@ def test_cached_teachers_train_the_same(workplace):
         assert b["kd_eva"] == pytest.approx(a["kd_eva"], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_stage0_is_rebuilt_when_what_made_it_changes(workplace):
     """Another EVA shape retrains EVA and nothing else."""
     before = set((workplace / "runs/stage0").iterdir())
