@@ -24,10 +24,12 @@ STEPS = (  # title, what the paper calls it, its formula, where the code is, the
     ("One image, as each encoder sees it", "Vision encoders: each has a resolution and a grid of "
      "its own; all look at the same square, so a place is a place in all of them.", "",
      "teachers.py: VisionEncoder.view", panels.views),
-    ("What CLIP looks at", "Token weight: [CLS] of the frozen CLIP asks every patch.",
-     "(V^cls W^Q) (V^res_j W^K)^T / sqrt(d/h)", "teachers.py: cls_scores", panels.attention),
-    ("W^tok: how much each token counts", "Token weight, as the paper has it and as the released "
-     "code computes it.", "W^tok = softmax_j( (V^cls W^Q) (V^res_j W^K)^T / sqrt(d/h) )",
+    ("What CLIP looks at", "Token weight: [CLS] of the frozen CLIP asks every patch, once in each "
+     "of the h heads of an attention layer. Drawn is the mean of the heads' attention.",
+     "softmax_j( (V^cls W^Q) (V^res_j W^K)^T / sqrt(d/h) )", "teachers.py: cls_scores",
+     panels.attention),
+    ("W^tok: how much each token counts", "Token weight, as the paper has it (the attention of "
+     "the panel above) and as the released code computes it.", "W^tok = softmax_j( (V^cls W^Q) (V^res_j W^K)^T / sqrt(d/h) )",
      "kd_loss.py: token_weights", panels.token_weights),
     ("The expert of each patch", "Mixture of LoRA experts: a router sends each token of each layer "
      "to one expert, which adds to the frozen FFN.",
@@ -49,7 +51,10 @@ STEPS = (  # title, what the paper calls it, its formula, where the code is, the
      panels.text),
     ("The answer", "The VLM after training, greedily, token by token.", "",
      "model.py: VLM.generate", panels.answers),
-    ("Every tensor", "Names and sizes of this step; the letters are those of the README.", "",
+    ("Every tensor", "Names and sizes of this step. B images, R pixels of the loader's square, "
+     "R_s of the student's view; n tokens and d width of the student; m teachers, n_i and d_i of "
+     "teacher i; h heads, L layers, E experts; T text tokens, V vocabulary, D width of the LLM.",
+     "",
      "model.py: MoVEKD.forward", panels.shapes),
 )
 

@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
         time.sleep(INTERVAL)
     forward.join()
     for when, (whole, anonymous) in peaks.items():
+        if not whole:
+            continue  # the run ended before
         print(f"peak memory of all processes {when}: {whole / 1024:,.0f} MB, "
               f"{anonymous / 1024:,.0f} MB of them with no file behind")
     sys.exit(child.returncode)

@@ -24,7 +24,7 @@ def test_processes_are_counted_once():
 
 @pytest.mark.slow
 def test_a_run_that_fails_keeps_its_status(capfd):
-    """train.py's own line and status, and the peak."""
+    """train.py's own line and status, and the peak of what it came to, no other."""
     try:
         main(["--tiny", "--seed", "x"])
     except SystemExit as e:
@@ -32,3 +32,4 @@ def test_a_run_that_fails_keeps_its_status(capfd):
     out, errors = capfd.readouterr()
     assert "error:" in errors
     assert re.search(r"processes before the first step: \d+ MB", out)
+    assert "processes after" not in out
