@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -230,6 +231,7 @@ def job(maker: Callable, arguments: tuple, path: Path) -> None:
     global PARENT
     PARENT = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    tqdm.set_lock(threading.RLock())  # tqdm's own, a semaphore, would be left behind by a kill
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     net, flops = maker(*arguments)
@@ -270,6 +272,7 @@ def stage0(toys: dict[str, tuple[Callable, tuple]]) -> tuple[dict[str, Path], fl
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in active_children():
                     process.terminate()
+                print(file=sys.stderr)  # ends the line of their bars
                 raise
     tflops = 0.0
     for path in paths.values():
