@@ -104,7 +104,7 @@ def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
 
     # Both stages, or what a resumed run has left of them.
     if machine.first:
-        start_run_folder(c, tokenizer)
+        start_run_folder(c, tokenizer, resumed)
     held_out = None if machine.sharded else HeldOut(c, model.vlm, tokenizer, sets.get("eval"))
     log = RunLog(c, machine.first, resumed, progress, Watch(c, machine.first, datasets, held_out))
     train_stages(c, machine, model, teachers, datasets, tokenizer.pad, progress, checkpoint, log)

@@ -25,9 +25,9 @@ try:
 except ImportError:  # Windows
     fcntl = resource = None
 
+ENDS = ("result.json", "evaluation.json")  # what is said of a run when it is over
 FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
-         "samples.png", "held_out.json", "model.safetensors", "result.json",
-         "evaluation.json")  # of a run
+         "samples.png", "held_out.json", "model.safetensors", *ENDS)  # of a run
 
 
 def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
@@ -131,11 +131,16 @@ def check_data(c: Config, sets: dict, tokenizer, progress: Progress, resumed: bo
                              "old back, or start a new run")
 
 
-def start_run_folder(c: Config, tokenizer) -> None:
+def start_run_folder(c: Config, tokenizer, resumed: bool) -> None:
     """What a run folder says from its first minute on: config, versions, words."""
     out = Path(c.out)
-    # what an earlier run left goes: its result, which says that a run is complete, and its weights
-    (out / "result.json").unlink(missing_ok=True)
+    # what an earlier run left goes; of a run that is resumed only what its end had written
+    for name in ENDS if resumed else FILES:
+        try:
+            (out / name).unlink(missing_ok=True)
+        except PermissionError:
+            if not name.endswith(".png"):  # Windows: a picture that is looked at stays
+                raise
     for old in out.glob("model*.safetensors*"):
         old.unlink()
     write_json(out / "config.json", dataclasses.asdict(c))

@@ -27,8 +27,8 @@ from plumbing.flags import flag, load_config, parse_config
 from plumbing.image_files import DiskImages, as_seen, load_image
 from plumbing.records import read_list
 from plumbing.target_statistics import check_teachers
-from tests_common import (HERE, SHORT, conversation, damage, images, read_log, run_here, save_png,
-                          tiny_teachers)
+from tests_common import (HERE, SHORT, assert_same_run, conversation, damage, images, read_log,
+                          run_here, save_png, tiny_teachers)
 from tiny.llm import WordTokenizer
 from tiny.world import WorldImages, world_records
 
@@ -350,6 +350,28 @@ def test_two_runs_do_not_share_a_folder(kept, monkeypatch):
         holder.wait()
     with pytest.raises(InputError, match="--out runs/kept: holds a finished run; .* --overwrite"):
         train.main([*SHORT, "--out", "runs/kept"])
+
+
+def test_an_overwritten_run_leaves_nothing_of_the_earlier_one(kept):
+    """No accuracy, picture or weights of a model that is gone; a resumed run keeps its own log."""
+    old = kept / "runs/kept"
+    run = kept / "runs/written_over"
+    shutil.copytree(old, run)
+    points = [{"stage": 1, "step": 0, "accuracy": 33.0}]
+    for name in ("evaluation.json", "held_out.json", "model-00001-of-00002.safetensors"):
+        write_json(run / name, points)
+    run_here(kept, "--resume", "runs/written_over")
+    assert not (run / "evaluation.json").exists()
+    assert read_json(run / "held_out.json")[0] == points[0]
+    assert_same_run(run, old, "vocabulary.json")
+
+    write_json(run / "evaluation.json", points)
+    run_here(kept, *SHORT, "--max-steps", "1", "--cache-teachers", "", "--out",
+             "runs/written_over", "--overwrite")
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
+        "samples.png", "held_out.json", "model.safetensors", "result.json", "run.lock"}
+    assert points[0] not in read_json(run / "held_out.json")
 
 
 @pytest.mark.parametrize("how", ["flipped", "halved", "empty", "missing"])
