@@ -24,12 +24,13 @@ STEPS = (  # title, what the paper calls it, its formula, where the code is, the
     ("One image, as each encoder sees it", "Vision encoders: each has a resolution and a grid of "
      "its own; all look at the same square, so a place is a place in all of them.", "",
      "teachers.py: VisionEncoder.view", panels.views),
-    ("What CLIP looks at", "Token weight: [CLS] of the frozen CLIP asks every patch, once in each "
-     "of the h heads of an attention layer. Drawn is the mean of the heads' attention.",
-     "softmax_j( (V^cls W^Q) (V^res_j W^K)^T / sqrt(d/h) )", "teachers.py: cls_scores",
-     panels.attention),
-    ("W^tok: how much each token counts", "Token weight, as the paper has it (the attention of "
-     "the panel above) and as the released code computes it.", "W^tok = softmax_j( (V^cls W^Q) (V^res_j W^K)^T / sqrt(d/h) )",
+    ("What CLIP looks at", "Token weight: in the block that makes CLIP's tokens, [CLS] asks every "
+     "patch j, once in each of the h heads. Drawn is its attention to the patches, the mean over "
+     "the heads.", "softmax_j( (V^cls W^Q) (V^res_j W^K)^T / sqrt(d/h) )",
+     "teachers.py: cls_scores", panels.attention),
+    ("W^tok: how much each token counts", "Token weight, as the paper has it, the map of the panel "
+     "above, and as the released code computes it.",
+     "W^tok = softmax_j( (V^cls W^Q) (V^res_j W^K)^T / sqrt(d/h) ), the mean over the heads",
      "kd_loss.py: token_weights", panels.token_weights),
     ("The expert of each patch", "Mixture of LoRA experts: a router sends each token of each layer "
      "to one expert, which adds to the frozen FFN.",
@@ -37,19 +38,22 @@ STEPS = (  # title, what the paper calls it, its formula, where the code is, the
     ("The tokens as colours", "V^s, and V^t_i behind its encoder adapter: the first three "
      "principal components as red, green and blue, on one basis for all tokens of a space.",
      "V^t_i = W_2 GELU(W_1 V_i)", "teachers.py: EncoderAdapter", panels.tokens),
-    ("W^tea: how much each teacher counts", "Teacher weight: CLIP's share is fixed, the others "
-     "share the rest.", "W^tea_i = (1 - clip_share) softmax_i( mean_j V^cls . V^t_ij / sqrt(d) )",
+    ("W^tea: how much each teacher counts", "Teacher weight: CLIP's share is fixed, in the paper "
+     "high: the LLM knows CLIP's tokens, and the student shall stay near them. The others share "
+     "the rest.",
+     "W^tea_i = (1 - clip_share) softmax_i( mean_j V^cls . V^t_ij / sqrt(d) )",
      "kd_loss.py: teacher_weights", panels.teacher_weights),
     ("Where student and teacher differ", "KD loss: the mean squared error of each token.",
      "MSE(V^t_ij, V^s_j)", "kd_loss.py: token_errors", panels.errors),
     ("The loss, added up", "KD loss and total loss. Check it by hand: the last line of each table "
-     "is the sum of those above. Weighed MSE: sum_j (W^tok_j + 1/n) MSE_ij.",
+     "is the sum of the products above it. Weighed MSE: sum_j (W^tok_j + 1/n) MSE_ij.",
      "L_kd = sum_i W^tea_i sum_j (W^tok_j + 1/n) MSE_ij;  L_total = L_text + lambda L_kd + ...",
      "kd_loss.py: kd_loss, model.py: MoVEKD.forward", panels.loss_sum),
     ("What the text loss sees", "Text loss: the next token, on the answers only.",
      "L_text = mean over answer tokens of -log p", "data.py: conversation_ids, model.py: text_loss",
      panels.text),
-    ("The answer", "The VLM after training, greedily, token by token.", "",
+    ("The answer", "The VLM after training, greedily, token by token. Each question is asked "
+     "alone; in the panel above it has the turns before it.", "",
      "model.py: VLM.generate", panels.answers),
     ("Every tensor", "Names and sizes of this step. B images, R pixels of the loader's square, "
      "R_s of the student's view; n tokens and d width of the student; m teachers, n_i and d_i of "
@@ -162,7 +166,9 @@ def write_page(story: panels.Story, gallery: Gallery) -> str:
                  "distillation: L_kd is not in its loss, and CLIP the only teacher shown.")
     intro = (f'<p>One training step of MoVE-KD on the image <code>{story.name}</code> of the run '
              f"<code>{c.out}</code>, in the order in which the code goes. Beside each step stands "
-             f"what the paper calls it.{distilled}</p>")
+             "what the paper calls it. V^s: the n tokens of the student, a patch of the image "
+             "each; V^t_i: those of teacher i, brought to the student's form by its adapter; "
+             f"[CLS]: the token that CLIP keeps for the whole image.{distilled}</p>")
     return page("One image through a step of MoVE-KD", intro, sections, "before" in story.moments)
 
 

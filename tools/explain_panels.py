@@ -54,7 +54,7 @@ def attention(story: Story, gallery: Gallery) -> str:
     words = attention_words(looks)
     figure = gallery.figure("attention", heat_picture(w, story.image, w.max().item()), words,
                             f"where the [CLS] of the {looks.whose} looks",
-                            f"black 0, bright {w.max():.3f} of the attention",
+                            f"black 0, bright {w.max():.3f} of what the patches get",
                             gallery.image("scale-attention", scale_picture(HEAT),
                                           "colour scale from dark, 0, to bright, the most",
                                           "scale"))
@@ -78,12 +78,12 @@ def token_weights(story: Story, gallery: Gallery) -> str:
     return beside(
         figures, table(["form", "largest", "n x largest", "entropy / log n"], rows)
         + f"<p>n x largest is 1 when all weigh alike, and n = {n} when one token has all. The "
-        "released code takes a softmax of numbers that are a softmax already. They lie between "
-        "0 and 1, so two of the new weights differ at most by the factor e = 2.718, whatever "
-        "CLIP looks at; and as they sum to 1 over many tokens, nearly all are close to 0, where "
-        "the exponential is flat. So the released weights are nearly uniform, and W^tok + 1/n "
-        "is then about 2/n: what that does to L_kd is to double a plain mean over the patches. "
-        f"This run uses the form {form!r}.</p>")
+        "released code takes a softmax of numbers that are a softmax already (over the patches "
+        "and [CLS]). They lie between 0 and 1, so two of the new weights differ at most by the "
+        "factor e = 2.718, whatever CLIP looks at; and as they sum to no more than 1 over many "
+        "tokens, nearly all are close to 0, where the exponential is flat. So the released "
+        "weights are nearly uniform. A token weighs W^tok + 1/n in L_kd, which is then about 2/n: "
+        f"twice a plain mean over the patches. This run uses the form {form!r}.</p>")
 
 
 def experts(story: Story, gallery: Gallery) -> str:
@@ -109,7 +109,7 @@ def experts(story: Story, gallery: Gallery) -> str:
             figures.append(gallery.figure(
                 file_name("experts", str(layer), moment),
                 expert_picture(patches, story.image), f"layer {layer}: {words}{grid}",
-                f"layer {layer}", f"{words}; [CLS]: {chosen[0] + 1}"))
+                f"layer {layer}", f"{words}; [CLS] itself: expert {chosen[0] + 1}"))
         html += when(moment, row(figures) + top_experts(story, numbers))
     return html
 
@@ -163,8 +163,8 @@ def teacher_weights(story: Story, gallery: Gallery) -> str:
     form = "uniform, as V^cls has no product with another space" if (
         story.run.model.direction == "student_to_teacher") else story.run.model.teacher_weight
     return html + (f"<p class='soft'>{note}CLIP's share is fixed at "
-                   f"{story.run.model.clip_share:g} where other teachers share the rest. Form of "
-                   f"the others: {form}.</p>")
+                   f"{story.run.model.clip_share:g} where other teachers share the rest. The "
+                   f"others' form (--kd-teacher-weight): {form}.</p>")
 
 
 def errors(story: Story, gallery: Gallery) -> str:

@@ -23,8 +23,9 @@ def attention_words(looks: Looks) -> str:
               for v, j in zip(top.values.tolist(), top.indices.tolist())]
     half = int((w.sort(descending=True).values.cumsum(dim=0) < 0.5).sum()) + 1
     return (f"Of {side} x {side} patches, [CLS] of the {looks.whose} looks most at "
-            f"{'; '.join(places)}. Half of its attention is on {half} of the {len(w)} patches; "
-            f"{100 * looks.itself:.0f} % stays on [CLS] itself, which W^tok leaves out.")
+            f"{'; '.join(places)}. Of what it gives to the patches, half is on {half} of the "
+            f"{len(w)}. {100 * looks.itself:.0f} % of all its attention stays on [CLS] itself; "
+            "W^tok leaves that out.")
 
 
 def mask_words(numbers: Moment) -> str:
