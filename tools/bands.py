@@ -10,7 +10,6 @@ the runs, with a margin.
 import json
 from pathlib import Path
 
-from data import write_json
 from plumbing.cli import InputError, Parser, run
 from plumbing.flags import load_config
 from plumbing.watch import BANDS, WINDOW, is_reference
@@ -64,6 +63,16 @@ def make_bands(logs: list[list[dict]]) -> dict[str, dict[str, list]]:
     return bands
 
 
+def as_text(bands: dict[str, dict[str, list]]) -> str:
+    """The file's text, a line a term."""
+    stages = []
+    for stage, terms in bands.items():
+        lines = [f'   "{term}": {json.dumps(blocks)}' for term, blocks in terms.items()]
+        stages.append(f'  "{stage}": {{\n' + ",\n".join(lines) + "\n  }")
+    inner = ",\n".join(stages)
+    return f'{{\n "about": {json.dumps(ABOUT)},\n "bands": {{\n{inner}\n }}\n}}\n'
+
+
 def table(bands: dict[str, dict[str, list]]) -> str:
     """The first and the last block of each stage, for docs/lesson.md."""
     lines = ["| | " + " | ".join(SHOWN) + " |", "|---" * (1 + len(SHOWN)) + "|"]
@@ -83,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=BANDS)
     args = parser.parse_args(argv)
     bands = make_bands([read_lines(folder) for folder in args.runs])
-    write_json(args.out, {"about": ABOUT, "bands": bands})
+    temporary = args.out.with_name(args.out.name + ".tmp")
+    temporary.write_text(as_text(bands), encoding="utf-8")
+    temporary.replace(args.out)
     print(table(bands))
 
 
