@@ -39,10 +39,10 @@ class TeacherCache:
     Several epochs, arms or seeds share them, and a batch reads only its own rows. The numbers are
     the uncached ones rounded to fp16.
 
-    The file name is made of what was asked for: teacher, its spec with the resolution, the images'
-    `source`, names and size. Weights or images (their `fingerprint`) that have changed under the
-    same names make it stale, which is an InputError. The .json is written last: with it the cache
-    is complete.
+    The file name is made of what was asked for: teacher, its spec with the resolution, its weights,
+    the images' `source`, names and size. So runs whose teachers are trained otherwise have files of
+    their own. Images that have changed under the same names (their `fingerprint`) make it stale,
+    which is an InputError. The .json is written last: with it the cache is complete.
     """
 
     def __init__(self, folder: Path, name: str, encoder: VisionEncoder, images: list[str],
@@ -51,9 +51,9 @@ class TeacherCache:
         first = get_image(images[0])
         # a view from the original is another than one from the loader's image
         R = f"own {encoder.image_size}" if isinstance(first, dict) else first.shape[-1]
-        key = digest("rows", encoder.spec, str(R), source, *images)[:12]
-        made_of = {"teacher": encoder.spec, "pixels": R, "images": fingerprint,
-                   "weights": weights_digest(encoder)}
+        weights = weights_digest(encoder)
+        key = digest("rows", encoder.spec, weights, str(R), source, *images)[:12]
+        made_of = {"teacher": encoder.spec, "pixels": R, "images": fingerprint, "weights": weights}
         meta = folder / f"{name}-{encoder.image_size}px-{key}.json"
         paths = {part: meta.with_suffix(f".{part}.npy")
                  for part in (*TeacherOutput._fields, "crc32")}
