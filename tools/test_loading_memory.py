@@ -5,8 +5,8 @@ import pytest
 from data import read_json
 from plumbing.pretrained_llm import PretrainedTokenizer
 from plumbing.records import read_list
-from tools.loading_memory import (memory_of_records, peaks_of_loading, record_table, write_llama,
-                                  write_rows)
+from tools.loading_memory import (LAYERS, memory_of_records, peaks_of_loading, record_table,
+                                  write_llama, write_rows)
 
 
 def test_rows_in_their_file_take_less_than_a_list(tmp_path):
@@ -31,10 +31,10 @@ def test_the_table_of_records_has_a_line_each():
 def test_two_processes_hold_the_weights_once(tmp_path):
     """Each has a half of a large LLM, and not all of it."""
     pytest.importorskip("transformers")
-    sizes = {layers: write_llama(tmp_path / f"llm{layers}", layers) / 1024 for layers in (1, 5)}
+    sizes = {layers: write_llama(tmp_path / f"llm{layers}", layers) / 1024 for layers in LAYERS}
     PretrainedTokenizer(str(tmp_path / "llm1"))
     peaks_of_loading(tmp_path, tmp_path / "llm1", 1)  # makes stage 0's files
     small = peaks_of_loading(tmp_path, tmp_path / "llm1", 2)
-    large = peaks_of_loading(tmp_path, tmp_path / "llm5", 2)
+    large = peaks_of_loading(tmp_path, tmp_path / "llm9", 2)
     added = sum(large) - sum(small)
-    assert 0.6 * (sizes[5] - sizes[1]) < added < 1.6 * (sizes[5] - sizes[1])
+    assert 0.6 * (sizes[9] - sizes[1]) < added < 1.6 * (sizes[9] - sizes[1])
