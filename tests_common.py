@@ -135,11 +135,6 @@ def run_script(folder: Path, *flags: str) -> subprocess.CompletedProcess:
                           capture_output=True, encoding="utf-8")
 
 
-def read_log(run: Path) -> list[dict]:
-    text = (run / "log.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def assert_same_run(a: Path, b: Path, *more: str) -> None:
     """Two runs have the same log and weights, byte for byte."""
     for name in ("log.jsonl", "model.safetensors", *more):

@@ -1,7 +1,6 @@
 """The pictures of a run: its curves and its held-out samples."""
 
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,9 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from data import read_json
 from plumbing.evaluate import normalise
+from plumbing.run_folder import read_log
 
 
 MISSING = "\u25a1"  # a box
@@ -25,8 +26,7 @@ PANELS = (  # title, prefix of what is drawn, scale of the axis
 
 def plot_curves(folder: Path) -> None:
     """curves.png from log.jsonl: losses, teachers, experts, and held-out accuracy; both stages."""
-    text = (folder / "log.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = read_log(folder)
     offset = max((line["step"] + 1 for line in lines if line["stage"] == 1), default=0)
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = list(figure.subplots(2, 3).flat)
@@ -83,7 +83,7 @@ def plot_held_out(axis: Axes, folder: Path, offset: int) -> None:
     """Held-out accuracy at the points where it was asked, and the whole set's at the end."""
     axis.set(title="held-out accuracy, %", ylim=(0, 100))
     file = folder / "held_out.json"
-    points = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    points = read_json(file) if file.exists() else []
     if points:
         steps = [point["step"] + offset * (point["stage"] - 1) for point in points]
         axis.plot(steps, [point["accuracy"] for point in points], marker="o")

@@ -1,6 +1,7 @@
 """The folder of a run: one run in it, places that can be written, where to go on from."""
 
 import dataclasses
+import json
 import os
 import platform
 import shutil
@@ -132,9 +133,11 @@ def check_data(c: Config, sets: dict, tokenizer, progress: Progress, resumed: bo
 
 
 def start_run_folder(c: Config, tokenizer, resumed: bool) -> None:
-    """What a run folder says from its first minute on: config, versions, words."""
+    """What a run folder says from its first minute on: config, versions, words.
+
+    What an earlier run left goes; of a run that is resumed only what its end had written.
+    """
     out = Path(c.out)
-    # what an earlier run left goes; of a run that is resumed only what its end had written
     for name in ENDS if resumed else FILES:
         try:
             (out / name).unlink(missing_ok=True)
@@ -152,6 +155,12 @@ def start_run_folder(c: Config, tokenizer, resumed: bool) -> None:
     else:
         write_json(out / "vocabulary.json", tokenizer.vocabulary)
     write_json(out / "versions.json", versions)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a run's log.jsonl."""
+    text = (folder / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def peak_rss_mb() -> float:

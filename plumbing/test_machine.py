@@ -18,9 +18,10 @@ from plumbing.build import build_datasets, build_tokenizer, load_sets
 from plumbing.cli import InputError
 from plumbing.flags import load_config
 from plumbing.machine import Machine, Share
+from plumbing.run_folder import read_log
 from plumbing.sharding import compile_parts, gather_full, shard, shard_frozen
-from tests_common import (HERE, SHARED, SHORT, C, assert_same_run, images, read_log, run_here,
-                          run_script, some_conversations, tiny_teachers, total_loss, whole_method)
+from tests_common import (HERE, SHARED, SHORT, C, assert_same_run, images, run_here, run_script,
+                          some_conversations, tiny_teachers, total_loss, whole_method)
 
 close = torch.testing.assert_close
 BF16 = dataclasses.replace(C, precision="bf16")

@@ -16,9 +16,10 @@ from plumbing.cli import InputError
 from plumbing.evaluate import accuracy_per_type, answer, questions_of
 from plumbing.flags import load_config
 from plumbing.finished_run import load_run
+from plumbing.run_folder import read_log
 from plumbing.run_weights import current_name
 from tests_common import (MOLE, SHORT, C, assert_same_run, conversation, full_flags, images,
-                          make_old, old_name, read_log, run_here, save_png)
+                          make_old, old_name, run_here, save_png)
 from tiny import world
 from tiny.llm import WordTokenizer
 from tiny.scenes import ASKED

@@ -26,9 +26,10 @@ from plumbing.config import TINY, Config
 from plumbing.flags import flag, load_config, parse_config
 from plumbing.image_files import DiskImages, as_seen, load_image
 from plumbing.records import read_list
+from plumbing.run_folder import read_log
 from plumbing.target_statistics import check_teachers
-from tests_common import (HERE, SHORT, assert_same_run, conversation, damage, images, read_log,
-                          run_here, save_png, tiny_teachers)
+from tests_common import (HERE, SHORT, assert_same_run, conversation, damage, images, run_here,
+                          save_png, tiny_teachers)
 from tiny.llm import WordTokenizer
 from tiny.world import WorldImages, world_records
 

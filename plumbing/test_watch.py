@@ -9,8 +9,9 @@ import torch
 from data import read_json
 from plumbing import plots, watch
 from plumbing.cli import InputError
+from plumbing.run_folder import read_log
 from plumbing.watch import HeldOut, Watch, is_reference, next_commands, stage_words
-from tests_common import SHORT, C, assert_same_run, read_log, run_here, some_conversations
+from tests_common import SHORT, C, assert_same_run, run_here, some_conversations
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from plumbing.released_checkpoint import released_config
 from plumbing.finished_run import load_run
 from teachers import ClipEncoder, VisionEncoder, parse_spec
-from tests_common import REAL, SHORT, C, conversation, images, random_file, read_log, run_here
+from plumbing.run_folder import read_log
+from tests_common import REAL, SHORT, C, conversation, images, random_file, run_here
 
 close = torch.testing.assert_close
 

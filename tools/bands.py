@@ -7,11 +7,12 @@ Per stage, term and block of steps: the lowest and the highest mean of a few log
 the runs, with a margin.
 """
 
-import json
 from pathlib import Path
 
+from data import write_json
 from plumbing.cli import InputError, Parser, run
 from plumbing.flags import load_config
+from plumbing.run_folder import read_log
 from plumbing.watch import BANDS, WINDOW, is_reference
 
 TERMS = ("L_text", "L_kd", "L_balance", "L_total", "kd_clip", "kd_eva", "kd_convnext")
@@ -29,8 +30,7 @@ def read_lines(folder: Path) -> list[dict]:
         raise InputError(f"{folder}: is no finished run")
     if not is_reference(load_config(folder / "config.json")):
         raise InputError(f"{folder}: is no run of `train.py --tiny` as it is, with any --seed")
-    text = (folder / "log.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_log(folder)
 
 
 def means(lines: list[dict], stage: int, term: str) -> list[tuple[int, float]]:
@@ -63,16 +63,6 @@ def make_bands(logs: list[list[dict]]) -> dict[str, dict[str, list]]:
     return bands
 
 
-def as_text(bands: dict[str, dict[str, list]]) -> str:
-    """The file's text, a line a term."""
-    stages = []
-    for stage, terms in bands.items():
-        lines = [f'   "{term}": {json.dumps(blocks)}' for term, blocks in terms.items()]
-        stages.append(f'  "{stage}": {{\n' + ",\n".join(lines) + "\n  }")
-    inner = ",\n".join(stages)
-    return f'{{\n "about": {json.dumps(ABOUT)},\n "bands": {{\n{inner}\n }}\n}}\n'
-
-
 def table(bands: dict[str, dict[str, list]]) -> str:
     """The first and the last block of each stage, for docs/lesson.md."""
     lines = ["| | " + " | ".join(SHOWN) + " |", "|---" * (1 + len(SHOWN)) + "|"]
@@ -92,9 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=BANDS)
     args = parser.parse_args(argv)
     bands = make_bands([read_lines(folder) for folder in args.runs])
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(as_text(bands), encoding="utf-8")
-    temporary.replace(args.out)
+    write_json(args.out, {"about": ABOUT, "bands": bands})
     print(table(bands))
 
 

@@ -9,12 +9,12 @@ Works for runs of every preset, and for the authors' checkpoint, whose folder ho
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from plumbing.build import load_eval_set
 from plumbing.cli import Parser, run
 from plumbing.image_files import load_image
+from plumbing.run_folder import read_log
 from plumbing.whole_run import WholeRun, load_whole_run
 from tools import explain_panels as panels
 from tools.explain_numbers import answer, look, make_batch, measure
@@ -121,11 +121,9 @@ def held_out_picture(parser: Parser, args, whole: WholeRun) -> tuple:
 
 def last_teacher_weights(folder: Path, lines: int = 10) -> dict[str, float]:
     """The mean of each teacher's weight over the last lines of the run's log that have one."""
-    log = folder / "log.jsonl"
-    if not log.exists():
+    if not (folder / "log.jsonl").exists():
         return {}
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "w_clip" in row][-lines:]
+    rows = [row for row in read_log(folder) if "w_clip" in row][-lines:]
     names = [name for name in (rows[0] if rows else ()) if name.startswith("w_")]
     return {name.removeprefix("w_"): sum(row[name] for row in rows) / len(rows) for name in names}
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 import train
+from plumbing.run_folder import read_log
 from tools.gpu_checks_common import LeftOut, Place, Row
 
 HERE = Path(__file__).parents[1]
@@ -59,12 +59,6 @@ def finish(process: subprocess.Popen, status: int = 0, timeout: float = TIMEOUT)
     return errors
 
 
-def read_log(place: Place, run: str) -> list[dict]:
-    """The lines of a run's log.jsonl."""
-    text = (place.folder / run / "log.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def largest_difference(a: dict, b: dict, start: str = "") -> tuple[float, str]:
     """The largest difference of two log lines, relative above 1, and the number's name.
 
@@ -91,7 +85,8 @@ def check_fp32_run(place: Place) -> Iterator[Row]:
         # torch lets cuDNN convolve fp32 in TF32, which has three digits: not here
         finish(start(place, *SHORT, "--max-steps", "2", "--device", device, "--out",
                      f"runs/{device}", NVIDIA_TF32_OVERRIDE="0"))
-    theirs, ours = read_log(place, "runs/cpu")[0], read_log(place, "runs/cuda")[0]
+    theirs = read_log(place.folder / "runs/cpu")[0]
+    ours = read_log(place.folder / "runs/cuda")[0]
     difference, name = largest_difference(theirs, ours)
     yield Row("first log line of --tiny, fp32: device against CPU", "<= 1e-3 apart",
               f"{difference:.1e} ({name})", difference <= 1e-3)
@@ -100,7 +95,7 @@ def check_fp32_run(place: Place) -> Iterator[Row]:
 def check_bf16_run(place: Place) -> Iterator[Row]:
     """Both stages as --full runs them: bf16, recomputed, with workers and checkpoints."""
     finish(start(place, *SHORT, *LIKE_FULL, "--device", place.device, "--out", "runs/straight"))
-    log = read_log(place, "runs/straight")
+    log = read_log(place.folder / "runs/straight")
     losses = [line["L_total"] for line in log]
     yield Row("--tiny in bf16, recomputed, 2 workers, both stages", "24 steps, every loss finite",
               f"{len(log)} steps, L_total {losses[0]:.3g} to {losses[-1]:.3g}",
@@ -130,7 +125,7 @@ def compare_with_straight(place: Place, run: str) -> Row:
         raise LeftOut("the run to compare with has failed")
     # some sums of a GPU have no fixed order, so its runs are alike and not equal
     limit, names = (0.05, "L_") if place.cuda else (0.0, "")
-    ours, theirs = read_log(place, run), read_log(place, "runs/straight")
+    ours, theirs = read_log(place.folder / run), read_log(place.folder / "runs/straight")
     worst = max(largest_difference(a, b, names) for a, b in zip(ours, theirs, strict=True))
     return Row(f"{run.removeprefix('runs/')} and resumed: its log against the straight run's",
                f"<= {limit:g} apart", f"{worst[0]:.1e} ({worst[1]})", worst[0] <= limit)
