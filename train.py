@@ -17,8 +17,10 @@ all but the teachers). One loss in both, below in `train_stage`:
 Longer than the loop alone: it holds the whole run, from the flags to the evaluation, in one order.
 """
 
+from plumbing.signals import listen_while_loading
+
 if __name__ == "__main__":
-    pass  # loading the libraries below takes seconds
+    listen_while_loading()  # the libraries below take seconds to load
 
 import json
 import math

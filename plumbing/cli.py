@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from data import DataError
+from plumbing.signals import STOPPED, listen
 
 
 class InputError(DataError):
@@ -18,9 +19,6 @@ class InputError(DataError):
 
 class Stopped(Exception):
     """A signal has ended the program; its text says at what, and what is lost."""
-
-
-STOPPED = 3  # the exit status then
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,20 +51,23 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
+def stop(number: int, _) -> None:
+    """End a program that has no handler of its own: raise Stopped, so that it can clean up."""
+    raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+
 def run(program: Callable) -> None:
     """Run a program's main(); bad input becomes its line and exit status 2.
 
     So does what the operating system refuses: a full disk, a place that may not be written.
     """
     print_anything()
+    former = listen(stop)
     try:
         program()
     except Stopped as e:
         if int(os.environ.get("RANK", 0)) == 0:  # every process stops; the first says so
             print(e, file=sys.stderr)
-        sys.exit(STOPPED)
-    except KeyboardInterrupt:  # of a program that does not listen for signals
-        print("stopped by SIGINT", file=sys.stderr)
         sys.exit(STOPPED)
     except Exception as e:
         if isinstance(e, OSError) and e.strerror:
@@ -89,3 +90,6 @@ def run(program: Callable) -> None:
             raise e
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

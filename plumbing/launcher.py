@@ -9,12 +9,9 @@ import time
 
 import torch
 
-from plumbing.cli import STOPPED
 from plumbing.config import Config
+from plumbing.signals import STOPPED, listen
 
-# what ends a run in order; Windows has no SIGHUP
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
-           if hasattr(signal, name)]
 PATIENCE = 30  # seconds that the others have to end when one process has failed
 
 
@@ -37,9 +34,7 @@ def launch(script: str, argv: list[str], processes: int) -> int:
     others are ended. They are told who they are as torchrun tells it.
     """
     received = []
-    former = {}
-    for number in SIGNALS:
-        former[number] = signal.signal(number, lambda number, _: received.append(number))
+    former = listen(lambda number, _: received.append(number))
     children = start(script, argv, processes)
     try:
         failed = watch(children, received)

@@ -27,9 +27,10 @@ from model import MoVEKD
 from plumbing.checkpoints import Checkpoints, Progress, load_checkpoint
 from plumbing.cli import InputError, Stopped
 from plumbing.config import Config
-from plumbing.launcher import SIGNALS, launched
+from plumbing.launcher import launched
 from plumbing.sharding import (SHARD_TEACHERS_ABOVE, compile_parts, note_what_trains, recompute,
                                send_from_first, shard, shard_frozen)
+from plumbing.signals import listen
 from plumbing.workers import check_shared_memory
 from teachers import Teachers
 from tiny.flops import flop_counter
@@ -118,8 +119,7 @@ class Machine:
 
     def listen(self) -> None:
         """From now on SIGTERM, Ctrl-C and a closed terminal (SIGHUP) end the run in order."""
-        for number in SIGNALS:
-            self.former_handlers[number] = signal.signal(number, self.on_signal)
+        self.former_handlers = listen(self.on_signal)
 
     def on_signal(self, number: int, _) -> None:
         """While a stage is trained note it, to end the step and save; else end at once."""

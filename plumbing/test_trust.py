@@ -1,6 +1,7 @@
 """docs/trust.md, line by line: bad input is one line, and nothing wrong goes on in silence."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import typing
 import zlib
 from pathlib import Path
@@ -484,6 +486,35 @@ def test_every_signal_ends_a_run_in_order(workplace, name):
     assert f"stopped by {name} at stage 1, step " in errors and "--resume" in errors
     assert "Traceback" not in errors
     assert len(saved_checkpoints(workplace / f"runs/{name}/checkpoints")) == 1
+
+
+LOADING = [*itertools.product(["train.py --tiny", "-m tools.ask runs/tiny"],
+                              ["SIGTERM", "SIGINT", "SIGHUP"])]
+
+
+@pytest.mark.parametrize("program, name", LOADING)
+def test_a_signal_while_the_libraries_load_is_one_line(tmp_path, program, name):
+    """Half a second after its start a program is still loading torch: status 3, no traceback."""
+    process = subprocess.Popen([sys.executable, *program.split()], cwd=HERE, encoding="utf-8",
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    time.sleep(0.5)
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    line = f"stopped by {name} before the first step: nothing is lost\n"
+    assert (process.returncode, errors) == (3, line)
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path):
+    """A closed terminal does not end what was started under nohup."""
+    process = subprocess.Popen(["nohup", sys.executable, "train.py", "--tiny"], cwd=HERE,
+                               encoding="utf-8", stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3 and "stopped by SIGTERM" in errors
 
 
 @pytest.mark.parametrize("moment", ["stage 0: training", pytest.param(

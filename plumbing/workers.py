@@ -12,7 +12,8 @@ from pathlib import Path
 from plumbing.cli import InputError
 from plumbing.config import Config
 from plumbing.image_files import image_bytes, training_size
-from plumbing.launcher import SIGNALS, wanted_processes
+from plumbing.launcher import wanted_processes
+from plumbing.signals import SIGNALS
 
 SHARED_MEMORY = Path("/dev/shm")
 # a forked worker shares the records with its parent, a spawned one gets a pickled copy; but macOS's

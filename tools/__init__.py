@@ -1,0 +1,8 @@
+"""Programs that a person types: python -m tools.ask RUN, and so on."""
+
+import sys
+
+from plumbing.signals import listen_while_loading
+
+if sys.argv[0] == "-m":  # this package is loading because one of its programs was started
+    listen_while_loading()
