@@ -66,7 +66,7 @@ def fill_net(net: nn.Module, file: Path) -> None:
     warns when a file fits nowhere. Raises InputError.
     """
     try:
-        state = timm.models.load_state_dict(str(file))
+        state = timm.models.load_state_dict(str(file), weights_only=True)
         module = sys.modules[type(net).__module__]
         if hasattr(module, "checkpoint_filter_fn"):
             state = module.checkpoint_filter_fn(state, net)

@@ -135,6 +135,24 @@ def test_a_file_that_does_not_fit_is_one_line(tmp_path):
         load_net(REAL["clip"], tmp_path / "bad.pth")
 
 
+class RunsCode:
+    """Unpickled, it makes the file "pwned"."""
+
+    def __reduce__(self):
+        return open, ("pwned", "w")
+
+
+@pytest.mark.parametrize("ending", [".pth", ".pt", ".bin"])
+def test_a_crafted_encoder_file_runs_nothing(tmp_path, monkeypatch, ending):
+    """Whatever version of timm reads it: before 1.0.31 it unpickled anything unless told not to."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"crafted{ending}"
+    torch.save({"cls_token": torch.ones(1, 1, 96), "more": RunsCode()}, file)
+    with pytest.raises(InputError, match="crafted.* not readable as weights"):
+        load_net(REAL["clip"], file)
+    assert not Path("pwned").exists()
+
+
 def test_hub_out_of_reach_is_one_line(monkeypatch):
     """Without a file and without a hub: one line that says which file to put where."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
