@@ -76,6 +76,17 @@ def test_every_flag_named_in_the_text_exists():
             assert flag in known | theirs or flag in presets, f"{page.name}: {flag}"
 
 
+TABLE = re.compile(r"^\|.*\|\n\|[-:| ]+\|\n(?:\|.*\|\n)*", re.M)  # header, rule, rows
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_is_whole(page):
+    """Every line that begins with | is rendered as a row: a blank line would end its table."""
+    prose = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.M | re.S)
+    rows = sum(table.count("\n") for table in TABLE.findall(prose + "\n"))
+    assert rows == len(re.findall(r"^\|", prose, re.M))
+
+
 def test_the_readme_can_be_read_in_one_sitting():
     lines = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 170
