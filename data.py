@@ -17,16 +17,13 @@ pixels of encoder i's view.
 Batches that are equal on any number of processes, and grouped by length, make its last third.
 """
 
-import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
 IGNORE = -100  # a label that the loss skips (torch's cross_entropy default)
@@ -35,8 +32,8 @@ LARGE_SIDE = 4096  # px; a square of it takes 50 MB
 CaptionEnd = Literal["eos", "newline"]  # what ends a caption of stage 1: </s>, or as in LLaVA
 
 
-class DataError(ValueError):
-    """A file, record or image that cannot be used; its text names it and the remedy."""
+class InputError(ValueError):
+    """Bad input; its text, one line, names the file, row or flag and the remedy."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -125,51 +122,6 @@ def common_length(a: list[int], b: list[int]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------
-# JSON files
-
-
-def read_json(path: Path):
-    """The value of a JSON file, or the list of the values of a JSON Lines file.
-
-    It is UTF-8 whatever the locale, with a byte order mark or without. Raises DataError if it is
-    missing, unreadable or not JSON.
-    """
-    path = Path(path)
-    if not path.is_file():  # a pipe would be waited for
-        raise DataError(f"{path}: is no regular file" if path.exists() else f"{path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: not valid JSON: not UTF-8: {e}") from None
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read: {e.strerror}") from None
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise DataError(f"{path}: not valid JSON: nested too deep") from None
-    except json.JSONDecodeError as e:
-        fault = e
-    try:
-        lines = [line for line in text.splitlines() if line.strip()]
-        return [json.loads(line) for line in lines]
-    except (json.JSONDecodeError, RecursionError):
-        raise DataError(f"{path}: not valid JSON: {fault}") from None
-
-
-def write_json(path: Path, value) -> None:
-    """Write a JSON file atomically: a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise OSError(e.errno, e.strerror, str(path)) from None  # a full disk names no file
-    temporary.replace(path)
-
-
-# ------------------------------------------------------------------------------------------------
 # Images
 
 
@@ -246,7 +198,7 @@ class Conversations(Dataset):
 
     A sample is made when it is asked for. A conversation longer than max_length, its image's tokens
     counted, is cut there, as in LLaVA. What cannot be used (an unreadable image, no answer within
-    max_length, a prompt that is too long) is a DataError in `sample`. In dataset[i], which worker
+    max_length, a prompt that is too long) is a InputError in `sample`. In dataset[i], which worker
     processes call, it is returned as {"fault": text}; or, with skip_bad, the next usable row comes
     in its place, with a list of what was skipped.
     """
@@ -272,14 +224,14 @@ class Conversations(Dataset):
                 sample = self.sample(row)
                 sample["skipped"] = skipped
                 return sample
-            except DataError as e:
+            except InputError as e:
                 if not self.skip_bad:
                     return {"fault": str(e)}
                 skipped.append(str(e))
         return {"fault": f"no row can be used; the first: {skipped[0]}"}
 
     def sample(self, row: int) -> dict:
-        """The sample of one row. Raises DataError."""
+        """The sample of one row. Raises InputError."""
         record = self.records[row]
         place = f"row {row} (counted from 0, id {record.get('id')})"
         ids, labels = conversation_ids(record, self.template, self.tokenizer, self.n,
@@ -288,21 +240,21 @@ class Conversations(Dataset):
         if cut:
             limit = f"--max-length {self.max_length}"
             if record["conversations"][-1]["from"] == "human":
-                raise DataError(f"{place} has {len(ids)} tokens, more than {limit}: shorten it or "
+                raise InputError(f"{place} has {len(ids)} tokens, more than {limit}: shorten it or "
                                 "raise the flag")
             image_tokens = ids.count(self.tokenizer.image)
             ids = ids[:self.max_length]
             labels = labels[:self.max_length]
             nothing_learnt = all(label == IGNORE for label in labels)
             if ids.count(self.tokenizer.image) < image_tokens or nothing_learnt:
-                raise DataError(f"{place} has no answer within {limit} tokens: shorten it or raise "
+                raise InputError(f"{place} has no answer within {limit} tokens: shorten it or raise "
                                 "the flag")
         image = None
         if "image" in record:
             try:
                 image = self.get_image(record["image"])            # (3, R, R), or a view a size
-            except DataError as e:
-                raise DataError(f"{place} has a bad image: {e}; `python -m tools.check_data` finds "
+            except InputError as e:
+                raise InputError(f"{place} has a bad image: {e}; `python -m tools.check_data` finds "
                                 "all such rows beforehand") from None
         return {"input_ids": ids, "labels": labels, "image": image, "name": record.get("image"),
                 "cut": cut}
@@ -349,77 +301,3 @@ def collate(samples: list[dict], pad: int, side: str = "right") -> dict:
         "skipped": skipped,
         "cut": sum(sample["cut"] for sample in samples),
     }
-
-
-def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int,
-                group: int = 1) -> list[list[int]]:
-    """The rows of each batch of an epoch, a function of its arguments alone.
-
-    A last, smaller batch is dropped, unless it is the only one. group > 1: samples with and without
-    an image apart, and each shuffled run of `group` batches sorted by length before it is cut into
-    batches, so that little is padding; then the batches are shuffled. What is left over of both
-    kinds makes the mixed batches.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000 + epoch)
-    order = torch.randperm(len(dataset), generator=generator).tolist()
-    if group == 1:
-        count = max(1, len(dataset) // batch_size)
-        return [order[k * batch_size:(k + 1) * batch_size] for k in range(count)]
-    sizes = dataset.sizes()
-    batches = []
-    left_over = []
-    for pictured in (True, False):
-        rows = [i for i in order if sizes[i][0] == pictured]
-        for k in range(0, len(rows), batch_size * group):
-            run = sorted(rows[k:k + batch_size * group], key=lambda i: sizes[i][1])
-            cut = len(run) - len(run) % batch_size
-            batches += [run[j:j + batch_size] for j in range(0, cut, batch_size)]
-            left_over += run[cut:]
-    batches += [left_over[j:j + batch_size] for j in range(0, len(left_over), batch_size)]
-    if len(batches) > 1 and len(batches[-1]) < batch_size:
-        batches.pop()
-    return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def count_steps(rows: int, batch_size: int, epochs: float) -> int:
-    """Steps of a stage."""
-    return max(1, round(epochs * max(1, rows // batch_size)))
-
-
-def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: int, pad: int,
-                group: int = 1, pieces: int = 1, own_pieces: range = range(1), start: int = 0,
-                **options) -> DataLoader:
-    """Shuffled batches from step `start` on; `options` are torch's own, num_workers and so on.
-
-    Each is dealt out into `pieces` micro-batches, of which this process gets those in `own_pieces`,
-    one after the other.
-    """
-    rows = MicroBatches(dataset, batch_size, epochs, seed, group, pieces, own_pieces, start)
-    return DataLoader(dataset, batch_sampler=rows, collate_fn=functools.partial(collate, pad=pad),
-                      **options)
-
-
-class MicroBatches:
-    """The rows of this process's micro-batches, one after the other, made as they are asked for."""
-
-    def __init__(self, dataset: Conversations, batch_size: int, epochs: float, seed: int,
-                 group: int, pieces: int, own_pieces: range, start: int):
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.steps = count_steps(len(dataset), batch_size, epochs)
-        self.seed = seed
-        self.group = group
-        self.pieces = pieces
-        self.own_pieces = own_pieces
-        self.start = start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = 0
-        for epoch in itertools.count():
-            for batch in batch_order(self.dataset, self.batch_size, self.seed, epoch, self.group):
-                if step >= self.steps:
-                    return
-                if step >= self.start:
-                    for k in self.own_pieces:
-                        yield batch[k::self.pieces]
-                step += 1

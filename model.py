@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import IGNORE, DataError
+from data import IGNORE, InputError
 from kd_loss import TeacherWeight, TokenWeight, kd_loss, teacher_weights, token_weights
-from mole import BalanceForm, add_mole, balance_loss, expert_shares, mole_layers, router_probs
+from mole import BalanceForm, add_mole, balance_loss, expert_fractions, mole_layers, router_probs
 from teachers import AdapterDirection, ClipEncoder, Teachers, adapt, adapt_student
 
 # ------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class VLM(nn.Module):
     """Student, projector and LLM: images and text in, next-token logits out.
 
     The LLM is any module with `dim`, `blocks`, `embed(ids)`, `forward(inputs_embeds,
-    attention_mask, cache, places)` and `new_cache()`: tiny/llm.py or plumbing/pretrained_llm.py.
+    attention_mask, cache, logits_at)` and `new_cache()`: tiny/llm.py or real/pretrained_llm.py.
     """
 
     def __init__(self, student: Student | Ensemble, llm: nn.Module, image_token: int):
@@ -102,7 +102,7 @@ class VLM(nn.Module):
         """Word embeddings, the projected visual tokens in the places of the image token.
 
         input_ids (B, T), visual (B_img, n, d) of the batch's images in order -> (B, T, D)
-        A text-only sample simply has no such place. Raises DataError if the numbers differ.
+        A text-only sample simply has no such place. Raises InputError if the numbers differ.
         """
         places = input_ids == self.image_token                                              # (B, T)
         # the image token need not be a word of the LLM
@@ -110,7 +110,7 @@ class VLM(nn.Module):
         rows, columns = places.nonzero(as_tuple=True)                         # 2 x (B_img * n,)
         given = 0 if visual is None else visual.shape[0] * visual.shape[1]
         if given != len(rows):
-            raise DataError(f"{len(rows)} image tokens in the text, but {given} visual tokens: "
+            raise InputError(f"{len(rows)} image tokens in the text, but {given} visual tokens: "
                             "each <image> needs one image, and each image one <image>")
         if visual is None:
             return x                                                                     # (B, T, D)
@@ -118,14 +118,15 @@ class VLM(nn.Module):
         return x.index_put((rows, columns), projected.flatten(0, 1))                     # (B, T, D)
 
     def forward(self, visual: torch.Tensor | None, input_ids: torch.Tensor,
-                attention_mask: torch.Tensor | None, places: torch.Tensor | None = None
-                ) -> torch.Tensor:
+                attention_mask: torch.Tensor | None,
+                logits_at: torch.Tensor | None = None) -> torch.Tensor:
         """visual (B_img, n, d), input_ids and attention_mask (B, T) -> logits (B, T, V)
 
         Without a mask every token sees all tokens before it: right where padding stands last. With
-        places (K,) the logits are those of these places alone, (B, K, V).
+        logits_at (K,) the logits are those of these positions alone, (B, K, V).
         """
-        return self.llm(self.splice(input_ids, visual), attention_mask, places=places)   # (B, K, V)
+        x = self.splice(input_ids, visual)                                               # (B, T, D)
+        return self.llm(x, attention_mask, logits_at=logits_at)                          # (B, K, V)
 
     @torch.no_grad()
     def generate(self, visual: torch.Tensor | None, input_ids: torch.Tensor,
@@ -225,11 +226,11 @@ class MoVEKD(nn.Module):
         probs = router_probs(self.vlm.student)                              # L x (B_img, 1 + n, E)
         if probs:
             terms["L_balance"] = balance_loss(probs, self.balance_form)                         # ()
-            terms["experts"] = torch.stack([expert_shares(p) for p in probs])               # (L, E)
+            terms["experts"] = torch.stack([expert_fractions(p) for p in probs])               # (L, E)
 
         # L_kd: teachers' tokens, brought into one space with V^s, compared token by token
         if self.distil:
-            student, targets, w_tea = self.pairs(V_s, outputs)              # m x (B_img, n, d) each
+            student, targets, w_tea = self.match_tokens(V_s, outputs)              # m x (B_img, n, d) each
             w_tok = token_weights(outputs["clip"].cls_scores, self.token_weight)        # (B_img, n)
             terms["L_kd"], per_teacher = kd_loss(student, targets, w_tok, w_tea)                # ()
             for name, loss in per_teacher.items():
@@ -238,7 +239,7 @@ class MoVEKD(nn.Module):
                 terms[f"w_{name}"] = weight                                                     # ()
         return terms
 
-    def pairs(self, V_s: torch.Tensor, outputs: dict) -> tuple[dict, dict, torch.Tensor]:
+    def match_tokens(self, V_s: torch.Tensor, outputs: dict) -> tuple[dict, dict, torch.Tensor]:
         """What is compared with what: the student's side, the teachers' side, and W^tea (B, m).
 
         Both sides are m x (B, n, d) in the paper's direction, m x (B, n_i, d_i) in AM-RADIO's.
@@ -260,7 +261,7 @@ class MoVEKD(nn.Module):
         student = list(self.vlm.student.parameters())
         experts = set()
         for layer in mole_layers(self.vlm.student):
-            for module in layer.added():
+            for module in layer.new_modules():
                 experts.update(module.parameters())
         groups = {
             "student backbone": [p for p in student if p not in experts],

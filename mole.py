@@ -92,7 +92,7 @@ class RoutedFFN(nn.Module):
         self.router_grad = router_grad
         self.probs = None
 
-    def added(self) -> list[nn.Module]:
+    def new_modules(self) -> list[nn.Module]:
         """All that MoLE adds to the FFN: the router and the experts."""
         return [module for name, module in self.named_children() if name != "ffn"]
 
@@ -161,7 +161,7 @@ def router_probs(student: nn.Module) -> list[torch.Tensor]:
     return [layer.probs for layer in mole_layers(student)]
 
 
-def expert_shares(p: torch.Tensor) -> torch.Tensor:
+def expert_fractions(p: torch.Tensor) -> torch.Tensor:
     """The share of the tokens that each expert got: (B, 1 + n, E) -> (E,), sums to 1"""
     chosen = F.one_hot(p.argmax(dim=-1), p.shape[-1])                           # (B, 1+n, E)
     return chosen.float().mean(dim=(0, 1))                                      # (E,)
@@ -179,7 +179,7 @@ def balance_loss(probs: list[torch.Tensor], form: BalanceForm) -> torch.Tensor:
     collapse to another expert and the loss does not see it. The paper's L_total has no such term.
     """
     if form == "per_layer":
-        losses = [p.shape[-1] * (expert_shares(p) * p.mean(dim=(0, 1))).sum() for p in probs]
+        losses = [p.shape[-1] * (expert_fractions(p) * p.mean(dim=(0, 1))).sum() for p in probs]
         return torch.stack(losses).mean()                                       # ()
     p = torch.cat(probs, dim=1)                                                 # (B, L*(1+n), E)
     share = F.one_hot(p.argmax(dim=-1), p.shape[-1]).float().mean(dim=1)        # (B, E)

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from data import IGNORE, DataError, collate, conversation_ids
+from data import IGNORE, InputError, collate, conversation_ids
 from kd_loss import kd_loss, on_grid, teacher_weights, token_weights
 from model import Student, next_tokens, text_loss
-from mole import MoLE, ReleasedMoLE, balance_loss, expert_shares, mole_layers, router_probs
+from mole import MoLE, ReleasedMoLE, balance_loss, expert_fractions, mole_layers, router_probs
 from plumbing.build import build_movekd
 from teachers import (ClipEncoder, EncoderAdapter, TeacherOutput, VisionEncoder, adapt,
                       adapt_student, build_adapters)
-from tests_common import (MOLE, REAL, C, conversation, images, random_mole, small_vlm,
+from tests.common import (C, MOLE, REAL, conversation, images, random_mole, small_vlm,
                           tiny_teachers, total_loss, whole_method)
 from tiny.llm import WordTokenizer
 
@@ -124,7 +124,7 @@ def test_balance_loss_is_its_formula_per_layer():
     assert balance_loss(collapsed, "per_layer") == 3
     balanced = torch.eye(3).repeat(1, 2, 1)
     assert balance_loss([balanced, balanced], "per_layer").item() == pytest.approx(1)
-    assert expert_shares(balanced).tolist() == pytest.approx([1 / 3] * 3)
+    assert expert_fractions(balanced).tolist() == pytest.approx([1 / 3] * 3)
 
 
 def test_balance_loss_of_the_released_code_pools_the_layers():
@@ -155,7 +155,7 @@ def test_mole_init(form):
     assert torch.equal(form(ffn, 64, **options)(x), ffn(x))
     drawn = form(ffn, 64, **{**options, "init": "kaiming"})
     assert not torch.allclose(drawn(x), ffn(x), atol=1e-2)
-    for lora in drawn.added()[1:]:
+    for lora in drawn.new_modules()[1:]:
         for matrix, fan_in in ((lora.down.weight, 64), (lora.up.weight, 4)):
             theirs = nn.init.kaiming_uniform_(torch.empty(64, fan_in), nonlinearity="relu")
             bound = (6 / fan_in) ** 0.5
@@ -169,7 +169,7 @@ def test_mole_parameters_at_vit_l():
     """Per layer at d = 1024, r = 32, E = 3: 196,608 for one LoRA, 998,592 for two with biases."""
     ffn = timm.layers.Mlp(1024, 4096)
     for form, count in ((MoLE, 196_608), (ReleasedMoLE, 998_592)):
-        router, *loras = form(ffn, 1024, **{**MOLE, "rank": 32}).added()
+        router, *loras = form(ffn, 1024, **{**MOLE, "rank": 32}).new_modules()
         assert router.weight.shape == (3, 1024)
         assert sum(p.numel() for lora in loras for p in lora.parameters()) == count
 
@@ -539,7 +539,7 @@ def test_splice_puts_tokens_where_image_stands():
             else:
                 close(x[b, t], vlm.llm.embed_tokens.weight[token])
         k += j > 0
-    with pytest.raises(DataError, match="72 image tokens in the text, but 36 visual"):
+    with pytest.raises(InputError, match="72 image tokens in the text, but 36 visual"):
         vlm.splice(batch["input_ids"], visual[:1])
 
 
@@ -622,7 +622,7 @@ def test_forward_is_its_parts():
     close(terms["L_kd"], L_kd)
     probs = router_probs(model.vlm.student)
     close(terms["L_balance"], balance_loss(probs, "per_layer"))
-    close(terms["experts"], torch.stack([expert_shares(p) for p in probs]))
+    close(terms["experts"], torch.stack([expert_fractions(p) for p in probs]))
     for i, name in enumerate(targets):
         close(terms[f"kd_{name}"], per_teacher[name])
         close(terms[f"w_{name}"], w_tea[:, i].mean())
@@ -648,7 +648,7 @@ def test_total_loss_and_where_its_gradient_goes():
     """L_total reaches every parameter but the teachers'; the adapters learn from L_kd alone.
 
     Without distillation the teachers do not even run. (That the loop adds the terms so is tested
-    on the log of a run, in plumbing/test_runs.py.)
+    on the log of a run, in tests/test_runs.py.)
     """
     model, teachers, batch = whole_method()
     terms = model(batch, teachers)

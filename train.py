@@ -33,28 +33,27 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from data import Conversations, make_loader, write_json
+from data import Conversations, InputError
 from model import VLM, MoVEKD
-from plumbing.build import (build_datasets, build_llm, build_movekd, build_teachers,
-                            build_tokenizer, build_vlm, check_lengths, check_mps, check_place,
-                            find_device, load_eval_set, load_sets, pretrained_weights)
+from plumbing.batches import loader_options, make_loader
+from plumbing.build import build_llm, build_movekd, build_teachers, build_vlm, pretrained_weights
 from plumbing.checkpoints import Progress
-from plumbing.cli import InputError, Stopped, run
+from plumbing.checks import check_mps, check_place, find_device
+from plumbing.cli import Stopped, run
 from plumbing.config import Config
 from plumbing.evaluate import evaluate, print_accuracy, print_result
+from plumbing.files import write_json
 from plumbing.finished_run import export, load_run, load_vlm
 from plumbing.flags import parse_flags
 from plumbing.launcher import launch, wanted_processes
 from plumbing.machine import Machine
 from plumbing.plots import plot_curves, plot_samples
-from plumbing.released_checkpoint import load_released, released_config
 from plumbing.run_folder import check_data, open_run_folder, peak_rss_mb, start_run_folder
-from plumbing.run_log import RunLog
+from plumbing.run_log import HeldOut, RunLog, Watch, next_commands, stage_steps, stage_words
+from plumbing.sets import build_datasets, build_tokenizer, check_lengths, load_eval_set, load_sets
 from plumbing.sharding import gather_full
-from plumbing.target_statistics import check_teachers, measure_targets
-from plumbing.teacher_cache import cache_teachers
-from plumbing.watch import HeldOut, Watch, next_commands, stage_steps, stage_words
-from plumbing.workers import loader_options
+from plumbing.teacher_outputs import cache_teachers, check_teachers, measure_targets
+from real.released_checkpoint import load_released, released_config
 from teachers import Teachers
 
 

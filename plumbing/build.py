@@ -1,171 +1,20 @@
 """From a Config to what a run is made of: data, tokenizer, weights, models."""
 
-import dataclasses
-import itertools
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data import Conversations, conversation_ids, read_json, stack_images
+from data import conversation_ids
 from model import VLM, Ensemble, MoVEKD, Student
-from plumbing.cli import InputError
-from plumbing.config import FULL, Config
-from plumbing.encoder_weights import find_weights, is_real, load_net
-from plumbing.flags import load_config
-from plumbing.image_files import DiskImages, Size, load_image, student_size, training_size
-from plumbing.launcher import launched, wanted_processes
-from plumbing.own_pictures import OWN_MAKERS, own_pictures
-from plumbing.pretrained_llm import PretrainedLLM, PretrainedTokenizer
-from plumbing.records import keep, place_of, read_records
-from plumbing.released_checkpoint import read_released, released_config
-from plumbing.run_weights import fill_module, read_run_tensors, tensors_below
-from plumbing.teacher_cache import digest
-from plumbing.watch import check_tensorboard
+from plumbing.config import Config
+from plumbing.files import read_tensors
+from plumbing.sets import image_folder
+from real.encoder_weights import find_weights, is_real, load_net
+from real.pretrained_llm import PretrainedLLM
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
+from tiny.own_pictures import OWN_MAKERS, own_pictures
 from tiny.pretrain import MAKERS, stage0
-from tiny.tensor_files import read_about, read_tensors
-from tiny.world import tiny_set
-
-# ------------------------------------------------------------------------------------------------
-# Data
-
-LLAVA_FILES = {  # set: (JSON file, folder of its images), both below --data-root
-    "pretrain": ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images"),
-    "train": ("llava_v1_5_mix665k.json", "."),
-}
-LLAVA_IMAGES = ("LLaVA-Pretrain/images", "coco/train2017", "gqa/images", "ocr_vqa/images",
-                "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
-
-
-def llava_layout(root: Path) -> dict[str, tuple[Path, Path]]:
-    """(JSON file, image folder) of LLaVA's 558k captions and 665k conversations under `root`.
-
-    They are laid out as LLaVA's docs/Data.md says. Raises InputError, with the layout, if a part
-    is missing.
-    """
-    files = [file for file, _ in LLAVA_FILES.values()]
-    for part in (*files, *LLAVA_IMAGES):
-        if not (root / part).exists():
-            raise InputError(f"--data-root {root}: has no {part}; LLaVA's layout (its docs/Data.md "
-                             f"says where to get each) is {', '.join(files)} and the image folders "
-                             f"{', '.join(LLAVA_IMAGES)}")
-    return {name: (root / file, root / folder) for name, (file, folder) in LLAVA_FILES.items()}
-
-
-def load_sets(c: Config) -> dict[str, tuple]:
-    """(records, get_image) of "pretrain", "train" and "eval": the one place that knows which."""
-    if c.data_root:
-        sets = {}
-        for name, (file, folder) in llava_layout(Path(c.data_root)).items():
-            # too many images to open them all beforehand
-            records = read_records(file, folder, c.skip_bad)
-            sets[name] = (records, DiskImages(folder, training_size(c), c.allow_outside))
-    elif c.data:
-        folder = image_folder(c)
-        size = training_size(c)
-        sets = {"pretrain": checked_set(c, Path(c.pretrain_data or c.data), folder, size),
-                "train": checked_set(c, Path(c.data), folder, size)}
-    else:
-        sets = {"pretrain": tiny_set("pretrain", c.n_pretrain),
-                "train": tiny_set("train", c.n_train, c.n_described, c.n_text)}
-    held_out = load_eval_set(c)
-    if held_out:
-        sets["eval"] = held_out
-    return sets
-
-
-def image_folder(c: Config) -> Path:
-    """Where the images of --data are."""
-    return Path(c.image_folder or Path(c.data).parent)
-
-
-def load_eval_set(c: Config) -> tuple | None:
-    """(records, get_image) of the held-out questions, if there are any."""
-    if c.eval_data:
-        folder = c.image_folder or Path(c.data or c.eval_data).parent
-        return checked_set(c, Path(c.eval_data), Path(folder), student_size(c))
-    return None if c.data_root else tiny_set(c.eval_split, c.n_eval)
-
-
-def checked_set(c: Config, file: Path, folder: Path, size: Size) -> tuple:
-    """(records, get_image) of a file whose rows and images are all looked at beforehand."""
-    records = read_records(file, folder, c.skip_bad, DiskImages(folder, 16, c.allow_outside))
-    return records, DiskImages(folder, size, c.allow_outside)
-
-
-def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | PretrainedTokenizer:
-    """The LLM's own tokenizer, or for the tiny one a word a token, the words those of the data.
-
-    The words of a run to start from keep their numbers, and new words come after them.
-    """
-    if c.llm:
-        return PretrainedTokenizer(c.llm)
-    tokenizer = WordTokenizer.from_records(itertools.chain(sets["pretrain"][0], sets["train"][0]))
-    if c.init_from:
-        known = read_words(Path(c.init_from))
-        new = [word for word in tokenizer.vocabulary if word not in set(known)]
-        tokenizer = WordTokenizer(known + new)
-    return tokenizer
-
-
-def read_words(run: Path) -> list[str]:
-    """The words of a run's vocabulary.json, in the order of their numbers.
-
-    Raises InputError if it is no such list, or not the one that the run's weights know.
-    """
-    file = run / "vocabulary.json"
-    words = read_json(file)
-    well_formed = isinstance(words, list) and all(isinstance(word, str) for word in words)
-    if not well_formed or words[:len(WordTokenizer.SPECIAL)] != WordTokenizer.SPECIAL:
-        raise InputError(f"{file}: is no list of words as a run leaves it; copy it again")
-    for weights in run.glob("model*.safetensors"):
-        known = read_about(weights).get("words")
-        if known and known != digest(*words):
-            raise InputError(f"{file}: has changed since {weights} was written, so its numbers "
-                             "mean other words; copy it again")
-    return words
-
-
-def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict:
-    """{stage: its Conversations}, n image tokens each.
-
-    Stage 1 has captions, prompt "plain", or for want of captions conversations; text alone has
-    nothing to align. Stage 2 has conversations, prompt "v1".
-    """
-    records, get_image = sets["pretrain"]
-    pictured = keep(records, [row for row, record in enumerate(records) if "image" in record])
-    if not pictured:
-        raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
-                         "nothing to align")
-    captions = not c.data or c.pretrain_data
-    template = "plain" if captions else "v1"
-    return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
-                             c.caption_end),
-            2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
-
-
-def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
-    """Raise InputError for a prompt that leaves no room for an answer, before anything is trained.
-
-    Of the training rows their first question, of the held-out ones every question.
-    """
-    files = {"train": c.data or c.data_root, "eval": c.eval_data}
-    for name in ("train", "eval"):
-        records, _ = sets.get(name, ([], None))
-        for row, record in enumerate(records):
-            turns = record["conversations"]
-            turns = turns[:1] if name == "train" else turns[:-1]
-            # a token has at least one character: most rows need not be tokenised
-            if sum(len(turn["value"]) for turn in turns) + n + 300 < c.max_length:
-                continue
-            ids, _ = conversation_ids({**record, "conversations": turns}, "v1", tokenizer, n)
-            if len(ids) >= c.max_length and not (name == "train" and c.skip_bad):
-                place = f"{files[name] or 'the tiny world'}: {place_of(row, record)}"
-                raise InputError(f"{place} has a prompt of {len(ids)} tokens, and --max-length is "
-                                 f"{c.max_length}: shorten it or raise the flag")
-
 
 # ------------------------------------------------------------------------------------------------
 # Models
@@ -247,34 +96,6 @@ def build_llm(c: Config, released: tuple | None, first: bool) -> PretrainedLLM |
     return None
 
 
-def load_student(run: str | Path) -> tuple[Student, Callable]:
-    """The distilled encoder alone, of a run or of the authors' checkpoint; and what reads a photo.
-
-        student, read_photo = load_student("runs/tiny")
-        V_s = student(read_photo("photo.png"))              # (1, n, d)
-
-    read_photo(path) gives what the student was trained on, as a batch of one. Raises InputError.
-    """
-    run = Path(run)
-    released = released_config(run)
-    if released:
-        c = dataclasses.replace(FULL, mole_form="fc1_fc2", **released[0])
-    else:
-        c = load_config(run / "config.json")
-    student = build_student(c, {})
-    if isinstance(student, Ensemble):
-        raise InputError(f"{run}: is the baseline that sees with all encoders, not one student")
-    tensors = read_released(student, run) if released else read_run_tensors(run)
-    prefix = "student." if released else "vlm.student."
-    fill_module(student, tensors_below(tensors, prefix), run)
-    student.loader_size = student_size(c)
-
-    def read_photo(path: str | Path) -> torch.Tensor | dict:
-        return stack_images([load_image(Path(path), student.loader_size)])
-
-    return student.float().eval(), read_photo
-
-
 def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = None) -> VLM:
     """The VLM. With weights given, the student starts as CLIP and the LLM as pretrained.
 
@@ -304,43 +125,3 @@ def build_movekd(c: Config, vlm: VLM, teachers: Teachers) -> MoVEKD:
                   teacher_weight=c.kd_teacher_weight, detach=c.kd_teacher_grad == "detached",
                   collapse=c.kd_collapse == "second_softmax", direction=c.adapter_direction,
                   balance_form=c.balance_form)
-
-
-def find_device(device: str) -> str:
-    """cuda, mps (Apple's GPU) or cpu; "auto" is the first of them that is here."""
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def check_place(c: Config) -> None:
-    """Raise InputError if data or GPU are not there, before any process is started."""
-    if c.data_root:
-        llava_layout(Path(c.data_root))
-    elif not c.data and is_real(c.clip):
-        raise InputError("a real CLIP and no data: name --data-root DIR for LLaVA's sets, or "
-                         "--data FILE and --eval-data FILE")
-    if c.stage0_pictures == "data" and not (c.data and toy_encoders(c)):
-        raise InputError("--stage0-pictures data: trains the toy encoders of --tiny on the "
-                         "pictures of --data FILE --eval-data FILE; name them, or leave the flag "
-                         "out")
-    check_tensorboard(c)
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, "
-                         "slowly, and `python -m tools.plan` says what GPUs it wants")
-    if c.device == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: torch finds no Apple GPU here; --device auto takes what "
-                         "there is")
-
-
-def check_mps(c: Config) -> None:
-    """Raise InputError for training that Apple's GPU cannot do: torch shards nothing on it."""
-    if c.device != "mps":
-        return
-    if c.precision == "bf16":
-        raise InputError("--device mps: trains in fp32 only; add --precision fp32, or --device cpu")
-    if launched() or wanted_processes(c) > 1:
-        raise InputError("--device mps: one process has the GPU; leave --processes out, or give "
-                         "--device cpu")

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_model_state_dict,
                                                      set_optimizer_state_dict)
 
-from data import DataError, read_json, write_json
-from plumbing.cli import InputError
+from data import InputError
+from plumbing.files import read_json, write_json
 
 
 @dataclass
@@ -189,7 +189,7 @@ def examine(path: Path) -> tuple[str | None, dict]:
             return "meta.json has changed since it was written", {}
         del meta["files"]
         log_bytes, log_crc = Progress(**meta).log
-    except (DataError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (InputError, ValueError, KeyError, TypeError, AttributeError) as e:
         return f"meta.json cannot be read ({type(e).__name__})", {}
     for name, (size, crc) in files.items():
         file = path / name

@@ -9,12 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from data import DataError
+from data import InputError
 from plumbing.signals import STOPPED, listen
-
-
-class InputError(DataError):
-    """Bad input from the user; its text names the file, row or flag and the remedy."""
 
 
 class Stopped(Exception):
@@ -79,7 +75,7 @@ def run(program: Callable) -> None:
             operator = str(e).splitlines()[0][:200]
             e = InputError(f"--device mps: {operator}; a newer torch may have it. Set "
                            "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment, or give --device cpu")
-        bad_input = isinstance(e, DataError)
+        bad_input = isinstance(e, InputError)
         rank = int(os.environ.get("RANK", 0))
         world = int(os.environ.get("WORLD_SIZE", 1))
         # another process may know better what is wrong: then the launcher ends this one

@@ -5,6 +5,7 @@ numbers, never the code that runs.
 """
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -220,3 +221,17 @@ def recipe(name: str) -> dict:
     column = RECIPE_NAMES.index(name)
     rows = {field: values[column] for field, values in RECIPES.items()}
     return {field: value for field, value in rows.items() if value is not None}
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def plain_type(field: dataclasses.Field):
+    """str, bool, int, float, tuple or a Literal: the type of a field without its range."""
+    if typing.get_origin(field.type) is tuple:
+        return tuple
+    if typing.get_origin(field.type) is Annotated:
+        return typing.get_args(field.type)[0]
+    return field.type

@@ -22,18 +22,18 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from data import IGNORE, blank_image, to_device
+from data import IGNORE, InputError, blank_image, to_device
 from model import MoVEKD
 from plumbing.checkpoints import Checkpoints, Progress, load_checkpoint
-from plumbing.cli import InputError, Stopped
+from plumbing.checks import check_shared_memory
+from plumbing.cli import Stopped
 from plumbing.config import Config
+from plumbing.files import flop_counter
 from plumbing.launcher import launched
 from plumbing.sharding import (SHARD_TEACHERS_ABOVE, compile_parts, note_what_trains, recompute,
                                send_from_first, shard, shard_frozen)
 from plumbing.signals import listen
-from plumbing.workers import check_shared_memory
 from teachers import Teachers
-from tiny.flops import flop_counter
 
 # one process is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")

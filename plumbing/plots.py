@@ -10,8 +10,8 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data import read_json
 from plumbing.evaluate import normalise
+from plumbing.files import read_json
 from plumbing.run_folder import read_log
 
 

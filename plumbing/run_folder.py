@@ -13,12 +13,11 @@ import timm
 import torch
 import torchvision
 
-from data import write_json
+from data import InputError
 from plumbing.checkpoints import Progress, newest_checkpoint, saved_checkpoints
-from plumbing.cli import InputError
 from plumbing.config import Config
-from plumbing.records import images_of, rows_digest
-from plumbing.teacher_cache import digest
+from plumbing.files import digest, write_json
+from real.records import images_of, rows_digest
 
 try:
     import fcntl

@@ -171,12 +171,13 @@ class TinyLLM(nn.Module):
         return [[] for _ in self.layers]
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None,
-                cache: list | None = None, places: torch.Tensor | None = None) -> torch.Tensor:
+                cache: list | None = None,
+                logits_at: torch.Tensor | None = None) -> torch.Tensor:
         """inputs_embeds (B, T, D), attention_mask (B, T_all) -> logits (B, T, V)
 
         With a cache, empty before the prompt, the mask covers the past too. Padding may stand on
-        either side: positions count real tokens. Without a mask all tokens are real. With places
-        (K,) the logits are those of these places alone, (B, K, V).
+        either side: positions count real tokens. Without a mask all tokens are real. With logits_at
+        (K,) the logits are those of these positions alone, (B, K, V).
         """
         mask = None
         T = inputs_embeds.shape[1]
@@ -188,8 +189,8 @@ class TinyLLM(nn.Module):
         x = inputs_embeds
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, mask, None if cache is None else cache[i])              # (B, T, D)
-        if places is not None:
-            x = x[:, places]                                                             # (B, K, D)
+        if logits_at is not None:
+            x = x[:, logits_at]                                                          # (B, K, D)
         return self.lm_head(self.norm(x))                                                # (B, K, V)
 
     def visible(self, attention_mask: torch.Tensor, T: int) -> torch.Tensor:

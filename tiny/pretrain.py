@@ -30,13 +30,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import DataError
+from data import InputError
+from plumbing.files import flop_counter, read_about, read_tensors, write_tensors
 from teachers import VisionEncoder, create_net
-from tiny.flops import flop_counter
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pictures import render
 from tiny.scenes import ATTRIBUTES, sample_scenes, scene_geometry
-from tiny.tensor_files import read_about, read_tensors, write_tensors
 from tiny.world import caption, world_records
 
 FOLDER = Path("runs/stage0")
@@ -243,7 +242,7 @@ def stage0(toys: dict[str, tuple[Callable, tuple]]) -> tuple[dict[str, Path], fl
 
     `toys`: of each model that is wanted, the function that makes it and its arguments. The models
     know nothing of each other, so they train side by side, one process and one thread each. Raises
-    DataError for a damaged file, or if a process is killed.
+    InputError for a damaged file, or if a process is killed.
     """
     scenes = sample_scenes("train", 4)
     world = [render(scenes).sum().item(), world_records("train", "caption", 4)]
@@ -266,7 +265,7 @@ def stage0(toys: dict[str, tuple[Callable, tuple]]) -> tuple[dict[str, Path], fl
                 for future in jobs:
                     future.result()
             except BrokenProcessPool:
-                raise DataError("stage 0: one of its processes was killed, as for want of memory; "
+                raise InputError("stage 0: one of its processes was killed, as for want of memory; "
                                 "start again: what is ready is kept") from None
             except BaseException:  # a signal too: none of them may train on
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -15,7 +15,7 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from data import write_json
+from plumbing.files import write_json
 from tiny.pictures import render
 from tiny.scenes import ASKED, ATTRIBUTES, QUESTIONS, sample_scenes
 

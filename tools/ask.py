@@ -7,12 +7,12 @@
 import sys
 from pathlib import Path
 
-from plumbing.build import load_sets
 from plumbing.cli import Parser, run
 from plumbing.config import Config
 from plumbing.evaluate import answer, normalise, questions_of
-from plumbing.image_files import load_image, student_size
 from plumbing.finished_run import load_run
+from plumbing.sets import load_sets, student_size
+from real.image_files import load_image
 from tiny.llm import WordTokenizer
 
 

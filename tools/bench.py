@@ -26,8 +26,8 @@ from tools.differences import differences
 from tools.direction import direction_table
 from tools.measuring import (DEVICE, SHAPES, Row, Shape, backward, count_flops, kd_tensors,
                              peak_bytes, saved_bytes, seconds, uint8_images)
-from tools.plain_forms import (LoopMoLE, LoopReleasedMoLE, eager_blocks, pil_views,
-                               stacked_kd_loss, tensor_views)
+from tools.plain_forms import (LoopMoLE, LoopReleasedMoLE, eager_blocks, pil_views, stacked_kd_loss,
+                               tensor_views)
 from tools.tiny_step import bench_step, profile_tiny, scaling
 from tools.vision import bench_compile, bench_inference, bench_vision_step, expert_options
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from plumbing.cli import Parser, run
-from plumbing.image_files import DiskImages
-from plumbing.records import place_of, read_list, row_faults
+from real.image_files import DiskImages
+from real.records import place_of, read_list, row_faults
 
 
 def main(argv: list[str] | None = None) -> None:

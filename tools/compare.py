@@ -28,20 +28,21 @@ from torch import nn
 from tqdm import tqdm
 
 import train
-from data import blank_image, read_json, write_json
+from data import blank_image
 from model import Student
-from plumbing.build import (build_encoder, build_teachers, build_tokenizer, build_vlm, load_sets,
-                            pretrained_weights)
+from plumbing.build import build_encoder, build_teachers, build_vlm, pretrained_weights
 from plumbing.cli import Parser, run
 from plumbing.config import TINY
-from plumbing.flags import load_config, parse_config
+from plumbing.files import read_json, write_json
 from plumbing.finished_run import load_run
-from plumbing.teacher_cache import cache_teachers
+from plumbing.flags import load_config, parse_config
+from plumbing.sets import build_tokenizer, load_sets
+from plumbing.teacher_outputs import cache_teachers
 from tiny.pictures import WORLD_SIZE
 from tiny.scenes import ASKED
 from tools.arms import ARMS, EXPERIMENTS, TITLES
 from tools.compare_report import T_QUANTILE, accuracy_table, plot, report
-from tools.ladder_report import (ladder_table, plot_ladder, plot_mole, plot_shares, shares_table)
+from tools.ladder_report import ladder_table, plot_ladder, plot_mole, plot_shares, shares_table
 from tools.measuring import count_flops
 from tools.probe import PROBE, explained, pooled, probe, probe_images
 

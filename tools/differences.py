@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from kd_loss import kd_loss, teacher_weights, token_weights
 from mole import balance_loss
-from plumbing.build import build_teachers, build_tokenizer, load_sets, pretrained_weights
+from plumbing.build import build_teachers, pretrained_weights
 from plumbing.config import TINY
+from plumbing.sets import build_tokenizer, load_sets
 from teachers import EncoderAdapter, Teachers, adapt, build_adapters
 from tiny.pictures import render
 from tiny.scenes import sample_scenes

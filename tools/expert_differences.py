@@ -11,7 +11,7 @@ from torch import nn
 
 from model import MoVEKD, Student
 from mole import MoLE, MoleForm, MoleInit, ReleasedMoLE, RoutedFFN, mole_layers
-from plumbing.encoder_weights import load_net
+from real.encoder_weights import load_net
 from teachers import Teachers
 from tools.measuring import SHAPES, count, table_line, uint8_images
 from tools.tiny_step import FEW, TinyStep
@@ -31,7 +31,7 @@ def parameters_row() -> str:
     """Row 1, the size of the experts; the router does not count."""
     sizes = []
     for form in ("ffn", "fc1_fc2"):
-        _, *experts = vit_l_mole(form, 3, 1.0, "zero").added()
+        _, *experts = vit_l_mole(form, 3, 1.0, "zero").new_modules()
         sizes.append(sum(count(expert.parameters()) for expert in experts))
     paper, released = sizes
     return table_line(1, "LoRA parameters per layer, d = 1024, r = 32, E = 3", f"{paper:,}",

@@ -11,11 +11,11 @@ Works for runs of every preset, and for the authors' checkpoint, whose folder ho
 import dataclasses
 from pathlib import Path
 
-from plumbing.build import load_eval_set
 from plumbing.cli import Parser, run
-from plumbing.image_files import load_image
+from plumbing.finished_run import WholeRun, load_whole_run
 from plumbing.run_folder import read_log
-from plumbing.whole_run import WholeRun, load_whole_run
+from plumbing.sets import load_eval_set
+from real.image_files import load_image
 from tools import explain_panels as panels
 from tools.explain_numbers import answer, look, make_batch, measure
 from tools.explain_page import Gallery, page, section

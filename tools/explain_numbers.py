@@ -101,7 +101,7 @@ def measure(model: MoVEKD, teachers: Teachers | None, batch: dict, tokenizer) ->
     student, targets, w_tea, errors, losses = {}, {}, {}, {}, {}
     shapes = text_shapes(model, batch, V_s, logits, probs)
     if outputs:
-        student, targets, weights = model.pairs(V_s, outputs)
+        student, targets, weights = model.match_tokens(V_s, outputs)
         w_tok = token_weights(outputs["clip"].cls_scores, model.token_weight)        # (1, n)
         _, per_teacher = kd_loss(student, targets, w_tok, weights)
         for i, name in enumerate(targets):

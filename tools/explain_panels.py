@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from plumbing.whole_run import WholeRun
-from tools.explain_numbers import (FORMS, Answer, Looks, Moment, as_colours, weighed_errors)
+from plumbing.finished_run import WholeRun
+from tools.explain_numbers import FORMS, Answer, Looks, Moment, as_colours, weighed_errors
 from tools.explain_page import Gallery, bars, beside, chips, missing, row, table, when
 from tools.explain_pictures import (ERROR, EXPERTS, HEAT, colour_picture, expert_picture,
                                     heat_picture, photograph, scale_picture, to_png, view_picture)

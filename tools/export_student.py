@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data import write_json
+from data import InputError
 from model import Student
 from mole import MoLE, RoutedFFN, mole_layers
-from plumbing.build import load_student
-from plumbing.cli import InputError, Parser, run
+from plumbing.cli import Parser, run
+from plumbing.files import write_json
+from plumbing.finished_run import load_student
 from teachers import parse_spec
 
 FILES = ("student.json", "student.pt", "student.py")

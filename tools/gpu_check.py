@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.build import find_device
-from plumbing.cli import InputError, Parser, run
-from tools import gpu_checks_correctness as correctness
-from tools import gpu_checks_memory as memory
-from tools import gpu_checks_runs as runs
-from tools import gpu_checks_speed as speed
+from data import InputError
+from plumbing.checks import find_device
+from plumbing.cli import Parser, run
+from tools import (gpu_checks_correctness as correctness, gpu_checks_memory as memory,
+                   gpu_checks_runs as runs, gpu_checks_speed as speed)
 from tools.gpu_checks_common import LeftOut, Place, Row, free
 
 # in this order: what a later check needs is made by an earlier one, and the slowest come last

@@ -20,7 +20,7 @@ from data import IGNORE, to_device
 from model import MoVEKD
 from plumbing.config import FULL, TINY, Config
 from plumbing.machine import Machine
-from plumbing.pretrained_llm import PretrainedLLM, require_transformers
+from real.pretrained_llm import PretrainedLLM, require_transformers
 from teachers import Teachers
 from tools.measuring import PeakMemory, count
 from tools.meta import MetaTokenizer, loader_images, random_models, without_values

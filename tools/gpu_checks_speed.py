@@ -12,14 +12,16 @@ import torch
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
-from data import Conversations, make_loader, to_device
+from data import Conversations, to_device
 from model import Student
 from mole import MoLE
+from plumbing.batches import loader_options, make_loader
 from plumbing.build import build_encoder
+from plumbing.checks import check_shared_memory
 from plumbing.config import FULL
-from plumbing.image_files import DiskImages, training_size
-from plumbing.pretrained_llm import PretrainedLLM
-from plumbing.workers import check_shared_memory, loader_options
+from plumbing.sets import training_size
+from real.image_files import DiskImages
+from real.pretrained_llm import PretrainedLLM
 from tiny.llm import WordTokenizer
 from tiny.world import WorldImages, world_records
 from tools.gpu_checks_common import (LLM_LAYERS, LeftOut, Place, Row, build_without_numbers, free,

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
+from data import InputError
 from kd_loss import kd_loss, token_weights
 from model import Student
 from mole import mole_layers, router_probs
-from plumbing.build import load_eval_set, load_student
-from plumbing.cli import InputError, Parser, run
+from plumbing.cli import Parser, run
 from plumbing.config import FULL
-from plumbing.whole_run import load_whole_run
+from plumbing.finished_run import load_student, load_whole_run
+from plumbing.sets import load_eval_set
 from teachers import Teachers, VisionEncoder, build_adapters
 from tiny.pretrain import cells
 from tiny.scenes import ATTRIBUTES, sample_scenes, scene_geometry
@@ -77,7 +78,7 @@ def uniform(args) -> None:
     name = records[0]["image"]
     images = get_image(name)[None].to(whole.c.device)
     outputs = whole.teachers(images, [name])
-    student, targets, w_tea = whole.model.pairs(whole.model.vlm.student(images), outputs)
+    student, targets, w_tea = whole.model.match_tokens(whole.model.vlm.student(images), outputs)
     for form in ("paper", "released", "uniform"):
         w_tok = token_weights(outputs["clip"].cls_scores, form)
         L_kd, each = kd_loss(student, targets, w_tok, w_tea)

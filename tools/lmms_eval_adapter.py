@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import DataError
-from plumbing.cli import InputError, run
+from data import InputError
+from plumbing.cli import run
 from plumbing.evaluate import answer
-from plumbing.image_files import as_seen, fit, student_size
 from plumbing.finished_run import load_run
+from plumbing.sets import student_size
+from real.image_files import as_seen, fit
 
 try:
     from lmms_eval.api.model import lmms
@@ -97,7 +98,7 @@ class MoVEKD(lmms):
                 records.append(self.record(str(i), request.args[0], picture is not None))
             return answer(c, self.vlm, self.tokenizer, records,
                           lambda name: fit(pictures[name], student_size(c)))
-        except DataError as e:
+        except InputError as e:
             if len(requests) == 1:
                 _, _, _, doc_id, task, _ = requests[0].args
                 print(f"empty answer: {task}: document {doc_id}: {e}", file=sys.stderr)
@@ -105,11 +106,11 @@ class MoVEKD(lmms):
         return [self.answer_batch([request], max_new_tokens)[0] for request in requests]
 
     def image_of(self, args: tuple):
-        """The request's image, or None. Raises DataError for several."""
+        """The request's image, or None. Raises InputError for several."""
         _, _, doc_to_visual, doc_id, task, split = args
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else []
         if len(visuals) > 1:
-            raise DataError(f"has {len(visuals)} images; a question to this model has one at most")
+            raise InputError(f"has {len(visuals)} images; a question to this model has one at most")
         return as_seen(visuals[0]) if visuals else None
 
     @staticmethod

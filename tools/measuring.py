@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plumbing.config import TINY
-from tiny.flops import flop_counter
+from plumbing.files import flop_counter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import InputError
 from kd_loss import kd_loss, token_weights
 from model import VLM, MoVEKD, next_tokens, text_loss
 from plumbing.build import build_movekd, build_teachers, build_vlm
-from plumbing.cli import InputError
 from plumbing.config import Config
-from plumbing.image_files import training_size
-from plumbing.pretrained_llm import PretrainedLLM, require_transformers
+from plumbing.sets import training_size
 from plumbing.sharding import recompute
+from real.pretrained_llm import PretrainedLLM, require_transformers
 from teachers import Teachers, VisionEncoder
 from tools.measuring import PeakMemory, count_flops
 
@@ -114,14 +114,14 @@ def encoder_flops(encoder: VisionEncoder) -> float:
     return float(count_flops(lambda: encoder.net.forward_features(view)))
 
 
-def run_llm(vlm: VLM, x: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+def run_llm(vlm: VLM, x: torch.Tensor, logits_at: torch.Tensor | None = None) -> torch.Tensor:
     """The LLM on (B, T, D), nothing padded -> (B, T, V), or (B, K, V) with places (K,)
 
     It runs layer by layer, for transformers' own forward looks at values, which the meta device
     does not have.
     """
     if not isinstance(vlm.llm, PretrainedLLM):
-        return vlm.llm(x, None, places=places)                                      # (B, K, V)
+        return vlm.llm(x, None, logits_at=logits_at)                                      # (B, K, V)
     decoder = vlm.llm.model.get_decoder()
     positions = torch.arange(x.shape[1], device="meta")[None]                       # (1, T)
     size = decoder.layers[0].self_attn.head_dim
@@ -131,8 +131,8 @@ def run_llm(vlm: VLM, x: torch.Tensor, places: torch.Tensor | None = None) -> to
         x = layer(x, attention_mask=None, position_ids=positions,
                   position_embeddings=rotary)                                       # (B, T, D)
     x = decoder.norm(x)                                                             # (B, T, D)
-    if places is not None:
-        x = x[:, places]                                                            # (B, K, D)
+    if logits_at is not None:
+        x = x[:, logits_at]                                                            # (B, K, D)
     return vlm.llm.model.get_output_embeddings()(x)                                 # (B, K, V)
 
 
@@ -253,7 +253,7 @@ def meta_step(c: Config, model: MoVEKD, teachers: Teachers, batch_size: int, tok
     places = torch.arange(projected.shape[1], tokens, device="meta")            # (K,)
     L_total = text_loss(run_llm(vlm, x, places), next_tokens(ids)[:, places])   # ()
     if c.lambda_kd:
-        student, targets, w_tea = model.pairs(V_s, outputs)                     # m x (B, n, d) each
+        student, targets, w_tea = model.match_tokens(V_s, outputs)                     # m x (B, n, d) each
         w_tok = token_weights(outputs["clip"].cls_scores, model.token_weight)   # (B, n)
         L_kd, _ = kd_loss(student, targets, w_tok, w_tea)                       # ()
         L_total = L_total + L_kd                                                # ()

@@ -10,8 +10,8 @@ Letters: P parameters, G GPUs, b samples of a micro-batch, n tokens of the stude
 import math
 from typing import NamedTuple
 
-from data import count_steps
 from model import MoVEKD
+from plumbing.batches import count_steps
 from plumbing.cli import Parser, run
 from plumbing.config import Config
 from plumbing.flags import parse_config

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.build import build_teachers, build_tokenizer, load_sets, pretrained_weights
+from plumbing.build import build_teachers, pretrained_weights
 from plumbing.cli import Parser, run
 from plumbing.config import TINY
+from plumbing.sets import build_tokenizer, load_sets
 from tiny.pictures import render
 from tiny.scenes import ATTRIBUTES, sample_scenes
 

@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from data import collate
 from model import Student, next_tokens, text_loss
-from plumbing.build import (build_datasets, build_movekd, build_teachers, build_tokenizer,
-                            build_vlm, load_sets)
+from plumbing.build import build_movekd, build_teachers, build_vlm
 from plumbing.config import TINY, Config
-from plumbing.teacher_cache import cache_teachers
+from plumbing.sets import build_datasets, build_tokenizer, load_sets
+from plumbing.teacher_outputs import cache_teachers
 from teachers import adapt, build_adapters
 from tools.measuring import DEVICE, Row, peak_bytes, seconds, table_line
 

@@ -46,7 +46,7 @@ def fast_student(s: Shape) -> Student:
     """A student of ours, as in stage 1."""
     student = student_with_experts(s).requires_grad_(False)
     for block in student.net.blocks:
-        for module in block.mlp.added():
+        for module in block.mlp.new_modules():
             module.requires_grad_(True)
     return student
 

@@ -1,0 +1,107 @@
+"""Pretrained weights of the encoders: a file in timm's or another known layout, or timm's hub."""
+
+import functools
+import os
+import pickle
+import socket
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import timm
+from huggingface_hub import constants
+from safetensors import SafetensorError
+from torch import nn
+
+from data import InputError
+from teachers import create_net, parse_spec
+
+HUB = "hub"  # in place of a file: the weights that timm's hub has under the name
+ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+
+
+def is_real(spec: str) -> bool:
+    """Whether a spec asks for pretrained weights: its timm name has a tag, after the dot."""
+    return "." in parse_spec(spec)[0]
+
+
+def find_weights(spec: str, folder: str) -> Path | str:
+    """Where the weights of a real spec are: a file of `folder` named like the model, else HUB."""
+    name, *_ = parse_spec(spec)
+    if folder:
+        for ending in ENDINGS:
+            file = Path(folder) / (name + ending)
+            if file.exists():
+                return file
+    return HUB
+
+
+def load_net(spec: str, source: Path | str | None) -> nn.Module:
+    """The timm model of a spec with the weights of a file or of the HUB; None: random ones.
+
+    Raises InputError if they cannot be had.
+    """
+    if source is None:
+        return create_net(spec)
+    if source != HUB:
+        net = create_net(spec)
+        fill_net(net, source)
+        return net
+    ask_hub()
+    try:
+        return create_net(spec, pretrained=True)
+    except (OSError, RuntimeError, ValueError) as e:
+        name, *_ = parse_spec(spec)
+        repository = timm.get_pretrained_cfg(name).hf_hub_id or "timm"
+        raise InputError(f"{name}: the hub gives no weights ({type(e).__name__}); save "
+                         f"model.safetensors of https://huggingface.co/{repository} as "
+                         f"{name}.safetensors in a folder and name it with --weights") from None
+
+
+def fill_net(net: nn.Module, file: Path) -> None:
+    """Fill a timm model from a file, in timm's layout or one that timm converts (OpenAI's, ...).
+
+    Position tables and patch embeddings are resized to the model. Strict, for timm itself only
+    warns when a file fits nowhere. Raises InputError.
+    """
+    try:
+        state = timm.models.load_state_dict(str(file), weights_only=True)
+        module = sys.modules[type(net).__module__]
+        if hasattr(module, "checkpoint_filter_fn"):
+            state = module.checkpoint_filter_fn(state, net)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError,
+            pickle.UnpicklingError) as e:
+        raise InputError(f"{file}: not readable as weights of {type(net).__name__} "
+                         f"({type(e).__name__})") from None
+
+    # the file's classifier is of no use here
+    heads = net.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    prefixes = tuple(head + "." for head in heads)
+    own = net.state_dict()
+    state = {k: v for k, v in state.items() if k in own or not k.startswith(prefixes)}
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as e:
+        fault = str(e).splitlines()[1].strip()[:200]
+        name = net.pretrained_cfg.get("architecture")
+        raise InputError(f"{file}: does not fit {name}: {fault}") from None
+
+
+@functools.cache
+def ask_hub() -> None:
+    """Call before a model hub is asked.
+
+    Where it cannot be reached its tools would try for minutes; so they are told to look in their
+    cache only. Behind a proxy (HTTPS_PROXY, ALL_PROXY, less NO_PROXY) names need not resolve here.
+    """
+    host = urlsplit(constants.ENDPOINT).hostname
+    proxies = getproxies()
+    if ("https" in proxies or "all" in proxies) and not proxy_bypass(host):
+        return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,0 +1,130 @@
+"""Fixtures of all tests. What is made by a run is made once a session, and only added to."""
+
+import json
+
+import pytest
+
+pytest.register_assert_rewrite("tests.common")
+
+import tests.common as common  # first: it keeps the model hubs out
+import torch
+from safetensors.torch import save_file
+
+from plumbing.files import write_json
+from plumbing.sets import LLAVA_IMAGES
+from tiny.world import WorldImages, world_records
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    """A folder with one short run, runs/tiny, made as a user makes it; output.txt beside it.
+
+    Tests add runs under names of their own, and share its stage 0 and teachers' cache.
+    """
+    folder = tmp_path_factory.mktemp("work")
+    done = common.run_script(folder, *common.SHORT)
+    assert done.returncode == 0, done.stderr
+    (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    """A small random Llama and its tokenizer, of Llama's kind, as transformers saves them."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("llama")
+    vocabulary, merges = common.llama_pieces(tokenizers)
+    transformers.LlamaTokenizer(vocabulary, merges).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_run(workplace, llama_folder):
+    """A short run with a causal LM of transformers in the tiny LLM's place."""
+    flags = ["--out", "runs/llama", "--llm", str(llama_folder)]
+    common.run_here(workplace, *common.SHORT, *flags)
+    return workplace / "runs/llama"
+
+
+@pytest.fixture(scope="session")
+def released_folder(tmp_path_factory, llama_folder):
+    """A checkpoint in the authors' layout, random weights: CLIP of width 128 and depth 3."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2,
+        image_size=48, patch_size=8)
+    vision = transformers.CLIPVisionModel(config)
+    llama = transformers.LlamaForCausalLM.from_pretrained(llama_folder)
+    folder = tmp_path_factory.mktemp("released")
+    common.released_json(llama_folder, folder)
+    save_file(common.released_tensors(llama, vision), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_folder(tmp_path_factory):
+    """Encoder files and LLaVA's data layout with a few pictures; coco's 5.png is broken."""
+    folder = tmp_path_factory.mktemp("real")
+    torch.manual_seed(0)
+    for name in common.REAL:
+        common.random_file(name, folder)
+    for part in LLAVA_IMAGES:
+        (folder / part).mkdir(parents=True)
+    captions = world_records("train", "caption", 12)
+    chats = world_records("train", "chat", 12) + world_records("train", "text", 4)
+    for i, image in enumerate(common.images(12)):
+        common.save_png(folder / f"LLaVA-Pretrain/images/{i}.png", image)
+        common.save_png(folder / f"coco/train2017/{i}.png", image)
+        captions[i]["image"] = f"{i}.png"
+        chats[i]["image"] = f"coco/train2017/{i}.png"
+    (folder / "coco/train2017/5.png").write_bytes(b"\x89PNG not a picture")
+    # ShareGPT's dialogues may begin so
+    chats[-1]["conversations"].insert(0, {"from": "gpt", "value": "as I said"})
+    write_json(folder / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", captions)
+    write_json(folder / "llava_v1_5_mix665k.json", chats)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_run(real_folder, llama_folder):
+    """`--full` on files in place of downloads, four teachers, the broken picture skipped."""
+    flags = [*common.full_flags(real_folder, llama_folder), "--out", "runs/full", "--skip-bad"]
+    common.run_here(real_folder, *flags)
+    return real_folder / "runs/full"
+
+
+@pytest.fixture(scope="session")
+def two_processes(workplace):
+    """The workplace with runs/two, made by two processes; its checkpoints are kept."""
+    done = common.run_script(workplace, *common.SHORT, *common.SHARED, "--out", "runs/two",
+                             "--processes", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workplace
+
+
+@pytest.fixture(scope="session")
+def kept(workplace):
+    """A run on files, with checkpoints in both stages."""
+    own = workplace / "kept"
+    own.mkdir()
+    pictures = WorldImages("train", 16)
+    for i in range(16):
+        common.save_png(own / f"{i}.png", pictures.images[i])
+    records = json.loads(json.dumps(world_records("train", "chat", 16)).replace("train-0/", ""))
+    write_json(own / "train.json", records)
+    common.run_here(workplace, *common.SHORT, "--out", "runs/kept", "--data", "kept/train.json",
+                    "--eval-data", "kept/train.json", "--save-every", "2", "--keep", "9",
+                    "--cache-teachers", "")
+    return workplace

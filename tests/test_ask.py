@@ -1,0 +1,65 @@
+"""tools.ask: questions to a run of ours, of any kind, and to the authors' checkpoint."""
+
+import pytest
+
+from data import InputError
+from plumbing.files import read_json
+from tests.common import images, make_old, save_png
+from tools import ask
+
+
+@pytest.fixture
+def picture(tmp_path):
+    save_png(tmp_path / "one.png", images(1)[0])
+    return str(tmp_path / "one.png")
+
+
+def asked(capsys, *argv) -> list[str]:
+    """The lines that tools.ask prints."""
+    capsys.readouterr()
+    ask.main([str(arg) for arg in argv])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_ask_answers_from_a_run_folder(workplace, capsys):
+    """tools.ask loads a run strictly and gives the answers that the run's own evaluation gave."""
+    lines = asked(capsys, workplace / "runs/tiny", "--n", "48")
+    accuracy = read_json(workplace / "runs/tiny/result.json")["macro_accuracy"]
+    assert len(lines) == 48
+    right = sum(line.endswith("(right)") for line in lines)
+    assert 100 * right / 48 == pytest.approx(accuracy)
+
+
+def test_ask_says_which_words_are_new(workplace, picture, capsys):
+    """A question with a word that the run has never seen gets a note on stderr."""
+    ask.main([str(workplace / "runs/tiny"), picture, "what flavour?"])
+    assert "never seen the word(s) flavour" in capsys.readouterr().err
+
+
+def test_ask_answers_from_an_old_run_folder(workplace, tmp_path, capsys):
+    """A run folder of an older version gives the same answers."""
+    make_old(workplace / "runs/tiny", tmp_path / "old")
+    new = asked(capsys, workplace / "runs/tiny", "--n", "48")
+    assert asked(capsys, tmp_path / "old", "--n", "48") == new
+
+
+def test_ask_answers_with_a_real_llm(llama_run, capsys):
+    """So it does from a run with a causal LM of transformers."""
+    assert len(asked(capsys, llama_run, "--n", "4")) == 4
+
+
+def test_ask_answers_from_the_authors_checkpoint(released_folder, picture, capsys):
+    """So it does from a checkpoint of the authors' layout."""
+    assert len(asked(capsys, released_folder, picture, "what shape?")) == 1
+
+
+def test_ask_answers_from_a_full_run(full_run, picture, monkeypatch, capsys):
+    """A run of --full stands alone: neither the encoders' files nor the LLM's are read.
+
+    It has no held-out set, which is one line.
+    """
+    monkeypatch.setattr("plumbing.encoder_weights.fill_net", None)
+    monkeypatch.setattr("plumbing.encoder_weights.ask_hub", None)
+    assert asked(capsys, full_run, picture, "what shape?")
+    with pytest.raises(InputError, match="runs/full has no held-out set"):
+        ask.main([str(full_run)])

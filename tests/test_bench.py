@@ -1,0 +1,55 @@
+"""What tools.bench measures with, the slow forms it compares to, and what they show."""
+
+import pytest
+import torch
+
+from model import Student
+from mole import mole_layers
+from plumbing.sharding import recompute
+from tests.common import MOLE
+from tools.direction import direction
+from tools.measuring import peak_bytes
+
+
+def recomputed_student(blocks: int) -> Student:
+    """A student of so many blocks with experts, which alone are trained."""
+    student = Student("vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=64 "
+                      f"depth={blocks + 1} num_heads=4")
+    student.requires_grad_(False)
+    student.add_experts(form="ffn", **MOLE)
+    recompute(student.net.blocks)
+    return student
+
+
+def test_a_recomputed_block_leaves_only_its_input():
+    """A further block with experts takes its own input and its experts' gradients, nothing else.
+
+    MoLE holds the probabilities of the first run afterwards, not those of a graph that never runs
+    backward.
+    """
+    images = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
+    peaks = []
+    for blocks in (4, 8):
+        student = recomputed_student(blocks)
+        out = student(images)
+        layers = mole_layers(student)
+        probs = [layer.probs for layer in layers]
+        out.sum().backward()
+        assert all(layer.probs is p for layer, p in zip(layers, probs))
+        student.zero_grad()
+        peaks.append(peak_bytes(lambda: student(images).sum().backward()))
+    trained = [p.numel() for p in student.net.blocks[0].mlp.parameters() if p.requires_grad]
+    assert (peaks[1] - peaks[0]) / 4 < 1.1 * 4 * (4 * 37 * 64 + sum(trained))
+
+
+@pytest.mark.slow
+def test_trained_adapters_let_go_of_what_only_the_teacher_sees():
+    """The README's explanation, in its smallest case.
+
+    With adapters teacher -> student the teacher's own signal enters the student and is gone at the
+    minimum of L_kd; with heads student -> teacher it stays.
+    """
+    paper, radio = direction(True), direction(False)
+    assert max(paper.values()) > 0.5
+    assert paper[3000] < 0.05
+    assert radio[3000] > 0.95

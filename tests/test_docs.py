@@ -1,0 +1,93 @@
+"""README and docs say what is there: names, flags and links."""
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from data import InputError
+from plumbing.flags import parse_flags
+
+HERE = Path(__file__).parent.parent
+PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+# commands shown in code blocks: the program and its arguments, up to two spaces and a remark
+COMMAND = re.compile(r"^    .*?python3? (train\.py|-m [\w.]+) ?(.*?)(?:\s{2,}.*)?$", re.M)
+OTHERS = ("venv", "pytest")     # modules that are not ours
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for text in TEXTS.values():
+        found += COMMAND.findall(text)
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_name_of_a_file_exists(page):
+    """`file.py: name` names a function or class at the top of that file."""
+    for file, name in re.findall(r"`([\w/]+\.py): ([\w.]+)`", TEXTS[page]):
+        tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
+        names = {node.name for node in tree.body if hasattr(node, "name")}
+        assert name.split(".")[0] in names, f"{page.name}: {file}: {name}"
+    for file in re.findall(r"`((?:tiny|plumbing|tools|docs)/[\w/]+\.\w+)`", TEXTS[page]):
+        assert (HERE / file).exists(), f"{page.name}: {file}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_resolves(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("program,rest", commands())
+def test_every_command_shown_parses(program, rest):
+    """Every `python train.py ...` has flags that exist; every `python -m` has a module."""
+    if program == "train.py":
+        flags = shlex.split(rest.replace(" dinov2", ""))  # a teacher that the reader has added
+        if not {"--resume", "--evaluate", "--init-from", "--config"} & set(flags):
+            parse_flags(flags)
+            return
+        with pytest.raises(InputError, match="no such file"):  # runs that are not here
+            parse_flags(flags)
+    else:
+        name = program.removeprefix("-m ")
+        assert name in OTHERS or importlib.util.find_spec(name), name
+
+
+def test_every_flag_named_in_the_text_exists():
+    """A flag in backquotes is one of train.py's or of a tool's."""
+    sources = [path.read_text(encoding="utf-8") for path in HERE.glob("*/*.py")]
+    known = set(re.findall(r'"(--[\w-]+)"', "\n".join(sources)))
+    config = ast.parse((HERE / "plumbing/config.py").read_text(encoding="utf-8"))
+    for node in ast.walk(config):
+        if isinstance(node, ast.AnnAssign):
+            known.add("--" + node.target.id.replace("_", "-"))
+    theirs = {"--nnodes", "--nproc-per-node", "--shutdown-timeout", "--ipc"}
+    for page, text in TEXTS.items():
+        if page.name == "messages.md":
+            continue  # wrong flags are what it is about
+        for flag in re.findall(r"`(--[a-z][\w-]+)", text):
+            presets = ("--tiny", "--small", "--full", "--recipe")
+            assert flag in known | theirs or flag in presets, f"{page.name}: {flag}"
+
+
+TABLE = re.compile(r"^\|.*\|\n\|[-:| ]+\|\n(?:\|.*\|\n)*", re.M)  # header, rule, rows
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_is_whole(page):
+    """Every line that begins with | is rendered as a row: a blank line would end its table."""
+    prose = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.M | re.S)
+    rows = sum(table.count("\n") for table in TABLE.findall(prose + "\n"))
+    assert rows == len(re.findall(r"^\|", prose, re.M))
+
+
+def test_the_readme_can_be_read_in_one_sitting():
+    lines = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 170
+    assert max(map(len, lines)) <= 120

@@ -1,0 +1,137 @@
+"""Slow: a run that is killed again and again, one that goes on for long, and every field tried.
+
+    python -m pytest -m slow tests/test_endurance.py
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data import InputError
+from plumbing.config import TINY
+from plumbing.flags import flag, parse_config
+from tests.common import HERE, SHORT, assert_same_run, run_here, run_script
+
+MINUTES = 30
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(HERE / "train.py"), *flags], cwd=folder,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
+    """kill -9 at ten random moments, from stage 0 to the evaluation: log and weights bit for bit.
+
+    After each kill the run is started again, or resumed if it has left a checkpoint.
+    """
+    flags = [*SHORT, "--max-steps", "0", "--stage1-epochs", "40", "--stage2-epochs", "20",
+             "--save-every", "2"]
+    begun = time.monotonic()
+    run_here(tmp_path, *flags, "--out", "runs/straight")
+    whole = time.monotonic() - begun
+    for path in (tmp_path / "runs").iterdir():
+        if path.name != "straight":
+            path.replace(tmp_path / path.name)  # the killed run makes its own stage 0 and cache
+    begun = time.monotonic()
+    run_script(tmp_path, "--help")
+    loading = time.monotonic() - begun      # the libraries alone
+    generator = random.Random(0)
+    out = tmp_path / "runs/killed"
+    for _ in range(10):
+        process = start(tmp_path, *again(out, flags))
+        with pytest.raises(subprocess.TimeoutExpired):
+            # short enough that it does not end before the tenth kill
+            process.wait(timeout=loading + generator.uniform(0, 0.08) * whole)
+        process.kill()
+        process.wait()
+    done = run_script(tmp_path, *again(out, flags))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "runs/straight", out)
+
+
+def again(out: Path, flags: list[str]) -> list[str]:
+    """The arguments to go on: --resume, or all of them if there is no checkpoint yet."""
+    if list(out.glob("checkpoints/stage*[0-9]")):
+        return ["--resume", f"runs/{out.name}"]
+    return [*flags, "--out", f"runs/{out.name}"]
+
+
+@pytest.mark.slow
+def test_processes_do_not_outlive_their_launcher(workplace):
+    """kill -9 of the launcher of two processes: they finish their step, save and end."""
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), *SHORT, "--max-steps", "0", "--stage1-epochs",
+         "500", "--processes", "2", "--out", "runs/orphans"], cwd=workplace,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
+    for line in process.stdout:
+        if line.startswith("stage 1 step 3 "):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(
+        encoding="utf-8").split()
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 120
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert len(list((workplace / "runs/orphans/checkpoints").glob("stage1-*[0-9]"))) == 1
+
+
+def memory_and_files(process: int) -> tuple[float, int]:
+    """Memory of its own in MB (mapped files apart), and open files, of a process."""
+    for line in open(f"/proc/{process}/status", encoding="utf-8"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024, len(os.listdir(f"/proc/{process}/fd"))
+    raise AssertionError("the process has no memory")
+
+
+@pytest.mark.slow
+def test_memory_is_constant_for_half_an_hour(tmp_path):
+    """Steps, log lines and checkpoints for 30 minutes: no more memory or files at the end.
+
+    The first five minutes do not count: caches fill. Prints a line a minute.
+    """
+    process = start(tmp_path, "--tiny", "--stage0-scale", "0.01", "--stage1-epochs", "0",
+                    "--stage2-epochs", "1000", "--save-every", "100")
+    seen = []
+    try:
+        for minute in range(5 + MINUTES):
+            time.sleep(60)
+            assert process.poll() is None
+            seen.append(memory_and_files(process.pid))
+            print(f"minute {minute + 1}: {seen[-1][0]:.0f} MB, {seen[-1][1]} open files")
+    finally:
+        process.kill()
+        process.wait()
+    memory = [megabytes for megabytes, _ in seen[5:]]
+    files = [count for _, count in seen[5:]]
+    assert max(memory[-5:]) < 1.03 * max(memory[:5])
+    assert max(files[-5:]) <= max(files[:5])
+
+
+VALUES = ("-1", "0", "nan", "inf", "1000000000000", "", "word")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in vars(TINY) if name not in ("processes",)])
+def test_what_a_field_accepts_runs_two_steps(workplace, name):
+    """Each of -1, 0, nan, inf, 10^12, an empty string and a word: one line, or a run to its end."""
+    for value in VALUES:
+        argv = [*SHORT, "--max-steps", "2", "--overwrite", "--out", "runs/swept",
+                f"{flag(name)}={value}"]
+        try:
+            parse_config(argv)
+        except InputError:
+            continue  # looked at in test_trust.py
+        try:
+            run_here(workplace, *argv)
+        except (InputError, OSError) as e:
+            assert "\n" not in str(e)

@@ -1,0 +1,163 @@
+"""tools.lmms_eval_adapter, without lmms-eval."""
+
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
+
+from data import InputError
+from tests.common import HERE, images
+from tools import lmms_eval_adapter as adapter
+from tools.lmms_eval_adapter import MoVEKD, own_device
+
+QUESTIONS = ["what shape?", "<image>\nwhat colour?", "what pattern?", "where?", "what shape?"]
+
+
+class Request:
+    """What lmms-eval hands over, as far as an adapter looks at it."""
+
+    def __init__(self, question: str, options: dict, doc_to_visual, doc_id: int):
+        self.args = (question, options, doc_to_visual, doc_id, "world", "test")
+
+
+def image_of(doc: dict) -> list:
+    return [doc["image"]]
+
+
+@pytest.fixture
+def model(workplace):
+    model = MoVEKD(str(workplace / "runs/tiny"), batch_size=4, device="cpu")
+    nn.init.normal_(model.vlm.llm.lm_head.weight)  # an LLM of four steps says nothing
+    documents = [{"image": to_pil_image(image)} for image in images(5)]
+    model.task_dict = {"world": {"test": documents}}
+    return model
+
+
+def test_lmms_eval_adapter_answers_plain_requests(model):
+    """Answers come in the order of the requests, in batches, with and without image.
+
+    They are those given one by one; stops and lengths are those asked for.
+    """
+    requests = []
+    for i, question in enumerate(QUESTIONS):
+        options = {"max_new_tokens": 3 + i % 2, "until": ["\n\n"]}
+        requests.append(Request(question, options, image_of, i))
+    requests.append(Request("what colour?", {"max_new_tokens": 3}, lambda doc: [], 0))
+    answers = model.generate_until(requests)
+    model.batch_size = 1
+    assert answers == [model.generate_until([request])[0] for request in requests]
+    assert any(answers)
+    requests[0].args[1]["until"] = [answers[0].split()[0]]
+    assert model.generate_until(requests[:1]) == [""]
+
+
+def test_pictures_live_no_longer_than_their_batch(model, monkeypatch):
+    """A batch's documents are decoded when it is answered, and let go of after it."""
+    held = []
+    most = []
+
+    def doc_to_visual(doc: dict) -> list:
+        picture = doc["image"].copy()
+        held.append(weakref.ref(picture))
+        most.append(sum(one() is not None for one in held))
+        return [picture]
+
+    monkeypatch.setattr(adapter, "as_seen", lambda picture: picture)
+    model.batch_size = 2
+    requests = [Request("what shape?", {"max_new_tokens": 2}, doc_to_visual, i % 5)
+                for i in range(8)]
+    assert len(model.generate_until(requests)) == 8
+    assert len(most) == 8
+    assert max(most) <= 4  # of this batch, and of the one before while it is replaced
+
+
+def test_what_cannot_be_answered_does_not_end_the_others(model, capsys):
+    """Several images, or a prompt that is too long: an empty answer, and a line that says why."""
+    options = {"max_new_tokens": 3}
+    fine = Request("what shape?", options, image_of, 1)
+    several = Request("?", options, lambda doc: [doc["image"]] * 2, 0)
+    long = Request("what " * 3000, options, image_of, 2)
+    alone = model.generate_until([fine])
+    assert model.generate_until([fine, several, long, fine]) == [*alone, "", "", *alone]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "empty answer" in line]
+    assert len(lines) == 2
+    assert "empty answer: world: document 0: has 2 images" in lines[0]
+    assert "document 2" in lines[1]
+    assert "more than --max-length 2048" in lines[1]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"num_beams": 5}, {"do_sample": True}])
+def test_sampling_and_beams_are_refused(model, options, capsys):
+    """One line, exit status 2, before anything is answered; what means greedy is fine."""
+    with pytest.raises(SystemExit, match="2"):
+        model.generate_until([Request("what?", {**options}, image_of, 0)])
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: world: {next(iter(options))} ")
+    assert "--gen_kwargs temperature=0" in line
+    greedy = {"temperature": 0.0, "num_beams": 1, "do_sample": False, "max_new_tokens": 2}
+    assert len(model.generate_until([Request("what?", greedy, image_of, 0)])) == 1
+
+
+def test_batch_size_and_device_are_looked_at_first(workplace, capsys):
+    """--batch_size auto, and a --device that is not there or not known, are a line each."""
+    run = str(workplace / "runs/tiny")
+    for options, fault in (({"batch_size": "auto"}, "--batch_size auto: give a number"),
+                           ({"device": "tpu"}, "--device tpu: must be cpu, cuda or cuda:N"),
+                           ({"device": "cuda:99"}, "--device cuda:99: torch finds")):
+        with pytest.raises(SystemExit, match="2"):
+            MoVEKD(run, **options)
+        assert capsys.readouterr().err.startswith(f"error: {fault}")
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    """Its own number's; one process has the first, or the one that is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_device(None) == own_device("cuda") == torch.device("cuda", 0)
+    assert own_device("cuda:1") == torch.device("cuda", 1)
+    assert own_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert own_device(None) == own_device("cuda") == torch.device("cuda", 1)
+    assert own_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="each process of torchrun wants a GPU of its own"):
+        own_device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="torch finds 2 GPUs"):
+        own_device(None)
+
+
+GATHER = """
+import sys
+import torch, torch.distributed as dist
+from tools.lmms_eval_adapter import MoVEKD
+from tests.test_lmms_eval_adapter import Request
+dist.init_process_group("gloo")
+model = MoVEKD(sys.argv[1], device="cpu")
+model.task_dict = {"world": {"test": [{}, {}]}}
+rank = dist.get_rank()
+said = model.generate_until([Request("what?", {"max_new_tokens": 2}, None, rank)])
+counts = torch.zeros(2, dtype=torch.long, device=model.device)
+dist.all_gather_into_tensor(counts, torch.tensor([len(said)], device=model.device))
+assert counts.tolist() == [1, 1]
+if rank == 0:
+    print("gathered")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_answer_a_share_each(workplace, tmp_path):
+    """Under torchrun, as lmms-eval has it: counts are gathered on `device`, each has its share."""
+    (tmp_path / "gather.py").write_text(GATHER, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(tmp_path / "gather.py"), str(workplace / "runs/tiny")],
+        cwd=HERE, capture_output=True, encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert "gathered" in done.stdout, done.stderr[-3000:]

@@ -1,0 +1,243 @@
+"""`--recipe released` gives the numbers and gradients of the authors' formulas, written naively.
+
+The inputs tell readings apart: images that collapse to different teachers, ragged token counts and
+widths, every expert in use. Then what `--recipe ours` is made of.
+"""
+
+import dataclasses
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kd_loss import kd_loss, teacher_weights, token_weights
+from mole import ReleasedMoLE, balance_loss, router_probs
+from plumbing.config import TINY, recipe
+from plumbing.teacher_outputs import measure_targets
+from teachers import (EncoderAdapter, TeacherOutput, adapt_student, build_adapters,
+                      build_target_norms)
+from tests.common import MOLE, tiny_teachers, total_loss, whole_method
+from tiny.world import WorldImages, world_records
+
+B, n, d, h = 3, 16, 24, 2
+TEACHERS = {"eva": (49, 20), "convnext": (9, 28)}  # n_i, d_i
+CLIP_SHARE = 0.8
+close = torch.testing.assert_close
+
+
+def inputs(signs: tuple[float, ...]) -> dict:
+    """Random tensors. signs[b] says to which teacher image b's weights collapse."""
+    adapters = nn.ModuleDict()
+    tokens = {"clip": torch.randn(B, n, d)}
+    for name, (n_i, d_i) in TEACHERS.items():
+        adapters[name] = EncoderAdapter(n_i, d_i, n, d, "released")
+        tokens[name] = torch.randn(B, n_i, d_i)
+    adapted = {name: adapters[name](tokens[name]).detach() for name in TEACHERS}
+    gap = adapted["eva"].mean(1) - adapted["convnext"].mean(1)                              # (B, d)
+    cls = 4 * torch.tensor(signs)[:, None] * gap / gap.square().sum(1, keepdim=True)        # (B, d)
+    return {"V_s": torch.randn(B, n, d, requires_grad=True), "tokens": tokens,
+            "adapters": adapters, "cls": cls, "scores": 3 * torch.randn(B, h, 1 + n)}
+
+
+def their_kd(x: dict) -> tuple[torch.Tensor, bool]:
+    """The loss of the released code, and whether its collapse guard fired."""
+    attention = x["scores"].softmax(dim=-1).mean(dim=1)                             # (B, 1 + n)
+    token_weight = attention[:, 1:].softmax(dim=-1)                                 # (B, n)
+    losses, products = [], []
+    for name, tokens in x["tokens"].items():
+        if name != "clip":
+            adapter = x["adapters"][name]
+            hidden = F.gelu(adapter.channels(tokens).permute(0, 2, 1))              # (B, d, n_i)
+            tokens = adapter.out(hidden).permute(0, 2, 1)                           # (B, n, d)
+            product = x["cls"][:, None, :] @ tokens.transpose(1, 2)                 # (B, 1, n)
+            products.append(product.mean(dim=(1, 2)))                               # (B,)
+        losses.append(F.mse_loss(x["V_s"], tokens, reduction="none"))               # (B, n, d)
+    others = torch.stack(products, dim=-1).softmax(dim=-1)                          # (B, m - 1)
+    fired = bool(others.mean(0).max() > 0.8)
+    if fired:
+        others = (others + 0.2).softmax(dim=-1)                                     # (B, m - 1)
+    clip = torch.full((B, 1), CLIP_SHARE)                                           # (B, 1)
+    weight = torch.cat([clip, others * (1 - CLIP_SHARE)], dim=1)                    # (B, m)
+    loss = torch.stack(losses, dim=-1).mean(dim=2)                                  # (B, n, m)
+    weighted = (loss * token_weight[..., None]).sum(dim=1)                          # (B, m)
+    return (weight * (loss.mean(dim=1) + weighted)).sum(dim=-1).mean(), fired
+
+
+def our_kd(x: dict) -> torch.Tensor:
+    targets = {}
+    for name, tokens in x["tokens"].items():
+        targets[name] = x["adapters"][name](tokens) if name in TEACHERS else tokens
+    w_tok = token_weights(x["scores"], "released")
+    w_tea = teacher_weights(x["cls"], targets, CLIP_SHARE, "released", detach=False, collapse=True)
+    return kd_loss(dict.fromkeys(targets, x["V_s"]), targets, w_tok, w_tea)[0]
+
+
+@pytest.mark.parametrize("signs,fires", [((1, -1, 1), False), ((1, 1, 1), True),
+                                         ((-1, -1, -1), True), ((0.1, 0.2, -0.1), False)])
+def test_released_kd_is_their_formula(signs, fires):
+    """L_kd and its gradients in V^s and in every adapter, with the guard and without."""
+    x = inputs(tuple(map(float, signs)))
+    parameters = [x["V_s"], *x["adapters"].parameters()]
+    theirs, fired = their_kd(x)
+    assert fired == fires
+    close(our_kd(x), theirs, atol=1e-4, rtol=1e-4)
+    expected = torch.autograd.grad(theirs, parameters)
+    got = torch.autograd.grad(our_kd(x), parameters)
+    for a, b in zip(got, expected):
+        close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def their_mole(layer: ReleasedMoLE, x: torch.Tensor) -> torch.Tensor:
+    """fc1 and fc2, each with the chosen expert's LoRA, gathered and scattered by expert."""
+    index = layer.router(x).softmax(dim=-1).max(dim=-1)[1]                          # (B, 1 + n)
+    for fc, lora, act in ((layer.ffn.fc1, layer.lora_fc1, True),
+                          (layer.ffn.fc2, layer.lora_fc2, False)):
+        out = torch.zeros_like(fc(x))
+        r = lora.rank
+        for e in range(3):
+            rows = torch.where(index == e)
+            rank = slice(r * e, r * e + r)
+            down = F.linear(x[rows], lora.down.weight[rank], lora.down.bias[rank])
+            up = F.linear(down, lora.up.weight[:, rank], lora.up_bias[e])
+            out[rows] = up * lora.scale
+        x = fc(x) + out
+        x = layer.ffn.act(x) if act else x
+    return x
+
+
+def released_linear(fc: nn.Linear, lora: nn.Module, i: int, x: torch.Tensor) -> torch.Tensor:
+    """fc'(x) = fc(x) + alpha/r (up_i (down_i x + a_i) + b_i), r = 2."""
+    rows = slice(2 * i, 2 * i + 2)
+    low = lora.down.weight[rows] @ x + lora.down.bias[rows]
+    return fc(x) + 4.0 / 2 * (lora.up.weight[:, rows] @ low + lora.up_bias[i])
+
+
+def test_released_mole_is_a_lora_in_each_linear():
+    """"fc1_fc2": fc2'(act(fc1'(x))), one route for both, as a loop over tokens."""
+    ffn = timm.layers.Mlp(8, 16)
+    layer = ReleasedMoLE(ffn, 8, **{**MOLE, "router_grad": "none", "init": "kaiming"})
+    x = torch.randn(2, 9, 8)
+    slow = torch.empty_like(x)
+    used = set()
+    for b in range(2):
+        for j in range(9):
+            i = int(layer.router(x[b, j]).softmax(-1).argmax())
+            used.add(i)
+            hidden = F.gelu(released_linear(ffn.fc1, layer.lora_fc1, i, x[b, j]))
+            slow[b, j] = released_linear(ffn.fc2, layer.lora_fc2, i, hidden)
+    assert len(used) == 3
+    close(layer(x), slow)
+
+
+def their_balance(probs: list[torch.Tensor]) -> torch.Tensor:
+    """Image by image, the tokens of all layers together."""
+    total = 0.0
+    for b in range(len(probs[0])):
+        p = torch.cat([layer[b] for layer in probs])                            # (L * (1 + n), E)
+        choice = F.one_hot(p.argmax(dim=-1), 3).float()
+        total = total + (p.mean(0) * choice.mean(0)).sum()
+    return total / len(probs[0])
+
+
+def test_released_mole_and_balance_are_their_formulas():
+    """Outputs, balance loss and all gradients of two layers; only balance reaches the router."""
+    layers = nn.ModuleList()
+    for _ in range(2):
+        options = {**MOLE, "router_grad": "none", "init": "kaiming"}
+        layers.append(ReleasedMoLE(timm.layers.Mlp(d, 2 * d), d, **options))
+    for name, p in layers.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(p)
+    layers.double()
+    x = torch.randn(B, 1 + n, d).double()
+    parameters = list(layers.parameters())
+
+    theirs, ours, probs = x, x, []
+    for layer in layers:
+        probs.append(layer.router(theirs).softmax(dim=-1))
+        theirs, ours = their_mole(layer, theirs), layer(ours)
+    close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert all(len(p.argmax(-1).unique()) == 3 for p in probs)
+    upstream = torch.randn_like(ours)
+    text = [(out * upstream).sum() for out in (ours, theirs)]
+    balance = [balance_loss(router_probs(layers), "pooled"), their_balance(probs)]
+    close(balance[0].double(), balance[1], atol=1e-6, rtol=1e-6)
+    options = {"allow_unused": True, "retain_graph": True}
+    for mine, other in (text, balance):
+        for a, b in zip(torch.autograd.grad(mine, parameters, **options),
+                        torch.autograd.grad(other, parameters, **options)):
+            assert (a is None) == (b is None)
+            if a is not None:
+                close(a, b, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------
+# Ours
+
+
+def test_channel_targets_are_standardised_over_images_and_places():
+    """target_norm "channel": mean 0 and std 1 of every channel over all images and places.
+
+    The statistics are measured once, over each image once, and are the plain ones; a target of one
+    image does not depend on the others; the tokens are compared with the head's own output.
+    """
+    teachers, images = tiny_teachers(), WorldImages("train", 70)
+    records = world_records("train", "caption", 70)
+    norms = build_target_norms(teachers, "channel")
+    sets = [(records, images), (records[:9], images)]
+    measure_targets(norms, teachers, sets, True, "cpu", False)
+    outputs = teachers(images.images, [])
+    for name, norm in norms.items():
+        tokens = outputs[name].tokens.flatten(0, 1)
+        close(norm.mean, tokens.mean(0), atol=1e-4, rtol=1e-4)
+        close(norm.std, tokens.std(0, unbiased=False), atol=1e-4, rtol=1e-3)
+    heads = build_adapters(teachers, 36, 96, "per_token", "student_to_teacher")
+    V_s = torch.randn(2, 36, 96)
+    some = {name: TeacherOutput(out.tokens[:2], None, None) for name, out in outputs.items()}
+    student, targets = adapt_student(V_s, some, heads, norms)
+    eva = outputs["eva"].tokens
+    plain = (eva - eva.mean((0, 1))) / eva.std((0, 1), unbiased=False)
+    close(targets["eva"], plain[:2], atol=1e-3, rtol=1e-3)
+    close(student["eva"], heads["eva"](V_s))
+
+
+def test_interpolation_has_no_parameters():
+    """adapter_form "interpolation" resizes tokens and channels, and nothing of it is trained."""
+    adapter = EncoderAdapter(16, 6, 4, 12, "interpolation")
+    assert not list(adapter.parameters())
+    x = torch.randn(2, 16, 6)
+    out = adapter(x)
+    assert out.shape == (2, 4, 12)
+    normed = F.layer_norm(x, (6,))
+    corner = F.interpolate(normed.transpose(1, 2).unflatten(2, (4, 4)), (2, 2), mode="bilinear",
+                           antialias=True)[:, :, 0, 0]                                      # (2, 6)
+    close(out[:, 0], F.interpolate(corner[:, None], 12, mode="linear")[:, 0])
+
+
+def test_experts_alone_can_learn():
+    """student "experts": the backbone is frozen in both stages, MoLE learns in both."""
+    model, teachers, batch = whole_method(dataclasses.replace(TINY, student="experts"))
+    for stage in (1, 2):
+        model.set_stage(stage)
+        groups = model.parameter_groups()
+        assert not any(p.requires_grad for p in groups["student backbone"])
+        assert all(p.requires_grad for p in groups["student MoLE"])
+    total_loss(model(batch, teachers)).backward()
+    assert all(p.grad is None for p in groups["student backbone"])
+    assert all(p.grad.abs().max() > 0 for p in groups["student MoLE"])
+
+
+def test_ours_sends_the_student_what_the_teachers_see():
+    """`--recipe ours`: L_kd of every teacher reaches the student through its head."""
+    c = dataclasses.replace(TINY, **recipe("ours"))
+    model, teachers, batch = whole_method(c)
+    terms = model(batch, teachers)
+    assert terms["w_clip"].item() == pytest.approx(0.1)
+    assert terms["w_eva"].item() == terms["w_convnext"].item() == pytest.approx(0.45)
+    terms["L_kd"].backward()
+    assert all(p.grad.abs().max() > 0 for head in model.adapters.values()
+               for p in head.parameters())
+    assert all(p.grad is not None for p in model.parameter_groups()["student backbone"])
+    assert all(p.grad is None for p in teachers.parameters())

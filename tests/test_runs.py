@@ -1,0 +1,234 @@
+"""train.py as a user runs it, and what a run leaves behind.
+
+`workplace` holds one short run, made by a process of its own. The others are made in this process.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data import InputError
+from model import Student
+from plumbing.evaluate import accuracy_per_type, answer, questions_of
+from plumbing.files import read_json, write_json
+from plumbing.finished_run import current_name, load_run
+from plumbing.flags import load_config
+from plumbing.run_folder import read_log
+from plumbing.sets import load_sets
+from tests.common import (C, MOLE, SHORT, assert_same_run, conversation, full_flags, images,
+                          make_old, old_name, run_here, save_png)
+from tiny import world
+from tiny.llm import WordTokenizer
+from tiny.scenes import ASKED
+
+RESULT = {"macro_accuracy", "accuracy", "blank_accuracy", "majority_accuracy", "chance_accuracy",
+          "seconds", "seconds_stage0", "tflops", "tflops_stage0", "peak_rss_mb", "seed"}
+FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "model.safetensors",
+         "curves.png", "samples.png", "result.json")
+LOGGED = ("L_text", "L_kd", "L_balance", "L_total", "kd_clip", "kd_eva", "kd_convnext", "w_clip",
+          "w_eva", "w_convnext", "experts", "lr", "grad_norm")
+
+
+def assert_total_is_the_sum(line: dict, c) -> None:
+    """L_total of a line of the log is L_text + lambda_kd L_kd + balance_weight L_balance."""
+    expected = line["L_text"] + c.lambda_kd * line["L_kd"] + c.balance_weight * line["L_balance"]
+    assert line["L_total"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
+    """`train.py --tiny`: two tables, the result as one JSON object on the last line, all files."""
+    out = (workplace / "output.txt").read_text(encoding="utf-8")
+    assert out.count("parameters\n") == 2
+    *_, last = out.splitlines()
+    result = read_json(workplace / "runs/tiny/result.json")
+    assert json.loads(last.removeprefix("result: ")) == result
+    assert RESULT <= set(result)
+    assert set(result["accuracy"]) == set(ASKED)
+    assert result["tflops"] > 0
+    for name in FILES:
+        assert (workplace / "runs/tiny" / name).stat().st_size > 0
+    for folder in ("tiny", "stage0", "teachers"):
+        assert not list((workplace / "runs" / folder).rglob("*.tmp"))
+
+
+def test_the_log_has_a_line_a_step(workplace):
+    """log.jsonl: each step of both stages, every term of the loss, and their sum, L_total."""
+    log = read_log(workplace / "runs/tiny")
+    steps = [(line["stage"], line["step"]) for line in log]
+    assert steps == [(stage, i) for stage in (1, 2) for i in range(4)]
+    for key in LOGGED:
+        assert any(key in line for line in log), key
+    for line in log:
+        assert_total_is_the_sum(line, C)
+    assert log[0]["kd_clip"] < 1e-6  # the student starts as CLIP, but for the cache's fp16
+
+
+def test_one_seed_one_run(workplace):
+    """The same command again gives the same log and weights, byte for byte.
+
+    It does so whether stage 0 was trained or found.
+    """
+    run_here(workplace, *SHORT, "--out", "runs/again")
+    assert_same_run(workplace / "runs/again", workplace / "runs/tiny", "vocabulary.json")
+
+
+def test_exported_world_trains_bit_for_bit_as_the_built_in(workplace):
+    """From LLaVA-format files on disk: the same records and pixels, the same log and weights."""
+    world.main(["export", str(workplace / "world"), "--n-pretrain", "128", "--n-train", "64",
+                "--n-described", "32", "--n-text", "32", "--n-eval", "12"])
+    run_here(workplace, *SHORT, "--out", "runs/disk", "--data", "world/train.json",
+             "--eval-data", "world/test.json", "--pretrain-data", "world/pretrain.json",
+             "--image-folder", "world")
+    assert_same_run(workplace / "runs/disk", workplace / "runs/tiny")
+
+
+def test_own_words_and_no_captions(workplace):
+    """A user's own set: other words and signs, no captions, two sizes of image.
+
+    Stage 1 then asks the conversations' questions, and the vocabulary is the data's.
+    """
+    (workplace / "own").mkdir()
+    question = "Hell $_{$ oder dunkel?"
+    rows = []
+    for i in range(16):
+        shape = ((3, 40, 60), (3, 80, 50))[i % 2]
+        picture = torch.full(shape, 100 + 60 * (i % 2), dtype=torch.uint8)
+        save_png(workplace / f"own/{i}.png", picture)
+        turns = conversation(f"<image>\n{question}", ("dunkel", "hell")[i % 2])
+        rows.append({"id": i, "image": f"{i}.png", "conversations": turns})
+    write_json(workplace / "own/train.json", rows)
+    run_here(workplace, *SHORT, "--out", "runs/own", "--data", "own/train.json",
+             "--eval-data", "own/train.json")
+    words = read_json(workplace / "runs/own/vocabulary.json")
+    assert words == WordTokenizer.SPECIAL + ["$", "?", "_", "dunkel", "hell", "oder", "{"]
+    result = read_json(workplace / "runs/own/result.json")
+    assert set(result["accuracy"]) == {question}
+
+
+def test_no_kd_is_one_flag(workplace):
+    """--lambda-kd 0 trains without distillation."""
+    run_here(workplace, *SHORT, "--out", "runs/nokd", "--lambda-kd", "0")
+    c = load_config(workplace / "runs/nokd/config.json")
+    for line in read_log(workplace / "runs/nokd"):
+        assert line["L_kd"] == 0
+        assert "kd_eva" not in line
+        assert_total_is_the_sum(line, c)
+
+
+def test_cached_teachers_train_the_same(workplace):
+    """--cache-teachers changes the logged losses only by fp16 rounding."""
+    run_here(workplace, *SHORT, "--out", "runs/uncached", "--cache-teachers", "")
+    plain = read_log(workplace / "runs/uncached")
+    cached = read_log(workplace / "runs/tiny")
+    for a, b in zip(plain, cached, strict=True):
+        assert b["L_total"] == pytest.approx(a["L_total"], rel=1e-3)
+        assert b["kd_eva"] == pytest.approx(a["kd_eva"], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_stage0_is_rebuilt_when_what_made_it_changes(workplace):
+    """Another EVA shape retrains EVA and nothing else."""
+    before = set((workplace / "runs/stage0").iterdir())
+    shallow = C.eva.replace("depth=3", "depth=2")
+    run_here(workplace, *SHORT, "--out", "runs/eva", "--eva", shallow)
+    new = set((workplace / "runs/stage0").iterdir()) - before
+    assert [path.name.split("-")[0] for path in new] == ["eva"]
+
+
+def test_accuracy_and_its_baselines():
+    """Exact match after normalising, per type; rare types count as "other"."""
+    record = {"conversations": conversation("what?", "Dark red.")}
+    rows = questions_of([record] * 10 + [{**record, "type": "rare"}])
+    answers = ["dark  red ."] * 5 + ["red"] * 5 + ["dark red."]
+    assert accuracy_per_type(rows, answers) == {"other": 100.0, "what?": 50.0}
+
+
+# ------------------------------------------------------------------------------------------------
+# --full
+
+
+def test_full_names_a_bad_row(real_folder, llama_folder):
+    """`--full` on LLaVA's layout ends at a picture that cannot be read, and names its row."""
+    fault = "row 5 .* has a bad image: .*5.png: not a readable image .*; --skip-bad"
+    with pytest.raises(InputError, match=fault):
+        run_here(real_folder, *full_flags(real_folder, llama_folder), "--out", "runs/bad")
+
+
+def test_full_runs_on_llavas_layout(full_run):
+    """`--full` with files in place of downloads, four teachers, no held-out set.
+
+    Both stages run in micro-batches; with --skip-bad a bad row is counted and logged.
+    """
+    log = read_log(full_run)
+    steps = [(line["stage"], line["step"]) for line in log]
+    assert steps == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)]
+    c = load_config(full_run / "config.json")
+    assert c.lambda_kd == 0.5
+    for line in log:
+        assert_total_is_the_sum(line, c)
+        if line["stage"] == 1:
+            assert {"kd_clip", "kd_eva", "kd_convnext", "kd_sam"} <= set(line)
+    assert log[-1]["skipped"] == 1
+    result = read_json(full_run / "result.json")
+    assert result["skipped"] == 1
+    assert "macro_accuracy" not in result
+    assert not list(full_run.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("preset", ["--full", "--small"])
+def test_full_and_small_run_with_our_recipe(real_folder, llama_folder, preset):
+    """`--recipe ours` runs on real encoders' files and LLaVA's layout, from their channels on."""
+    flags = [preset, *full_flags(real_folder, llama_folder)[1:], "--recipe", "ours", "--skip-bad",
+             "--max-steps", "1", "--out", f"runs/ours{preset}"]
+    run_here(real_folder, *flags)
+    first, second = read_log(real_folder / f"runs/ours{preset}")
+    for name in ("eva", "convnext", "sam"):
+        assert 0.5 < first[f"kd_{name}"] < 8  # standardised targets, heads that know nothing yet
+        assert first[f"w_{name}"] == pytest.approx(0.3)
+    tensors = load_file(real_folder / f"runs/ours{preset}/model.safetensors")
+    assert tensors["target_norms.sam.std"].min() > 0
+
+
+def test_a_run_folder_stands_alone(full_run, monkeypatch):
+    """Loading a run reads neither the encoders' files nor the LLM's: all is in its folder."""
+    monkeypatch.setattr("plumbing.encoder_weights.fill_net", None)
+    monkeypatch.setattr("plumbing.encoder_weights.ask_hub", None)
+    vlm, tokenizer, c = load_run(full_run)
+    record = {"image": "any", "conversations": conversation("<image>\nwhat shape?")}
+    assert len(answer(c, vlm, tokenizer, [record], lambda name: images(1)[0])) == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Run folders of older versions
+
+
+def test_an_old_run_folder_loads(workplace, tmp_path):
+    """A run whose config says kd_alpha, and its tensors lora.A and lora.B, gives its answers."""
+    make_old(workplace / "runs/tiny", tmp_path / "old")
+    names = load_file(tmp_path / "old/model.safetensors")
+    assert "vlm.student.net.blocks.0.mlp.lora.A.weight" in names
+    assert "vlm.student.net.blocks.0.mlp.lora.B.weight" in names
+    new, tokenizer, c = load_run(workplace / "runs/tiny")
+    old, old_tokenizer, old_c = load_run(tmp_path / "old")
+    assert old_c == c
+    for name, value in new.state_dict().items():
+        assert torch.equal(value, old.state_dict()[name])
+    records, get_image = load_sets(c)["eval"]
+    records = [row["record"] for row in questions_of(records)]
+    assert (answer(c, new, tokenizer, records, get_image)
+            == answer(old_c, old, old_tokenizer, records, get_image))
+
+
+@pytest.mark.parametrize("form", ["ffn", "fc1_fc2"])
+def test_old_names_of_either_form(form):
+    """Every old name of a student's tensor becomes today's, and today's stays as it is."""
+    student = Student(C.clip).add_experts(form=form, **MOLE)
+    changed = 0
+    for name in student.state_dict():
+        name = f"student.{name}"
+        assert current_name(old_name(name)) == name
+        assert current_name(name) == name
+        changed += old_name(name) != name
+    assert changed == 3 * {"ffn": 2, "fc1_fc2": 8}[form]

