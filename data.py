@@ -247,15 +247,15 @@ class Conversations(Dataset):
             labels = labels[:self.max_length]
             nothing_learnt = all(label == IGNORE for label in labels)
             if ids.count(self.tokenizer.image) < image_tokens or nothing_learnt:
-                raise InputError(f"{place} has no answer within {limit} tokens: shorten it or raise "
-                                "the flag")
+                raise InputError(f"{place} has no answer within {limit} tokens: shorten it or "
+                                 "raise the flag")
         image = None
         if "image" in record:
             try:
                 image = self.get_image(record["image"])            # (3, R, R), or a view a size
             except InputError as e:
-                raise InputError(f"{place} has a bad image: {e}; `python -m tools.check_data` finds "
-                                "all such rows beforehand") from None
+                raise InputError(f"{place} has a bad image: {e}; `python -m tools.check_data` "
+                                 "finds all such rows beforehand") from None
         return {"input_ids": ids, "labels": labels, "image": image, "name": record.get("image"),
                 "cut": cut}
 

@@ -226,11 +226,11 @@ class MoVEKD(nn.Module):
         probs = router_probs(self.vlm.student)                              # L x (B_img, 1 + n, E)
         if probs:
             terms["L_balance"] = balance_loss(probs, self.balance_form)                         # ()
-            terms["experts"] = torch.stack([expert_fractions(p) for p in probs])               # (L, E)
+            terms["experts"] = torch.stack([expert_fractions(p) for p in probs])            # (L, E)
 
         # L_kd: teachers' tokens, brought into one space with V^s, compared token by token
         if self.distil:
-            student, targets, w_tea = self.match_tokens(V_s, outputs)              # m x (B_img, n, d) each
+            student, targets, w_tea = self.match_tokens(V_s, outputs)       # m x (B_img, n, d) each
             w_tok = token_weights(outputs["clip"].cls_scores, self.token_weight)        # (B_img, n)
             terms["L_kd"], per_teacher = kd_loss(student, targets, w_tok, w_tea)                # ()
             for name, loss in per_teacher.items():

@@ -30,7 +30,8 @@ def read_json(path: Path):
     """
     path = Path(path)
     if not path.is_file():  # a pipe would be waited for
-        raise InputError(f"{path}: is no regular file" if path.exists() else f"{path}: no such file")
+        fault = "is no regular file" if path.exists() else "no such file"
+        raise InputError(f"{path}: {fault}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:

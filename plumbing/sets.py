@@ -117,7 +117,8 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
     nothing to align. Stage 2 has conversations, prompt "v1".
     """
     records, get_image = sets["pretrain"]
-    pictured = select_rows(records, [row for row, record in enumerate(records) if "image" in record])
+    rows = [row for row, record in enumerate(records) if "image" in record]
+    pictured = select_rows(records, rows)
     if not pictured:
         raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
                          "nothing to align")

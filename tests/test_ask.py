@@ -58,8 +58,8 @@ def test_ask_answers_from_a_full_run(full_run, picture, monkeypatch, capsys):
 
     It has no held-out set, which is one line.
     """
-    monkeypatch.setattr("plumbing.encoder_weights.fill_net", None)
-    monkeypatch.setattr("plumbing.encoder_weights.ask_hub", None)
+    monkeypatch.setattr("real.encoder_weights.fill_net", None)
+    monkeypatch.setattr("real.encoder_weights.ask_hub", None)
     assert asked(capsys, full_run, picture, "what shape?")
     with pytest.raises(InputError, match="runs/full has no held-out set"):
         ask.main([str(full_run)])

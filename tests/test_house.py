@@ -52,7 +52,7 @@ def floor(module: str) -> int:
 
 @pytest.mark.parametrize("module", FILES)
 def test_imports_go_down(module):
-    """data, mole, kd_loss, teachers <- model <- files <- tiny <- real <- plumbing <- train <- tools"""
+    """The order of FLOORS: a module imports nothing of a floor above its own."""
     for other in imports(FILES[module]):
         assert module not in FLAT, f"{module} imports {other}"
         assert floor(other) <= floor(module), f"{module} imports {other}"

@@ -189,7 +189,7 @@ def test_files_are_written_and_replaced_on_windows(windows, tmp_path):
 
 def test_a_cache_that_fails_leaves_nothing_on_windows(windows, tmp_path, monkeypatch):
     """The mapped files are closed before they are deleted."""
-    monkeypatch.setattr("plumbing.teacher_cache.row_checksums", lambda rows: 1 / 0)
+    monkeypatch.setattr("plumbing.teacher_outputs.row_checksums", lambda rows: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make_cache(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -307,7 +307,7 @@ def rename(path, target):
 
 pathlib.Path.rename = rename
 sys.path.insert(0, {here!r})
-import plumbing.workers
+import plumbing.batches
 plumbing.batches.START = "spawn"
 import train
 from plumbing.cli import run

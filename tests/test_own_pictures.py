@@ -87,7 +87,7 @@ def test_records_of_one_picture_are_put_together(shapes, monkeypatch):
     assert own_pictures(records, shapes, 32) == pictures
     shutil.copy(shapes / "0.png", shapes / "3.png")
     assert own_pictures(records, shapes, 32).made_of != pictures.made_of
-    monkeypatch.setattr("plumbing.own_pictures.IMAGES", 5)
+    monkeypatch.setattr("tiny.own_pictures.IMAGES", 5)
     few = own_pictures(records, shapes, 32)
     assert IMAGES > len(few.names) == len(few.turns) == 5 and set(few.names) < set(pictures.names)
 

@@ -193,8 +193,8 @@ def test_full_and_small_run_with_our_recipe(real_folder, llama_folder, preset):
 
 def test_a_run_folder_stands_alone(full_run, monkeypatch):
     """Loading a run reads neither the encoders' files nor the LLM's: all is in its folder."""
-    monkeypatch.setattr("plumbing.encoder_weights.fill_net", None)
-    monkeypatch.setattr("plumbing.encoder_weights.ask_hub", None)
+    monkeypatch.setattr("real.encoder_weights.fill_net", None)
+    monkeypatch.setattr("real.encoder_weights.ask_hub", None)
     vlm, tokenizer, c = load_run(full_run)
     record = {"image": "any", "conversations": conversation("<image>\nwhat shape?")}
     assert len(answer(c, vlm, tokenizer, [record], lambda name: images(1)[0])) == 1

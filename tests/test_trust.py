@@ -203,7 +203,7 @@ def test_long_thin_pictures_take_memory_near_their_own(tmp_path, size):
     """They are shrunk first and padded then: under 1 GB of address space for data, and in place."""
     Image.new("RGB", size, (200, 10, 10)).save(tmp_path / "thin.png")
     code = ("import resource, sys; from pathlib import Path; "
-            "from plumbing.image_files import load_image; "
+            "from real.image_files import load_image; "
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
             "image = load_image(Path(sys.argv[1]), 96); "
             "print(peak() - before, int(image[0, 47:49, 47:49].max()))")

@@ -121,7 +121,7 @@ def run_llm(vlm: VLM, x: torch.Tensor, logits_at: torch.Tensor | None = None) ->
     does not have.
     """
     if not isinstance(vlm.llm, PretrainedLLM):
-        return vlm.llm(x, None, logits_at=logits_at)                                      # (B, K, V)
+        return vlm.llm(x, None, logits_at=logits_at)                                     # (B, K, V)
     decoder = vlm.llm.model.get_decoder()
     positions = torch.arange(x.shape[1], device="meta")[None]                       # (1, T)
     size = decoder.layers[0].self_attn.head_dim
@@ -253,7 +253,7 @@ def meta_step(c: Config, model: MoVEKD, teachers: Teachers, batch_size: int, tok
     places = torch.arange(projected.shape[1], tokens, device="meta")            # (K,)
     L_total = text_loss(run_llm(vlm, x, places), next_tokens(ids)[:, places])   # ()
     if c.lambda_kd:
-        student, targets, w_tea = model.match_tokens(V_s, outputs)                     # m x (B, n, d) each
+        student, targets, w_tea = model.match_tokens(V_s, outputs)              # m x (B, n, d) each
         w_tok = token_weights(outputs["clip"].cls_scores, model.token_weight)   # (B, n)
         L_kd, _ = kd_loss(student, targets, w_tok, w_tea)                       # ()
         L_total = L_total + L_kd                                                # ()
