@@ -49,7 +49,7 @@ from plumbing.launcher import launch, wanted_processes
 from plumbing.machine import Machine
 from plumbing.plots import plot_curves, plot_samples
 from plumbing.run_folder import check_data, open_run_folder, peak_rss_mb, start_run_folder
-from plumbing.run_log import HeldOut, RunLog, Watch, next_commands, stage_steps, stage_words
+from plumbing.run_log import HeldOut, RunLog, next_commands, stage_steps, stage_words
 from plumbing.sets import build_datasets, build_tokenizer, check_lengths, load_eval_set, load_sets
 from plumbing.sharding import gather_full
 from plumbing.teacher_outputs import cache_teachers, check_teachers, measure_targets
@@ -107,9 +107,9 @@ def train(c: Config, machine: Machine, resumed: bool, start: float) -> None:
     if machine.first:
         start_run_folder(c, tokenizer, resumed)
     held_out = None if machine.sharded else HeldOut(c, model.vlm, tokenizer, sets.get("eval"))
-    log = RunLog(c, machine.first, resumed, progress, Watch(c, machine.first, datasets, held_out))
+    steps = {stage: stage_steps(c, stage, rows) for stage, rows in datasets.items()}
+    log = RunLog(c, machine.first, resumed, progress, steps, held_out)
     train_stages(c, machine, model, teachers, datasets, tokenizer.pad, progress, checkpoint, log)
-    log.close()
 
     # What the run leaves behind. A sharded model is read back from its files to be evaluated.
     export(c, machine.first, model, tokenizer)
@@ -226,7 +226,7 @@ def train_stage(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
     optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=0.0, fused=True)
     machine.resume(checkpoint, model, optimizer)
     model.train()
-    for step in log.bar(progress, plan.steps):
+    for step in log.bar(progress):
         # This process's micro-batches of the step, each with its share of the whole batch.
         work, counts = machine.share_work([next(plan.batches) for _ in plan.own])
         machine.seed_step(progress)
@@ -255,7 +255,7 @@ def train_stage(c: Config, machine: Machine, model: MoVEKD, teachers: Teachers,
         # Count, log, and keep a state to resume from.
         values["lr"] = optimizer.param_groups[0]["lr"]
         progress.advance(counts)
-        log.write(progress, values, counts, last=progress.step == plan.steps)
+        log.write(progress, values, counts)
         if machine.save_due(progress, plan.steps, counts):
             progress.log = log.position()
             machine.save(model, optimizer, progress)
