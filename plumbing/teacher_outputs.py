@@ -138,7 +138,8 @@ def run_teachers(teachers: Teachers, names: list[str], source: dict, device: str
     with skip_bad, such images are left out.
     """
     title = f"teachers {' '.join(teachers.encoders)}"
-    for i in tqdm(range(0, len(names), BATCH), desc=title, leave=False):
+    few = len(names) <= BATCH
+    for i in tqdm(range(0, len(names), BATCH), desc=title, leave=False, disable=few):
         batch = names[i:i + BATCH]
         if isinstance(teachers, CachedTeachers):    # no need to read the images
             yield batch, teachers(torch.empty(0), batch)
