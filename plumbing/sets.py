@@ -3,12 +3,12 @@
 import itertools
 from pathlib import Path
 
-from data import Conversations, InputError, conversation_ids
+from data import Conversations, InputError
 from plumbing.config import Config
 from plumbing.files import digest, read_about, read_json
 from real.image_files import DiskImages, Size
 from real.pretrained_llm import PretrainedTokenizer
-from real.records import place_of, read_records, select_rows
+from real.records import read_records, select_rows
 from teachers import parse_spec
 from tiny.llm import WordTokenizer
 from tiny.world import tiny_set
@@ -22,7 +22,7 @@ LLAVA_IMAGES = ("LLaVA-Pretrain/images", "coco/train2017", "gqa/images", "ocr_vq
 
 
 def llava_layout(root: Path) -> dict[str, tuple[Path, Path]]:
-    """(JSON file, image folder) of LLaVA's 558k captions and 665k conversations under `root`.
+    """Return (JSON file, image folder) of LLaVA's captions and conversations under `root`.
 
     They are laid out as LLaVA's docs/Data.md says. Raises InputError, with the layout, if a part
     is missing.
@@ -37,11 +37,11 @@ def llava_layout(root: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def load_sets(c: Config) -> dict[str, tuple]:
-    """(records, get_image) of "pretrain", "train" and "eval": the one place that knows which."""
+    """Return (records, get_image) of "pretrain", "train" and, if there is one, "eval"."""
     if c.data_root:
         sets = {}
         for name, (file, folder) in llava_layout(Path(c.data_root)).items():
-            # too many images to open them all beforehand
+            # There are too many images to open them all beforehand.
             records = read_records(file, folder, c.skip_bad)
             sets[name] = (records, DiskImages(folder, training_size(c), c.allow_outside))
     elif c.data:
@@ -59,12 +59,12 @@ def load_sets(c: Config) -> dict[str, tuple]:
 
 
 def image_folder(c: Config) -> Path:
-    """Where the images of --data are."""
+    """Return the folder of the images of --data."""
     return Path(c.image_folder or Path(c.data).parent)
 
 
 def load_eval_set(c: Config) -> tuple | None:
-    """(records, get_image) of the held-out questions, if there are any."""
+    """Return (records, get_image) of the held-out questions, or None if there are none."""
     if c.eval_data:
         folder = c.image_folder or Path(c.data or c.eval_data).parent
         return checked_set(c, Path(c.eval_data), Path(folder), student_size(c))
@@ -72,15 +72,15 @@ def load_eval_set(c: Config) -> tuple | None:
 
 
 def checked_set(c: Config, file: Path, folder: Path, size: Size) -> tuple:
-    """(records, get_image) of a file whose rows and images are all looked at beforehand."""
+    """Return (records, get_image) of a file, all of whose rows and images are checked first."""
     records = read_records(file, folder, c.skip_bad, DiskImages(folder, 16, c.allow_outside))
     return records, DiskImages(folder, size, c.allow_outside)
 
 
 def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | PretrainedTokenizer:
-    """The LLM's own tokenizer, or for the tiny one a word a token, the words those of the data.
+    """Return the LLM's own tokenizer; for the tiny LLM one of whole words, those of the data.
 
-    The words of a run to start from keep their numbers, and new words come after them.
+    The words of a run to start from keep their ids, and new words come after them.
     """
     if c.llm:
         return PretrainedTokenizer(c.llm)
@@ -93,9 +93,9 @@ def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | Pretra
 
 
 def read_words(run: Path) -> list[str]:
-    """The words of a run's vocabulary.json, in the order of their numbers.
+    """Return the words of a run's vocabulary.json, in the order of their ids.
 
-    Raises InputError if it is no such list, or not the one that the run's weights know.
+    Raises InputError if it is not such a list, or not the one that the run was trained with.
     """
     file = run / "vocabulary.json"
     words = read_json(file)
@@ -111,10 +111,10 @@ def read_words(run: Path) -> list[str]:
 
 
 def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict:
-    """{stage: its Conversations}, n image tokens each.
+    """Return {stage: its Conversations}, with n image tokens for each image.
 
-    Stage 1 has captions, prompt "plain", or for want of captions conversations; text alone has
-    nothing to align. Stage 2 has conversations, prompt "v1".
+    Stage 1 has captions, prompt "plain", or conversations if there are no captions; its rows all
+    have an image, because text alone has nothing to align. Stage 2 has conversations, prompt "v1".
     """
     records, get_image = sets["pretrain"]
     rows = [row for row, record in enumerate(records) if "image" in record]
@@ -129,51 +129,30 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
 
 
-def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
-    """Raise InputError for a prompt that leaves no room for an answer, before anything is trained.
-
-    Of the training rows their first question, of the held-out ones every question.
-    """
-    files = {"train": c.data or c.data_root, "eval": c.eval_data}
-    for name in ("train", "eval"):
-        records, _ = sets.get(name, ([], None))
-        for row, record in enumerate(records):
-            turns = record["conversations"]
-            turns = turns[:1] if name == "train" else turns[:-1]
-            # a token has at least one character: most rows need not be tokenised
-            if sum(len(turn["value"]) for turn in turns) + n + 300 < c.max_length:
-                continue
-            ids, _ = conversation_ids({**record, "conversations": turns}, "v1", tokenizer, n)
-            if len(ids) >= c.max_length and not (name == "train" and c.skip_bad):
-                place = f"{files[name] or 'the tiny world'}: {place_of(row, record)}"
-                raise InputError(f"{place} has a prompt of {len(ids)} tokens, and --max-length is "
-                                 f"{c.max_length}: shorten it or raise the flag")
-
-
 # ------------------------------------------------------------------------------------------------
 # Sizes of the loader's image
 
 
 def student_size(c: Config) -> Size:
-    """What the loader makes of a picture that only the student sees."""
+    """Return the size of the loader's image if only the student sees it."""
     return loader_size(c, c.teachers if c.student == "ensemble" else ("clip",))
 
 
 def training_size(c: Config) -> Size:
-    """What the loader makes of a picture that is trained on; without L_kd no teacher sees it."""
+    """Return the size of the loader's training images; without L_kd no teacher sees them."""
     if c.lambda_kd or c.student == "ensemble":
         return loader_size(c, ("clip", *c.teachers))
     return loader_size(c, ("clip",))
 
 
 def loader_size(c: Config, encoders: tuple[str, ...]) -> Size:
-    """The size of the loader's image, or the sizes that some encoders want from the original."""
+    """Return the size of the loader's image, or the sizes that these encoders need."""
     if c.image_views == "one":
         return c.image_size
     return tuple(sorted({parse_spec(getattr(c, name))[1] for name in encoders}))
 
 
 def image_bytes(size: Size) -> int:
-    """What the loader's image takes, or all of its views."""
+    """Return the bytes of the loader's image, or of all of its views."""
     sizes = size if isinstance(size, tuple) else (size,)
     return sum(3 * pixels ** 2 for pixels in sizes)
