@@ -92,9 +92,8 @@ def flatten_collapsed(w: torch.Tensor) -> torch.Tensor:
     become softmax(w + 0.2). The 0.2 cancels and the second softmax flattens: the weights jump, and
     depend on the other images of the batch. Images that collapse to different teachers escape it.
     """
-    if w.mean(dim=0).max() > 0.8:
-        return (w + 0.2).softmax(dim=-1)                                             # (B, m - 1)
-    return w                                                                         # (B, m - 1)
+    collapsed = w.mean(dim=0).max() > 0.8                                                   # ()
+    return (w + 0.2).softmax(dim=-1) if collapsed else w                             # (B, m - 1)
 
 
 def kd_loss(student_tokens: dict[str, torch.Tensor], targets: dict[str, torch.Tensor],

@@ -21,8 +21,6 @@ from kd_loss import TeacherWeight, TokenWeight, kd_loss, teacher_weights, token_
 from mole import BalanceForm, add_mole, balance_loss, expert_fractions, mole_layers, router_probs
 from teachers import AdapterDirection, ClipEncoder, Teachers, adapt, adapt_student
 
-StudentLearns = Literal["all", "experts", "nothing"]
-
 # ------------------------------------------------------------------------------------------------
 # Vision
 
@@ -87,8 +85,7 @@ class Projector(nn.Sequential):
 class VLM(nn.Module):
     """Student, projector and LLM: images and text in, next-token logits out.
 
-    The LLM is any module with `dim`, `blocks`, `embed(ids)`, `forward(inputs_embeds,
-    attention_mask, cache, logits_at)` and `new_cache()`: tiny/llm.py or real/pretrained_llm.py.
+    The LLM is tiny/llm.py's, or any module with the same methods (real/pretrained_llm.py).
     """
 
     def __init__(self, student: Student | Ensemble, llm: nn.Module, image_token: int):
@@ -144,7 +141,7 @@ class VLM(nn.Module):
         cache = self.llm.new_cache()
         x = self.splice(input_ids, visual)                                               # (B, T, D)
         answer = []
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)         # (B,)
+        done = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)                            # (B,)
         for _ in range(max_new_tokens):
             # The likeliest next token of each sample, from the last position alone.
             token = self.llm(x, attention_mask, cache)[:, -1].argmax(dim=-1)                  # (B,)
@@ -178,7 +175,7 @@ class MethodOptions:
     """The switches of the method; their values are explained in kd_loss.py, mole.py, teachers.py"""
 
     distil: bool                    # False leaves L_kd out: no teacher runs
-    student_learns: StudentLearns   # in stage 2; "nothing" is for the baselines
+    student_learns: Literal["all", "experts", "nothing"]   # in stage 2; "nothing": baselines
     clip_share: float               # CLIP's fixed share of the teacher weights
     token_weight: TokenWeight
     teacher_weight: TeacherWeight
@@ -214,7 +211,7 @@ class MoVEKD(nn.Module):
         V_s = None if images is None else self.vlm.student(images)                   # (B_img, n, d)
 
         # L_text: the LLM reads V^s and the words, and predicts the answers. Right padding needs no
-        # mask under causal attention. Positions where no sample has an answer get no logits.
+        # mask under causal attention. Positions without an answer in any sample get no logits.
         answers = next_tokens(batch["labels"])                                              # (B, T)
         logits_at = (answers != IGNORE).any(dim=0).nonzero().flatten()                        # (K,)
         logits = self.vlm(V_s, batch["input_ids"], None, logits_at)                      # (B, K, V)
@@ -279,15 +276,10 @@ class MoVEKD(nn.Module):
         return groups
 
     def set_stage(self, stage: int) -> None:
-        """Freeze and unfreeze for a stage.
-
-        Stage 1 trains the experts, the adapters and the projector, stage 2 everything here.
-        """
-        frozen = set()
-        # The LLM and CLIP are pretrained: in stage 1 what is new learns to connect them.
-        if stage == 1:
-            frozen.update({"student backbone", "LLM"})
-        # The ablation that trains the experts alone, and the baselines without a trained student.
+        """Freeze and unfreeze: stage 1 trains experts, adapters and projector, stage 2 all."""
+        # CLIP and the LLM are pretrained: in stage 1 only what is new learns.
+        frozen = {"student backbone", "LLM"} if stage == 1 else set()
+        # An ablation trains the experts alone; baselines have no trained student.
         if self.options.student_learns != "all":
             frozen.add("student backbone")
         if self.options.student_learns == "nothing":
