@@ -34,6 +34,13 @@ class InputError(ValueError):
     """Bad input; its text, one line, names the file, row or flag and the remedy."""
 
 
+def row_name(row: int, record) -> str:
+    """Return what an error calls a row: its number, and its id. A bad row may be anything."""
+    if isinstance(record, dict) and "id" in record:
+        return f"row {row} (counted from 0, id {record['id']})"
+    return f"row {row} (counted from 0)"
+
+
 # ------------------------------------------------------------------------------------------------
 # From a record to token ids and labels
 
@@ -235,7 +242,7 @@ class Conversations(Dataset):
     def sample(self, row: int) -> dict:
         """Make the sample of one row. Raises InputError, which names the row."""
         record = self.records[row]
-        row_name = f"row {row} (counted from 0, id {record.get('id')})"
+        name = row_name(row, record)
         ids, labels = conversation_ids(record, self.template, self.tokenizer, self.n,
                                        self.caption_end)
         cut = len(ids) > self.max_length
@@ -243,7 +250,7 @@ class Conversations(Dataset):
             limit = f"--max-length {self.max_length}"
             # A question that is to be answered must not lose its end.
             if record["conversations"][-1]["from"] == "human":
-                raise InputError(f"{row_name} has {len(ids)} tokens, more than {limit}: shorten it "
+                raise InputError(f"{name} has {len(ids)} tokens, more than {limit}: shorten it "
                                  "or raise the flag")
             # What is left must hold the whole image and something to learn.
             image_tokens = ids.count(self.tokenizer.image)
@@ -251,14 +258,14 @@ class Conversations(Dataset):
             labels = labels[:self.max_length]
             nothing_learnt = all(label == IGNORE for label in labels)
             if ids.count(self.tokenizer.image) < image_tokens or nothing_learnt:
-                raise InputError(f"{row_name} has no answer within {limit} tokens: shorten it or "
+                raise InputError(f"{name} has no answer within {limit} tokens: shorten it or "
                                  "raise the flag")
         image = None
         if "image" in record:
             try:
                 image = self.get_image(record["image"])       # (3, R, R), or {R_i: (3, R_i, R_i)}
             except InputError as e:
-                raise InputError(f"{row_name} has a bad image: {e}; `python -m tools.check_data` "
+                raise InputError(f"{name} has a bad image: {e}; `python -m tools.check_data` "
                                  "finds all such rows beforehand") from None
         return {"input_ids": ids, "labels": labels, "image": image, "name": record.get("image"),
                 "cut": cut}

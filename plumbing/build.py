@@ -1,23 +1,17 @@
-"""From a Config to what a run is made of: data, tokenizer, weights, models."""
+"""From a Config to the models of a run. A run imports the half of tiny/ and real/ that it needs."""
 
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data import conversation_ids
 from model import VLM, Ensemble, MethodOptions, MoVEKD, Student
-from plumbing.config import Config
+from plumbing.config import STAND_INS, Config, is_real
 from plumbing.files import read_tensors
 from plumbing.sets import image_folder
-from real.encoder_weights import find_weights, is_real, load_net
-from real.pretrained_llm import PretrainedLLM
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
-from tiny.own_pictures import OWN_MAKERS, own_pictures
-from tiny.pretrain import MAKERS, stage0
-
-# ------------------------------------------------------------------------------------------------
-# Models
 
 
 def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict, float]:
@@ -28,17 +22,21 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict,
     see the tiny world, or with --stage0-pictures data the pictures of `records`.
     """
     found = {}
+    for name in ("clip", *c.teachers):
+        if is_real(getattr(c, name)):
+            from real.encoder_weights import find_weights
+            found[name] = find_weights(getattr(c, name), c.weights)
     jobs = {}
-    for name in {"clip", *c.teachers}:
-        spec = getattr(c, name)
-        if is_real(spec):
-            found[name] = find_weights(spec, c.weights)
-    own = ()
+    if stage0_encoders(c) or not c.llm:
+        from tiny.pretrain import MAKERS, stage0
     if c.stage0_pictures == "data":
-        own = (own_pictures(records, image_folder(c), c.image_size),)
-    makers = OWN_MAKERS if own else MAKERS
-    for name in stage0_encoders(c):
-        jobs[name] = (makers[name], (getattr(c, name), c.stage0_scale, *own))
+        from tiny.own_pictures import OWN_MAKERS, own_pictures
+        own = own_pictures(records, image_folder(c), c.image_size)
+        for name in stage0_encoders(c):
+            jobs[name] = (OWN_MAKERS[name], (getattr(c, name), c.stage0_scale, own))
+    else:
+        for name in stage0_encoders(c):
+            jobs[name] = (MAKERS[name], (getattr(c, name), c.stage0_scale))
     if not c.llm:
         # Text alone, if there is any: answers about an image that the LLM does not see would teach
         # it to guess.
@@ -46,13 +44,13 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict,
         texts = [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]
         llm = (llm_shape(c, tokenizer), c.stage0_scale, texts, tokenizer.pad)
         jobs["llm"] = (MAKERS["llm"], llm)
-    paths, tflops = stage0(jobs)
+    paths, tflops = stage0(jobs) if jobs else ({}, 0.0)
     return {**found, **paths}, tflops
 
 
 def stage0_encoders(c: Config) -> list[str]:
     """Return the names of the encoders that stage 0 makes, because they have no weights to load."""
-    return [name for name in MAKERS if name != "llm" and not is_real(getattr(c, name))]
+    return [name for name in STAND_INS if not is_real(getattr(c, name))]
 
 
 def llm_shape(c: Config, tokenizer: WordTokenizer) -> tuple:
@@ -62,9 +60,16 @@ def llm_shape(c: Config, tokenizer: WordTokenizer) -> tuple:
 
 def build_encoder(c: Config, name: str, weights: dict) -> VisionEncoder:
     """Build an encoder of the config, with its weights if they are given."""
-    spec = getattr(c, name)
     kind = ClipEncoder if name == "clip" else VisionEncoder
-    return kind(spec, load_net(spec, weights.get(name)))
+    return kind(getattr(c, name), load_encoder(c, name, weights))
+
+
+def load_encoder(c: Config, name: str, weights: dict) -> nn.Module | None:
+    """Load an encoder's timm model with its weights; None if it has none yet."""
+    if name not in weights:
+        return None
+    from real.encoder_weights import load_net
+    return load_net(getattr(c, name), weights[name])
 
 
 def build_teachers(c: Config, weights: dict) -> Teachers:
@@ -76,7 +81,7 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
     """Build the student, CLIP with experts; or a baseline's vision side."""
     if c.student == "ensemble":
         return Ensemble(build_teachers(c, weights))
-    student = Student(c.clip, load_net(c.clip, weights.get("clip")))
+    student = Student(c.clip, load_encoder(c, "clip", weights))
     if c.mole_experts:
         student.add_experts(form=c.mole_form, num_experts=c.mole_experts, rank=c.mole_rank,
                             alpha=c.mole_alpha, dropout=c.mole_dropout,
@@ -84,19 +89,20 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
     return student
 
 
-def build_llm(c: Config, released: tuple | None, first: bool) -> PretrainedLLM | None:
+def build_llm(c: Config, released: tuple | None = None, first: bool = True) -> nn.Module | None:
     """Build the real LLM of a run, or return None for a tiny one. Only rank 0 reads its weights.
 
     `released` is what `released_config` returns for the authors' checkpoint, which has an LLM.
     """
+    if not c.llm:
+        return None
+    from real.pretrained_llm import PretrainedLLM
     if released:
         return PretrainedLLM(c.llm, released[1])
-    if c.llm:
-        return PretrainedLLM(c.llm) if first else PretrainedLLM.without_weights(Path(c.llm))
-    return None
+    return PretrainedLLM(c.llm) if first else PretrainedLLM.without_weights(Path(c.llm))
 
 
-def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = None) -> VLM:
+def build_vlm(c: Config, tokenizer, weights: dict, llm: nn.Module | None = None) -> VLM:
     """Build the VLM. With weights, the student starts as CLIP and the LLM as pretrained.
 
     `llm` is a real LLM that has been built already.
@@ -104,7 +110,7 @@ def build_vlm(c: Config, tokenizer, weights: dict, llm: PretrainedLLM | None = N
     torch.manual_seed(c.seed)
     student = build_student(c, weights)
     if c.llm:
-        language = llm or PretrainedLLM(c.llm)
+        language = llm or build_llm(c)
     else:
         language = TinyLLM(*llm_shape(c, tokenizer))
         if "llm" in weights:

@@ -11,14 +11,11 @@ from typing import Annotated, Literal
 import timm
 import torch
 
-from data import InputError, conversation_ids
-from plumbing.batches import PREFETCH
+from data import InputError, conversation_ids, row_name
 from plumbing.build import stage0_encoders
-from plumbing.config import ENCODERS, Config, flag, plain_type
+from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
 from plumbing.launcher import launched, wanted_processes
-from plumbing.sets import image_bytes, llava_layout, training_size
-from real.encoder_weights import is_real
-from real.records import place_of
+from plumbing.sets import PREFETCH, image_bytes, llava_layout, training_size
 from teachers import ClipEncoder, VisionEncoder, parse_spec
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -66,7 +63,7 @@ def check_config(c: Config, trains: bool = True) -> None:
     for name in ENCODERS:
         check_spec(name, getattr(c, name))
     for name in c.teachers:
-        if name not in ("clip", "eva", "convnext") and not is_real(getattr(c, name)):
+        if name not in STAND_INS and not is_real(getattr(c, name)):
             raise InputError(f"--{name} {getattr(c, name)}: stage 0 makes no such model of the "
                              "tiny world; name one with real weights")
         check_encoder(name, getattr(c, name))
@@ -237,6 +234,6 @@ def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
                 continue
             ids, _ = conversation_ids({**record, "conversations": turns}, "v1", tokenizer, n)
             if len(ids) >= c.max_length and not (name == "train" and c.skip_bad):
-                place = f"{files[name] or 'the tiny world'}: {place_of(row, record)}"
+                place = f"{files[name] or 'the tiny world'}: {row_name(row, record)}"
                 raise InputError(f"{place} has a prompt of {len(ids)} tokens, and --max-length is "
                                  f"{c.max_length}: shorten it or raise the flag")

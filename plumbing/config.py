@@ -13,7 +13,7 @@ from data import CaptionEnd
 from kd_loss import TeacherWeight, TokenWeight
 from mole import BalanceForm, MoleForm, MoleInit, RouterGrad
 from teachers import AdapterDirection, AdapterForm, TargetNorm
-from tiny.world import COUNTS
+from tiny import COUNTS
 
 
 class Range(NamedTuple):
@@ -143,6 +143,7 @@ class Config:
     eval_batch: Count = 256                 # questions answered at once
 
 
+STAND_INS = ("clip", "eva", "convnext")  # the encoders that stage 0 can make
 ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("encoder"))
 # what a resumed run may change
 MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute", "save_every",
@@ -223,6 +224,11 @@ def recipe(name: str) -> dict:
         if values[column] is not None:
             fields[field] = values[column]
     return fields
+
+
+def is_real(spec: str) -> bool:
+    """Return whether a spec asks for pretrained weights: its timm name has a tag, after a dot."""
+    return "." in spec.split()[0]
 
 
 def flag(name: str) -> str:

@@ -12,7 +12,6 @@ from plumbing.checks import check_config, check_value
 from plumbing.cli import Parser
 from plumbing.config import EVALUATION, MACHINE, Config, flag, plain_type
 from plumbing.files import read_json
-from real.released_checkpoint import released_config
 
 
 def add_field(parser: Parser, field: dataclasses.Field) -> None:
@@ -84,6 +83,7 @@ def of_a_run(run: Path, mode: str, may_change: tuple, flags: dict, recipe_name: 
 
 def with_init(c: Config) -> Config:
     """Take the student's shape and experts, and the LLM, from the checkpoint to start from."""
+    from real.released_checkpoint import released_config
     folder = Path(c.init_from)
     released = released_config(folder)
     if released:

@@ -13,7 +13,7 @@ from torch import nn
 
 from data import InputError
 from model import MoVEKD
-from plumbing.batches import loader_options, make_loader
+from plumbing.sets import loader_options, make_loader
 from plumbing.build import (
     build_llm,
     build_movekd,
@@ -27,7 +27,6 @@ from plumbing.cli import Stopped
 from plumbing.config import Config
 from plumbing.evaluate import evaluate, print_accuracy, print_result
 from plumbing.files import flop_counter, write_json
-from plumbing.finished_run import export, load_run, load_vlm
 from plumbing.flags import parse_flags
 from plumbing.launcher import launch, wanted_processes
 from plumbing.machine import Machine, Step
@@ -35,8 +34,6 @@ from plumbing.run_folder import check_data, open_run_folder, peak_rss_mb, start_
 from plumbing.run_log import HeldOut, RunLog, Watch, next_commands, stage_steps, stage_words
 from plumbing.sets import build_datasets, build_tokenizer, load_eval_set, load_sets
 from plumbing.sharding import place_models, refresh_trained, send_from_first
-from plumbing.teacher_outputs import cache_teachers, check_teachers, measure_targets
-from real.released_checkpoint import load_released, released_config
 from teachers import Teachers
 
 
@@ -141,7 +138,10 @@ class Run:
         Only rank 0 reads weights: the others build without numbers, and get them from it.
         """
         c, first = self.c, self.machine.first
-        released = released_config(Path(c.init_from)) if c.init_from else None
+        released = None
+        if c.init_from:
+            from real.released_checkpoint import load_released, released_config
+            released = released_config(Path(c.init_from))
         with nullcontext() if first else torch.device("meta"):
             llm = build_llm(c, released, first)
             vlm = build_vlm(c, self.tokenizer, weights if first else {}, llm)
@@ -149,19 +149,22 @@ class Run:
         if first and released:
             load_released(vlm, Path(c.init_from))
         elif first and c.init_from:
+            from plumbing.finished_run import load_vlm
             load_vlm(vlm, Path(c.init_from))
         self.machine.wait()  # the first may load for long
         send_from_first(teachers, c.device)
-        training_sets = [self.sets["pretrain"], self.sets["train"]]
-        if c.cache_teachers and c.lambda_kd:
-            with self.machine.first_alone():
-                teachers = cache_teachers(teachers, Path(c.cache_teachers), training_sets)
-        model = build_movekd(c, vlm, teachers)
         if c.lambda_kd:
-            check_teachers(teachers, training_sets, c.device)
+            from plumbing import teacher_outputs
+            training_sets = [self.sets["pretrain"], self.sets["train"]]
+            if c.cache_teachers:
+                with self.machine.first_alone():
+                    teachers = teacher_outputs.cache_teachers(teachers, Path(c.cache_teachers),
+                                                              training_sets)
+            teacher_outputs.check_teachers(teachers, training_sets, c.device)
+        model = build_movekd(c, vlm, teachers)
         if c.lambda_kd and not resumed:  # a checkpoint has them
-            measure_targets(model.target_norms, teachers, training_sets, first, c.device,
-                            c.skip_bad)
+            teacher_outputs.measure_targets(model.target_norms, teachers, training_sets, first,
+                                            c.device, c.skip_bad)
         place_models(model, teachers, c, self.machine.world)
         return model, teachers
 
@@ -249,6 +252,7 @@ class Run:
 
     def finish(self) -> None:
         """Write the model, then evaluate it. A sharded one is read back from its files."""
+        from plumbing.finished_run import export
         c, machine = self.c, self.machine
         self.log.close()
         export(c, machine.first, self.model, self.tokenizer)
@@ -268,6 +272,7 @@ class Run:
         result = {}
         if "eval" in self.sets:
             if vlm is None:
+                from plumbing.finished_run import load_run
                 vlm, *_ = load_run(out, c.device)
             result = evaluate_and_draw(c, vlm, self.tokenizer, self.sets["eval"])
         result["seconds"] = round(time.perf_counter() - self.begin, 1)
@@ -308,6 +313,7 @@ def evaluate_and_draw(c: Config, vlm: nn.Module, tokenizer, held_out: tuple) -> 
 
 def evaluate_run(c: Config) -> None:
     """Evaluate a finished run: print its accuracies, and write them to its folder."""
+    from plumbing.finished_run import load_run
     out = Path(c.out)
     vlm, tokenizer, _ = load_run(out, c.device)
     held_out = load_eval_set(c)

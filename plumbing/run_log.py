@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from data import Conversations
 from model import VLM
-from plumbing.batches import count_steps
+from plumbing.sets import count_steps
 from plumbing.checkpoints import Progress, crc_of_start
 from plumbing.config import Config
 from plumbing.evaluate import accuracy_per_type, answer, questions_of
 from plumbing.files import read_json, write_json
 from plumbing.plots import plot_curves
-from real.encoder_weights import is_real
+from plumbing.config import is_real
 
 EVERY = 10.0        # seconds between two drawings, at least
 SHARE = 20          # and so many times what the last one took: 5 % of a run at most

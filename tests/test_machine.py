@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import train
 from data import InputError, collate
 from model import MoVEKD
-from plumbing.batches import make_loader
+from plumbing.sets import make_loader
 from plumbing.flags import load_config
 from plumbing.machine import Machine, Step, Weights
 from plumbing.run_folder import read_log

@@ -16,17 +16,9 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from plumbing.files import write_json
+from tiny import COUNTS
 from tiny.pictures import render
 from tiny.scenes import ASKED, ATTRIBUTES, QUESTIONS, sample_scenes
-
-COUNTS = {  # how much of the world `train.py --tiny` sees and `export` writes
-    "pretrain": 6000,   # captioned images: plentiful, as LLaVA's 558k captions are
-    "train": 1000,      # images with questions and answers: scarce
-    "described": 1000,  # images with a caption for an answer, in stage 2 as in LLaVA's mix
-    "text": 500,        # dialogues without an image, as in LLaVA's mix
-    "eval": 500,        # held-out images, a question of each kind
-}
-
 
 # ------------------------------------------------------------------------------------------------
 # Words
