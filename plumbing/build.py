@@ -10,10 +10,11 @@ from plumbing.config import Config
 from plumbing.files import read_tensors
 from plumbing.sets import image_folder
 from real.encoder_weights import find_weights, is_real, load_net
+from real.image_files import DiskImages
 from real.pretrained_llm import PretrainedLLM
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
-from tiny.own_pictures import OWN_MAKERS, own_pictures
+from tiny.own_pictures import OWN_MAKERS, OwnPictures
 from tiny.pretrain import MAKERS, stage0
 
 # ------------------------------------------------------------------------------------------------
@@ -34,19 +35,20 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict,
         spec = getattr(c, name)
         if is_real(spec):
             found[name] = find_weights(spec, c.weights)
-    own = ()
+    makers, pictures = MAKERS, c.stage0_scale
     if c.stage0_pictures == "data":
-        own = (own_pictures(records, image_folder(c), c.image_size),)
-    makers = OWN_MAKERS if own else MAKERS
+        # all images have been looked at before
+        images = DiskImages(image_folder(c), c.image_size, allow_outside=True)
+        makers, pictures = OWN_MAKERS, OwnPictures(records, images)
     for name in toy_encoders(c):
-        toys[name] = (makers[name], (getattr(c, name), c.stage0_scale, *own))
+        toys[name] = (makers[name], (getattr(c, name), pictures))
     if not c.llm:
         # an answer about an image that is not shown teaches guessing
         pure = [record for record in records if "image" not in record] or records
         texts = [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]
-        llm = (llm_shape(c, tokenizer), c.stage0_scale, texts, tokenizer.pad)
+        llm = (llm_shape(c, tokenizer), texts, tokenizer.pad)
         toys["llm"] = (MAKERS["llm"], llm)
-    paths, tflops = stage0(toys)
+    paths, tflops = stage0(toys, c.stage0_scale)
     return {**found, **paths}, tflops
 
 

@@ -145,7 +145,8 @@ def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
     require_file(path, f"; {remedy}")
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError, OSError) as e:
         raise InputError(f"{path}: damaged: {str(e).splitlines()[0]}; {remedy}") from None
     sums = read_about(path).get("crc32", {})
@@ -157,8 +158,8 @@ def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# --- FLOPs: torch's counter takes the CPU's fused attention for 0, and before torch 2.14 it fails if
-# keys have fewer heads than queries. Shapes: (B, h, T, d), of keys and values (B, h', T', d).
+# --- FLOPs: torch's counter takes the CPU's fused attention for 0, and before torch 2.14 it fails
+# if keys have fewer heads than queries. Shapes: (B, h, T, d), of keys and values (B, h', T', d).
 
 def _forward(q, k, v, *_, **__) -> int:
     """Return the FLOPs of q k^T and of its product with v."""
