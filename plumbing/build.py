@@ -26,25 +26,26 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict,
         if is_real(getattr(c, name)):
             from real.encoder_weights import find_weights
             found[name] = find_weights(getattr(c, name), c.weights)
-    jobs = {}
-    if stage0_encoders(c) or not c.llm:
-        from tiny.pretrain import MAKERS, stage0
+    if not stage0_encoders(c) and c.llm:
+        return found, 0.0
+    from tiny.pretrain import MAKERS, stage0
+    makers, pictures = MAKERS, c.stage0_scale
     if c.stage0_pictures == "data":
-        from tiny.own_pictures import OWN_MAKERS, own_pictures
-        own = own_pictures(records, image_folder(c), c.image_size)
-        for name in stage0_encoders(c):
-            jobs[name] = (OWN_MAKERS[name], (getattr(c, name), c.stage0_scale, own))
-    else:
-        for name in stage0_encoders(c):
-            jobs[name] = (MAKERS[name], (getattr(c, name), c.stage0_scale))
+        from real.image_files import DiskImages
+        from tiny.own_pictures import OWN_MAKERS, OwnPictures
+        # All images have been checked before, so their places too.
+        images = DiskImages(image_folder(c), c.image_size, allow_outside=True)
+        makers, pictures = OWN_MAKERS, OwnPictures(records, images)
+    jobs = {}
+    for name in stage0_encoders(c):
+        jobs[name] = (makers[name], (getattr(c, name), pictures))
     if not c.llm:
         # Text alone, if there is any: answers about an image that the LLM does not see would teach
         # it to guess.
         pure = [record for record in records if "image" not in record] or records
         texts = [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]
-        llm = (llm_shape(c, tokenizer), c.stage0_scale, texts, tokenizer.pad)
-        jobs["llm"] = (MAKERS["llm"], llm)
-    paths, tflops = stage0(jobs) if jobs else ({}, 0.0)
+        jobs["llm"] = (MAKERS["llm"], (llm_shape(c, tokenizer), texts, tokenizer.pad))
+    paths, tflops = stage0(jobs, c.stage0_scale)
     return {**found, **paths}, tflops
 
 

@@ -56,7 +56,7 @@ class Config:
     skip_bad: bool = False                  # leave unusable rows out; else the first is an error
     allow_outside: bool = False             # images may lie outside of the image folder
     eval_split: Literal["test", "validation"] = "test"  # tune on validation: test stays unread
-    n_pretrain: Count = COUNTS["pretrain"]  # how much of the tiny world; reasons in tiny/world.py
+    n_pretrain: Count = COUNTS["pretrain"]  # of the tiny world; reasons in tiny/__init__.py
     n_train: Count = COUNTS["train"]
     n_described: CountOrZero = COUNTS["described"]
     n_text: CountOrZero = COUNTS["text"]
