@@ -31,7 +31,7 @@ from plumbing.flags import parse_flags
 from plumbing.launcher import launch, wanted_processes
 from plumbing.machine import Machine, Step
 from plumbing.run_folder import check_data, open_run_folder, peak_rss_mb, start_run_folder
-from plumbing.run_log import HeldOut, RunLog, Watch, next_commands, stage_steps, stage_words
+from plumbing.run_log import HeldOut, RunLog, next_commands, stage_steps, stage_words
 from plumbing.sets import build_datasets, build_tokenizer, load_eval_set, load_sets
 from plumbing.sharding import place_models, refresh_trained, send_from_first
 from teachers import Teachers
@@ -97,12 +97,13 @@ class Run:
             check_data(c, self.sets, self.tokenizer, self.progress, resumed)
 
         # Stage 0 makes what the tiny preset has in place of downloads.
-        self.say(stage_words(c, 0))
+        words = stage_words(c, 0)
+        if words and machine.first:
+            print(words, flush=True)
         stage0_begin = time.perf_counter()
         with machine.first_alone():
-            weights, self.stage0_tflops = pretrained_weights(c, self.sets["train"][0],
-                                                             self.tokenizer)
-        self.stage0_seconds = time.perf_counter() - stage0_begin
+            weights, tflops = pretrained_weights(c, self.sets["train"][0], self.tokenizer)
+        self.stage0 = time.perf_counter() - stage0_begin, tflops
 
         # Models, then the datasets, whose prompts have as many image tokens as the student gives.
         self.model, self.teachers = self.build_models(weights, resumed)
@@ -114,23 +115,16 @@ class Run:
             pieces, _ = machine.micro_batches(getattr(c, f"stage{stage}_batch"))
             check_batch(c, stage, len(self.datasets[stage]), pieces)
 
-        # What is written while it trains.
+        # What is written while it trains. A sharded model cannot answer questions in between.
         if machine.first:
             start_run_folder(c, self.tokenizer, resumed)
-        steps = {stage: stage_steps(c, stage, rows) for stage, rows in self.datasets.items()}
         held_out = None
         if not machine.sharded:
             held_out = HeldOut(c, self.model.vlm, self.tokenizer, self.sets.get("eval"))
-        self.steps_of = steps
-        watch = Watch(c, machine.first, self.datasets, held_out)
-        self.log = RunLog(c, machine.first, resumed, self.progress, watch)
+        self.stage_steps = {stage: stage_steps(c, stage, self.datasets[stage]) for stage in (1, 2)}
+        self.log = RunLog(c, machine.first, resumed, self.progress, self.stage_steps, held_out)
         self.checkpoints = Checkpoints(Path(c.out) / "checkpoints", c.keep, machine.rank,
                                        machine.world)
-
-    def say(self, text: str) -> None:
-        """Print a text, if there is any, in the first process."""
-        if text and self.machine.first:
-            print(text, flush=True)
 
     def build_models(self, weights: dict, resumed: bool) -> tuple[MoVEKD, Teachers]:
         """Return the student's side and the teachers, on their devices.
@@ -176,7 +170,7 @@ class Run:
         for stage in range(self.progress.stage, 3):
             if stage > self.progress.stage:
                 self.progress.stage, self.progress.step, self.checkpoint = stage, 0, None
-            if self.steps_of[stage]:
+            if self.stage_steps[stage]:
                 yield stage
         self.checkpoints.finish()
 
@@ -185,14 +179,14 @@ class Run:
         c = self.c
         if self.machine.sharded:
             refresh_trained(self.model)
-        self.say(stage_table(stage, self.model, self.teachers))
+        self.log.say(stage_table(stage, self.model, self.teachers))
         batch_size = getattr(c, f"stage{stage}_batch")
         epochs = getattr(c, f"stage{stage}_epochs")
         pieces, own = self.machine.micro_batches(batch_size)
         loader = make_loader(self.datasets[stage], batch_size, epochs, c.seed + stage,
                              self.tokenizer.pad, c.group_batches, pieces, own, self.progress.step,
                              **loader_options(c))
-        return StagePlan(stage, self.steps_of[stage], getattr(c, f"stage{stage}_lr"), own,
+        return StagePlan(stage, self.stage_steps[stage], getattr(c, f"stage{stage}_lr"), own,
                          iter(loader))
 
     def steps(self, plan: StagePlan, optimizer: torch.optim.Optimizer) -> Iterator[Step]:
@@ -201,7 +195,7 @@ class Run:
         if self.checkpoint:
             load_checkpoint(self.checkpoint, self.model, optimizer, self.machine.world)
         self.model.train()
-        for number in self.log.bar(self.progress, plan.steps):
+        for number in self.log.bar(self.progress):
             batches = [next(plan.batches) for _ in plan.own]
             step = self.machine.make_step(number, batches, self.model.vlm,
                                           self.checkpoints.written())
@@ -236,7 +230,7 @@ class Run:
         c, progress, stop = self.c, self.progress, step.counts["stop"]
         progress.advance(step.counts)
         last = progress.step == plan.steps
-        self.log.write(progress, values, step.counts, last)
+        self.log.write(progress, values, step.counts)
         # Every --save-every steps, after stage 1, and before the run stops.
         due = c.save_every and (progress.step % c.save_every == 0 or (last and plan.stage == 1))
         if due or stop:
@@ -254,7 +248,6 @@ class Run:
         """Write the model, then evaluate it. A sharded one is read back from its files."""
         from plumbing.finished_run import export
         c, machine = self.c, self.machine
-        self.log.close()
         export(c, machine.first, self.model, self.tokenizer)
         machine.end_training(f"after training; to evaluate: python train.py --evaluate {c.out}")
         vlm = None if machine.sharded else self.model.vlm
@@ -275,14 +268,17 @@ class Run:
                 from plumbing.finished_run import load_run
                 vlm, *_ = load_run(out, c.device)
             result = evaluate_and_draw(c, vlm, self.tokenizer, self.sets["eval"])
-        result["seconds"] = round(time.perf_counter() - self.begin, 1)
-        result["seconds_stage0"] = round(self.stage0_seconds, 1)
-        result["tflops"] = round(sum(progress.flops.values()) / 1e12, 3)
-        result["tflops_stage0"] = round(self.stage0_tflops, 3)
-        result["peak_rss_mb"] = round(peak_rss_mb())
-        result["seed"] = c.seed
-        result["skipped"] = progress.skipped
-        result["cut"] = progress.cut
+        seconds_stage0, tflops_stage0 = self.stage0
+        result |= {
+            "seconds": round(time.perf_counter() - self.begin, 1),
+            "seconds_stage0": round(seconds_stage0, 1),
+            "tflops": round(sum(progress.flops.values()) / 1e12, 3),
+            "tflops_stage0": round(tflops_stage0, 3),
+            "peak_rss_mb": round(peak_rss_mb()),
+            "seed": c.seed,
+            "skipped": progress.skipped,
+            "cut": progress.cut,
+        }
         if c.device == "cuda":
             result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
         write_json(out / "result.json", result)
