@@ -13,7 +13,6 @@ from torch import nn
 
 from data import InputError
 from model import MoVEKD
-from plumbing.sets import loader_options, make_loader
 from plumbing.build import (
     build_llm,
     build_movekd,
@@ -32,7 +31,14 @@ from plumbing.launcher import launch, wanted_processes
 from plumbing.machine import Machine, Step
 from plumbing.run_folder import check_data, open_run_folder, peak_rss_mb, start_run_folder
 from plumbing.run_log import HeldOut, RunLog, next_commands, stage_steps, stage_words
-from plumbing.sets import build_datasets, build_tokenizer, load_eval_set, load_sets
+from plumbing.sets import (
+    build_datasets,
+    build_tokenizer,
+    load_eval_set,
+    load_sets,
+    loader_options,
+    make_loader,
+)
 from plumbing.sharding import place_models, refresh_trained, send_from_first
 from teachers import Teachers
 
