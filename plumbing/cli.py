@@ -10,11 +10,7 @@ from collections.abc import Callable
 import torch
 
 from data import InputError
-from plumbing.signals import STOPPED, listen
-
-
-class Stopped(Exception):
-    """A signal has ended the program; its text says at what, and what is lost."""
+from plumbing.signals import STOPPED, Stopped, listen
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +46,8 @@ def run(program: Callable) -> None:
     So does what the operating system refuses: a full disk, a folder that may not be written.
     """
     former = listen(stop)
+    if hasattr(sys.stdout, "reconfigure"):  # a Windows console may lack a character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         program()
     except Stopped as e:

@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 from data import IGNORE, InputError, blank_image, to_device
 from model import VLM
-from plumbing.cli import Stopped
 from plumbing.config import Config
 from plumbing.launcher import launched
-from plumbing.signals import listen
+from plumbing.signals import Stopped, listen
 
 # one process is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -169,8 +168,9 @@ class Machine:
 
     # --- a step
 
-    def micro_batches(self, batch_size: int) -> tuple[int, range]:
-        """Return into how many micro-batches a batch is divided, and which are this process's."""
+    def micro_batches(self, stage: int) -> tuple[int, range]:
+        """Return how many micro-batches a batch of a stage has, and which are this process's."""
+        batch_size = getattr(self.c, f"stage{stage}_batch")
         own = 1
         if self.c.micro_batch:
             own = math.ceil(batch_size / self.world / self.c.micro_batch)

@@ -13,33 +13,16 @@ from torch import nn
 
 from data import InputError
 from model import MoVEKD
-from plumbing.build import (
-    build_llm,
-    build_movekd,
-    build_teachers,
-    build_vlm,
-    pretrained_weights,
-)
+from plumbing import build, checks, run_folder, run_log, sets
 from plumbing.checkpoints import Checkpoints, load_checkpoint
-from plumbing.checks import check_batch, check_lengths, check_machine, find_device
-from plumbing.cli import Stopped
 from plumbing.config import Config
 from plumbing.evaluate import evaluate, print_accuracy, print_result
 from plumbing.files import flop_counter, write_json
 from plumbing.flags import parse_flags
 from plumbing.launcher import launch, wanted_processes
 from plumbing.machine import Machine, Step
-from plumbing.run_folder import check_data, open_run_folder, peak_rss_mb, start_run_folder
-from plumbing.run_log import HeldOut, RunLog, next_commands, stage_steps, stage_words
-from plumbing.sets import (
-    build_datasets,
-    build_tokenizer,
-    load_eval_set,
-    load_sets,
-    loader_options,
-    make_loader,
-)
 from plumbing.sharding import place_models, refresh_trained, send_from_first
+from plumbing.signals import Stopped
 from teachers import Teachers
 
 
@@ -50,15 +33,14 @@ def start(argv: list[str] | None, train: Callable, description: str) -> None:
     """
     begin = time.perf_counter()
     c, mode = parse_flags(sys.argv[1:] if argv is None else argv, description)
-    c.device = find_device(c.device)
-    check_machine(c, trains=mode != "evaluate")
+    c.device = checks.find_device(c.device)
+    checks.check_machine(c, trains=mode != "evaluate")
     if mode == "evaluate":
         evaluate_run(c)
         return
     arguments = (train, c, mode == "resume", begin)
-    processes = wanted_processes(c)
-    if processes > 1:
-        sys.exit(launch(sys.argv[0], sys.argv[1:] if argv is None else argv, processes))
+    if wanted_processes(c) > 1:
+        sys.exit(launch(sys.argv[0], sys.argv[1:] if argv is None else argv, wanted_processes(c)))
     run_here(*arguments)
 
 
@@ -74,7 +56,7 @@ def run_here(train: Callable, c: Config, resumed: bool, begin: float) -> None:
 
 @dataclass
 class StagePlan:
-    """What a stage will do."""
+    """What a stage will do"""
 
     stage: int
     steps: int
@@ -87,48 +69,46 @@ class Run:
     """One run in this process: its data, its models, and where it stands."""
 
     def __init__(self, c: Config, machine: Machine, resumed: bool, begin: float):
-        self.c = c
-        self.machine = machine
-        self.begin = begin
+        self.c, self.machine, self.begin = c, machine, begin
         machine.listen()
 
         # The folder and the data. Rank 0 looks at them first; what is wrong ends the run here.
         with machine.first_alone():
-            folder = open_run_folder(c, machine.first, resumed)
-            machine.lock, self.checkpoint, self.progress = folder
+            opened = run_folder.open_run_folder(c, machine.first, resumed)
+            machine.lock, self.checkpoint, self.progress = opened
         machine.check_folder(Path(c.out))
-        self.sets = load_sets(c)
-        self.tokenizer = build_tokenizer(c, self.sets)
+        self.sets = sets.load_sets(c)
+        self.tokenizer = sets.build_tokenizer(c, self.sets)
         if machine.first:
-            check_data(c, self.sets, self.tokenizer, self.progress, resumed)
+            run_folder.check_data(c, self.sets, self.tokenizer, self.progress, resumed)
 
         # Stage 0 makes what the tiny preset has in place of downloads.
-        words = stage_words(c, 0)
+        words = run_log.stage_words(c, 0)
         if words and machine.first:
             print(words, flush=True)
         stage0_begin = time.perf_counter()
         with machine.first_alone():
-            weights, tflops = pretrained_weights(c, self.sets["train"][0], self.tokenizer)
+            weights, tflops = build.pretrained_weights(c, self.sets["train"][0], self.tokenizer)
         self.stage0 = time.perf_counter() - stage0_begin, tflops
 
         # Models, then the datasets, whose prompts have as many image tokens as the student gives.
         self.model, self.teachers = self.build_models(weights, resumed)
-        n = self.model.vlm.student.num_tokens
+        vlm = self.model.vlm
         if machine.first:
-            check_lengths(c, self.sets, self.tokenizer, n)
-        self.datasets = build_datasets(c, self.sets, self.tokenizer, n)
-        for stage in (1, 2):
-            pieces, _ = machine.micro_batches(getattr(c, f"stage{stage}_batch"))
-            check_batch(c, stage, len(self.datasets[stage]), pieces)
+            checks.check_lengths(c, self.sets, self.tokenizer, vlm.student.num_tokens)
+        self.datasets = sets.build_datasets(c, self.sets, self.tokenizer, vlm.student.num_tokens)
+        for stage, dataset in self.datasets.items():
+            checks.check_batch(c, stage, len(dataset), machine.micro_batches(stage)[0])
 
         # What is written while it trains. A sharded model cannot answer questions in between.
         if machine.first:
-            start_run_folder(c, self.tokenizer, resumed)
+            run_folder.start_run_folder(c, self.tokenizer, resumed)
         held_out = None
         if not machine.sharded:
-            held_out = HeldOut(c, self.model.vlm, self.tokenizer, self.sets.get("eval"))
-        self.stage_steps = {stage: stage_steps(c, stage, self.datasets[stage]) for stage in (1, 2)}
-        self.log = RunLog(c, machine.first, resumed, self.progress, self.stage_steps, held_out)
+            held_out = run_log.HeldOut(c, vlm, self.tokenizer, self.sets.get("eval"))
+        self.stage_steps = run_log.count_stage_steps(c, self.datasets)
+        self.log = run_log.RunLog(c, machine.first, resumed, self.progress, self.stage_steps,
+                                  held_out)
         self.checkpoints = Checkpoints(Path(c.out) / "checkpoints", c.keep, machine.rank,
                                        machine.world)
 
@@ -138,14 +118,15 @@ class Run:
         Only rank 0 reads weights: the others build without numbers, and get them from it.
         """
         c, first = self.c, self.machine.first
+        weights = weights if first else {}
         released = None
         if c.init_from:
             from real.released_checkpoint import load_released, released_config
             released = released_config(Path(c.init_from))
         with nullcontext() if first else torch.device("meta"):
-            llm = build_llm(c, released, first)
-            vlm = build_vlm(c, self.tokenizer, weights if first else {}, llm)
-            teachers = build_teachers(c, weights if first else {})
+            llm = build.build_llm(c, released, first)
+            vlm = build.build_vlm(c, self.tokenizer, weights, llm)
+            teachers = build.build_teachers(c, weights)
         if first and released:
             load_released(vlm, Path(c.init_from))
         elif first and c.init_from:
@@ -161,7 +142,7 @@ class Run:
                     teachers = teacher_outputs.cache_teachers(teachers, Path(c.cache_teachers),
                                                               training_sets)
             teacher_outputs.check_teachers(teachers, training_sets, c.device)
-        model = build_movekd(c, vlm, teachers)
+        model = build.build_movekd(c, vlm, teachers)
         if c.lambda_kd and not resumed:  # a checkpoint has them
             teacher_outputs.measure_targets(model.target_norms, teachers, training_sets, first,
                                             c.device, c.skip_bad)
@@ -186,12 +167,11 @@ class Run:
         if self.machine.sharded:
             refresh_trained(self.model)
         self.log.say(stage_table(stage, self.model, self.teachers))
-        batch_size = getattr(c, f"stage{stage}_batch")
-        epochs = getattr(c, f"stage{stage}_epochs")
-        pieces, own = self.machine.micro_batches(batch_size)
-        loader = make_loader(self.datasets[stage], batch_size, epochs, c.seed + stage,
-                             self.tokenizer.pad, c.group_batches, pieces, own, self.progress.step,
-                             **loader_options(c))
+        pieces, own = self.machine.micro_batches(stage)
+        loader = sets.make_loader(
+            self.datasets[stage], getattr(c, f"stage{stage}_batch"),
+            getattr(c, f"stage{stage}_epochs"), c.seed + stage, self.tokenizer.pad,
+            c.group_batches, pieces, own, self.progress.step, **sets.loader_options(c))
         return StagePlan(stage, self.stage_steps[stage], getattr(c, f"stage{stage}_lr"), own,
                          iter(loader))
 
@@ -235,11 +215,10 @@ class Run:
         """Count and log a step, and save a state if one is due. Raises Stopped on a signal."""
         c, progress, stop = self.c, self.progress, step.counts["stop"]
         progress.advance(step.counts)
-        last = progress.step == plan.steps
         self.log.write(progress, values, step.counts)
         # Every --save-every steps, after stage 1, and before the run stops.
-        due = c.save_every and (progress.step % c.save_every == 0 or (last and plan.stage == 1))
-        if due or stop:
+        end_of_stage1 = plan.stage == 1 and progress.step == plan.steps
+        if stop or c.save_every and (end_of_stage1 or progress.step % c.save_every == 0):
             progress.log = self.log.position()
             self.checkpoints.save(f"stage{plan.stage}-{progress.step:08}", self.model,
                                   self.optimizer, asdict(progress))
@@ -252,9 +231,8 @@ class Run:
 
     def finish(self) -> None:
         """Write the model, then evaluate it. A sharded one is read back from its files."""
-        from plumbing.finished_run import export
         c, machine = self.c, self.machine
-        export(c, machine.first, self.model, self.tokenizer)
+        run_folder.export(c, machine.first, self.model, self.tokenizer)
         machine.end_training(f"after training; to evaluate: python train.py --evaluate {c.out}")
         vlm = None if machine.sharded else self.model.vlm
         del self.model, self.teachers, self.optimizer  # a GPU has no room for a second model
@@ -263,32 +241,25 @@ class Run:
         machine.leave()
 
     def report(self, vlm: nn.Module | None) -> None:
-        """Draw, evaluate if there is a held-out set, and write result.json."""
+        """Evaluate if there is a held-out set, draw, and write result.json."""
         from plumbing.plots import plot_curves  # matplotlib takes long to load
-
-        c, out, progress = self.c, Path(self.c.out), self.progress
+        out, progress = Path(self.c.out), self.progress
         plot_curves(out)
         result = {}
         if "eval" in self.sets:
-            if vlm is None:
-                from plumbing.finished_run import load_run
-                vlm, *_ = load_run(out, c.device)
-            result = evaluate_and_draw(c, vlm, self.tokenizer, self.sets["eval"])
+            result = evaluate_and_draw(self.c, vlm, self.tokenizer, self.sets["eval"])
         seconds_stage0, tflops_stage0 = self.stage0
-        result |= {
+        result.update({
             "seconds": round(time.perf_counter() - self.begin, 1),
             "seconds_stage0": round(seconds_stage0, 1),
             "tflops": round(sum(progress.flops.values()) / 1e12, 3),
             "tflops_stage0": round(tflops_stage0, 3),
-            "peak_rss_mb": round(peak_rss_mb()),
-            "seed": c.seed,
-            "skipped": progress.skipped,
-            "cut": progress.cut,
-        }
-        if c.device == "cuda":
+            "peak_rss_mb": round(run_folder.peak_rss_mb()),
+            "seed": self.c.seed, "skipped": progress.skipped, "cut": progress.cut})
+        if self.c.device == "cuda":
             result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
         write_json(out / "result.json", result)
-        print_result(result, out, next_commands(c))
+        print_result(result, out, run_log.next_commands(self.c))
 
 
 def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
@@ -304,10 +275,12 @@ def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
     return "\n".join(rows)
 
 
-def evaluate_and_draw(c: Config, vlm: nn.Module, tokenizer, held_out: tuple) -> dict:
-    """Return the held-out accuracies, and draw some answers into the run folder."""
-    from plumbing.plots import plot_samples  # matplotlib takes long to load
-
+def evaluate_and_draw(c: Config, vlm: nn.Module | None, tokenizer, held_out: tuple) -> dict:
+    """Return the held-out accuracies of a VLM, by default the run's own, and draw some answers."""
+    from plumbing.plots import plot_samples
+    if vlm is None:
+        from plumbing.finished_run import load_run
+        vlm, *_ = load_run(Path(c.out), c.device)
     result, rows, answers = evaluate(c, vlm, tokenizer, *held_out)
     plot_samples(Path(c.out) / "samples.png", rows, answers, held_out[1])
     return result
@@ -318,11 +291,11 @@ def evaluate_run(c: Config) -> None:
     from plumbing.finished_run import load_run
     out = Path(c.out)
     vlm, tokenizer, _ = load_run(out, c.device)
-    held_out = load_eval_set(c)
+    held_out = sets.load_eval_set(c)
     if held_out is None:
         raise InputError(f"{out}: has no held-out set; name one with --eval-data FILE "
                          "--image-folder DIR")
-    check_lengths(c, {"eval": held_out}, tokenizer, vlm.student.num_tokens)
+    checks.check_lengths(c, {"eval": held_out}, tokenizer, vlm.student.num_tokens)
     result = evaluate_and_draw(c, vlm, tokenizer, held_out)
     write_json(out / "evaluation.json", result)
     print_accuracy(result)

@@ -70,13 +70,14 @@ def next_commands(c: Config) -> str:
             f"    python {last}\n")
 
 
-def stage_steps(c: Config, stage: int, dataset: Conversations) -> int:
-    """Return the number of steps of a stage."""
-    epochs = getattr(c, f"stage{stage}_epochs")
-    if epochs == 0:
-        return 0
-    steps = count_steps(len(dataset), getattr(c, f"stage{stage}_batch"), epochs)
-    return min(steps, c.max_steps or steps)
+def count_stage_steps(c: Config, datasets: dict[int, Conversations]) -> dict[int, int]:
+    """Return {stage: its steps}; a stage of 0 epochs has none."""
+    counts = {}
+    for stage, dataset in datasets.items():
+        epochs = getattr(c, f"stage{stage}_epochs")
+        steps = count_steps(len(dataset), getattr(c, f"stage{stage}_batch"), epochs)
+        counts[stage] = min(steps, c.max_steps or steps) if epochs else 0
+    return counts
 
 
 class HeldOut:

@@ -6,11 +6,13 @@ The records come from the tiny world or from files; a run imports the half of th
 import atexit
 import functools
 import gc
+import hashlib
 import itertools
+import json
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -150,6 +152,26 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
     return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
                              c.caption_end),
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
+
+
+def rows_digest(records: Sequence) -> str:
+    """Return a hash of all rows: that of their JSON list."""
+    h = hashlib.sha256(b"[")
+    for row, record in enumerate(records):
+        text = json.dumps(record, sort_keys=True)
+        h.update((", " if row else "").encode() + text.encode())
+    h.update(b"]")
+    return h.hexdigest()
+
+
+def images_of(sets: list[tuple]) -> dict:
+    """Return {image name: its get_image} of all images of some sets, sorted by name."""
+    source = {}
+    for records, get_image in sets:
+        for record in records:
+            if "image" in record:
+                source[record["image"]] = get_image
+    return dict(sorted(source.items()))
 
 
 # ------------------------------------------------------------------------------------------------
