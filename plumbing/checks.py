@@ -59,28 +59,6 @@ def check_config(c: Config, trains: bool = True) -> None:
     if c.teachers[0] != "clip" or not set(c.teachers) <= set(ENCODERS) or not unique:
         raise InputError(f"--teachers {' '.join(c.teachers)}: must start with clip and be among "
                          f"{' '.join(ENCODERS)}, each once")
-    check_data_flags(c, trains)
-    for name in ENCODERS:
-        check_spec(name, getattr(c, name))
-    for name in c.teachers:
-        if name not in STAND_INS and not is_real(getattr(c, name)):
-            raise InputError(f"--{name} {getattr(c, name)}: stage 0 makes no such model of the "
-                             "tiny world; name one with real weights")
-        check_encoder(name, getattr(c, name))
-    if c.student in ("frozen", "ensemble") and (c.lambda_kd or c.mole_experts):
-        raise InputError(f"--student {c.student}: nothing is distilled and no expert trained; add "
-                         "--lambda-kd 0 --mole-experts 0")
-    if c.student == "experts" and not c.mole_experts:
-        raise InputError("--student experts: there is none; give --mole-experts at least 1")
-    if not c.llm and c.lm_dim % (2 * c.lm_heads):
-        raise InputError(f"--lm-heads {c.lm_heads}: --lm-dim {c.lm_dim} must be a multiple of "
-                         "twice the heads, for the rotary position embedding turns pairs")
-    if not c.stage1_epochs and not c.stage2_epochs:
-        raise InputError("--stage1-epochs 0 and --stage2-epochs 0: one of the stages must be run")
-
-
-def check_data_flags(c: Config, trains: bool) -> None:
-    """Raise InputError for flags of data that do not go together."""
     if c.data and c.data_root:
         raise InputError("--data and --data-root: name one of them")
     if trains and not c.data_root and bool(c.data) != bool(c.eval_data):
@@ -93,21 +71,41 @@ def check_data_flags(c: Config, trains: bool) -> None:
                          "--cache-teachers ''")
     if c.pretrain_data and not c.data:
         raise InputError("--pretrain-data needs --data and --eval-data")
+    check_encoders(c)
+    if c.student in ("frozen", "ensemble") and (c.lambda_kd or c.mole_experts):
+        raise InputError(f"--student {c.student}: nothing is distilled and no expert trained; add "
+                         "--lambda-kd 0 --mole-experts 0")
+    if c.student == "experts" and not c.mole_experts:
+        raise InputError("--student experts: there is none; give --mole-experts at least 1")
+    if not c.llm and c.lm_dim % (2 * c.lm_heads):
+        raise InputError(f"--lm-heads {c.lm_heads}: --lm-dim {c.lm_dim} must be a multiple of "
+                         "twice the heads, for the rotary position embedding turns pairs")
+    if not c.stage1_epochs and not c.stage2_epochs:
+        raise InputError("--stage1-epochs 0 and --stage2-epochs 0: one of the stages must be run")
 
 
-def check_spec(name: str, spec: str) -> None:
-    """Raise InputError for an encoder that timm does not know."""
-    try:
-        model, *_ = parse_spec(spec)
-    except (ValueError, KeyError, SyntaxError):
-        raise InputError(f"--{name} {spec!r}: must read 'TIMM_NAME img_size=PIXELS key=value "
-                         "...'") from None
-    if not timm.is_model(model):
-        raise InputError(f"--{name} {model}: timm has no such model; timm.list_models() names them")
+def check_encoders(c: Config) -> None:
+    """Raise InputError for an encoder that timm does not know, or that cannot serve."""
+    for name in ENCODERS:
+        spec = getattr(c, name)
+        try:
+            model, *_ = parse_spec(spec)
+        except (ValueError, KeyError, SyntaxError):
+            raise InputError(f"--{name} {spec!r}: must read 'TIMM_NAME img_size=PIXELS key=value "
+                             "...'") from None
+        if not timm.is_model(model):
+            raise InputError(f"--{name} {model}: timm has no such model; timm.list_models() names "
+                             "them")
+    for name in c.teachers:
+        spec = getattr(c, name)
+        if name not in STAND_INS and not is_real(spec):
+            raise InputError(f"--{name} {spec}: stage 0 makes no such model of the tiny world; "
+                             "name one with real weights")
+        check_encoder(name, spec)
 
 
 def check_encoder(name: str, spec: str) -> None:
-    """Raise InputError for an encoder that cannot serve. It is built without its numbers."""
+    """Raise InputError for an encoder that cannot serve. It is built without numbers, and run."""
     kind = ClipEncoder if name == "clip" else VisionEncoder
     try:
         with torch.device("meta"):
@@ -125,16 +123,14 @@ def check_encoder(name: str, spec: str) -> None:
         stride = net.patch_embed.patch_size[0]
     else:
         stride = net.feature_info[-1]["reduction"]
+    if features.ndim == 4:
+        tokens = features.shape[2] * features.shape[3]
+    else:
+        tokens = features.shape[1] - net.num_prefix_tokens
     if encoder.image_size % stride:
         raise InputError(f"--{name} {spec!r}: img_size {encoder.image_size} is no multiple of "
                          f"{stride}, the pixels of a token: a rim would not be seen")
-    if features.ndim == 4:
-        grid = features.shape[2:]
-    else:
-        side = round((features.shape[1] - net.num_prefix_tokens) ** 0.5)
-        grid = (side, side)
-    tokens = features.shape[1] - net.num_prefix_tokens if features.ndim == 3 else grid.numel()
-    if grid[0] != grid[1] or grid[0] ** 2 != tokens or tokens != encoder.num_tokens:
+    if (encoder.image_size // stride) ** 2 != tokens or tokens != encoder.num_tokens:
         raise InputError(f"--{name} {spec!r}: its {tokens} tokens are no square grid")
 
 
@@ -174,18 +170,13 @@ def check_machine(c: Config, trains: bool) -> None:
     if c.device == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: torch finds no Apple GPU here; --device auto takes what "
                          "there is")
-    if trains:
-        check_mps(c)
-        check_shared_memory(c)
-
-
-def check_mps(c: Config) -> None:
-    """Raise InputError for training that Apple's GPU cannot do: torch cannot shard on it."""
-    if c.device == "mps" and c.precision == "bf16":
+    if trains and c.device == "mps" and c.precision == "bf16":
         raise InputError("--device mps: trains in fp32 only; add --precision fp32, or --device cpu")
-    if c.device == "mps" and (launched() or wanted_processes(c) > 1):
+    if trains and c.device == "mps" and (launched() or wanted_processes(c) > 1):
         raise InputError("--device mps: one process has the GPU; leave --processes out, or give "
                          "--device cpu")
+    if trains:
+        check_shared_memory(c)
 
 
 def check_shared_memory(c: Config) -> None:

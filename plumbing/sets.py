@@ -34,11 +34,7 @@ LLAVA_IMAGES = ("LLaVA-Pretrain/images", "coco/train2017", "gqa/images", "ocr_vq
 
 
 def llava_layout(root: Path) -> dict[str, tuple[Path, Path]]:
-    """Return (JSON file, image folder) of LLaVA's captions and conversations under `root`.
-
-    They are laid out as LLaVA's docs/Data.md says. Raises InputError, with the layout, if a part
-    is missing.
-    """
+    """Return (JSON file, image folder) of LLaVA's two sets under `root`. Raises InputError."""
     files = [file for file, _ in LLAVA_FILES.values()]
     for part in (*files, *LLAVA_IMAGES):
         if not (root / part).exists():
@@ -88,10 +84,7 @@ def world_set(name: str, *counts: int) -> tuple:
 
 def file_set(c: Config, file: Path, folder: Path, size: int | tuple[int, ...],
              open_images: bool = True) -> tuple:
-    """Return (records, get_image) of a file, after a check of its rows, and of its images if asked.
-
-    Raises InputError for a bad row, or with --skip-bad leaves it out.
-    """
+    """Return (records, get_image) of a file whose rows, and images if asked, have been checked."""
     from real.image_files import DiskImages
     from real.records import read_records
     smallest = DiskImages(folder, 16, c.allow_outside) if open_images else None
@@ -118,7 +111,7 @@ def build_tokenizer(c: Config, sets: dict[str, tuple]):
 def read_words(run: Path) -> list[str]:
     """Return the words of a run's vocabulary.json, in the order of their ids.
 
-    Raises InputError if it is not such a list, or not the one that the run was trained with.
+    Raises InputError if it is not the list that the run was trained with.
     """
     file = run / "vocabulary.json"
     words = read_json(file)
@@ -136,8 +129,8 @@ def read_words(run: Path) -> list[str]:
 def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict:
     """Return {stage: its Conversations}, with n image tokens for each image.
 
-    Stage 1 has captions, prompt "plain", or conversations if there are no captions; its rows all
-    have an image, because text alone has nothing to align. Stage 2 has conversations, prompt "v1".
+    Stage 1 has captions, prompt "plain", or the conversations of stage 2 if there are none. All its
+    rows have an image: text alone has nothing to align.
     """
     records, get_image = sets["pretrain"]
     rows = [row for row, record in enumerate(records) if "image" in record]
@@ -179,28 +172,25 @@ def images_of(sets: list[tuple]) -> dict:
 
 
 def student_size(c: Config) -> int | tuple[int, ...]:
-    """Return the size of the loader's image if only the student sees it."""
-    return loader_size(c, c.teachers if c.student == "ensemble" else ("clip",))
+    """Return the size of the loader's image, or of its views, if only the student sees it."""
+    return loader_size(c, c.teachers if c.student == "ensemble" else ())
 
 
 def training_size(c: Config) -> int | tuple[int, ...]:
     """Return the size of the loader's training images; without L_kd no teacher sees them."""
-    if c.lambda_kd or c.student == "ensemble":
-        return loader_size(c, ("clip", *c.teachers))
-    return loader_size(c, ("clip",))
+    return loader_size(c, c.teachers if c.lambda_kd or c.student == "ensemble" else ())
 
 
-def loader_size(c: Config, encoders: tuple[str, ...]) -> int | tuple[int, ...]:
-    """Return the size of the loader's image, or the sizes that these encoders need."""
+def loader_size(c: Config, teachers: tuple[str, ...]) -> int | tuple[int, ...]:
+    """Return the size of the loader's image, or the sizes that CLIP and these teachers need."""
     if c.image_views == "one":
         return c.image_size
-    return tuple(sorted({parse_spec(getattr(c, name))[1] for name in encoders}))
+    return tuple(sorted({parse_spec(getattr(c, name))[1] for name in ("clip", *teachers)}))
 
 
 def image_bytes(size: int | tuple[int, ...]) -> int:
     """Return the bytes of the loader's image, or of all of its views."""
-    sizes = size if isinstance(size, tuple) else (size,)
-    return sum(3 * pixels ** 2 for pixels in sizes)
+    return sum(3 * pixels ** 2 for pixels in (size if isinstance(size, tuple) else (size,)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -211,9 +201,8 @@ def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int,
                 group: int = 1) -> list[list[int]]:
     """Return the rows of each batch of an epoch, a function of the arguments alone.
 
-    A last, smaller batch is dropped, unless it is the only one. group > 1 makes batches with little
-    padding: samples with and without an image apart, each shuffled run of `group` batches sorted by
-    length. The rows that are left over make mixed batches.
+    A last, smaller batch is dropped, unless it is the only one. group > 1 saves padding: it sorts
+    runs of `group` batches by length, samples with and without an image apart.
     """
     generator = torch.Generator().manual_seed(seed * 1_000 + epoch)
     order = torch.randperm(len(dataset), generator=generator).tolist()
@@ -289,12 +278,11 @@ def loader_options(c: Config) -> dict:
 
 
 def begin_worker(worker: int) -> None:
-    """Ignore signals, and keep the memory that is shared with the run as it is.
+    """Leave signals to the run, which finishes its step and saves, and needs its loader for that.
 
-    Batch systems signal every process. The run then finishes its step and saves: a signal must not
-    take its loader away. A garbage collection writes into every object, and so would copy them all.
+    Batch systems signal every process.
     """
-    gc.freeze()
+    gc.freeze()  # a collection writes into every object, and would copy the memory they share
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

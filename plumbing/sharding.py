@@ -27,19 +27,15 @@ SHARD_TEACHERS_ABOVE = 500_000_000
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
-    """Activation checkpointing: a block keeps its input only, and runs again in backward.
+    """Checkpoint activations: a block keeps only its input, and runs again in backward.
 
-    It replaces the block's forward method, so that no parameter's name changes.
+    Its forward method is replaced, so that no parameter's name changes.
     """
     for block in blocks:
-        contexts = functools.partial(recompute_contexts, block)
+        # the contexts of a block's first and second run
+        contexts = functools.partial(lambda block: (nullcontext(), restore_probs(block)), block)
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                           context_fn=contexts)
-
-
-def recompute_contexts(block: nn.Module) -> tuple:
-    """Return the contexts in which a block's first and second run take place."""
-    return nullcontext(), restore_probs(block)
 
 
 @contextmanager
@@ -60,11 +56,9 @@ def restore_probs(block: nn.Module):
 def cast_vlm(vlm: VLM, dtype: torch.dtype) -> None:
     """Convert a VLM to another precision, all but the LLM's table of rotary angles.
 
-    bf16 has three digits: at position 700 an angle would be wrong by 0.86.
+    In bf16, with its three digits, the angle at position 700 would be wrong by 0.86.
     """
-    vlm.student.to(dtype)
-    vlm.projector.to(dtype)
-    for p in vlm.llm.parameters():
+    for p in vlm.parameters():
         p.data = p.data.to(dtype)
 
 
@@ -97,10 +91,7 @@ def send_from_first(module: nn.Module, device: str) -> None:
 
 
 def compile_parts(model: MoVEKD, teachers: Teachers, **options) -> None:
-    """torch.compile of the student, the teachers, and what is elementwise in the LLM's layers.
-
-    These are its norms and its FFN; T differs from batch to batch, and is not compiled anew.
-    """
+    """Compile the student, the teachers, and the norms and FFNs of the LLM, for any length T."""
     for encoder in (model.vlm.student, *teachers.encoders.values()):
         encoder.compile(**options)
     for layer in model.vlm.llm.blocks:
@@ -134,11 +125,10 @@ def place_models(model: MoVEKD, teachers: Teachers, c: Config, world: int) -> No
 
 def shard(root: nn.Module, units: Iterable[nn.Module], device: str, world: int,
           bf16: bool) -> None:
-    """FSDP2: each process holds a part of every parameter, its gradient and optimizer state.
+    """Shard with FSDP2: each process holds a part of every parameter, gradient and Adam state.
 
-    All of these are fp32, and the numbers are the first process's. A unit is gathered, in bf16 if
-    asked for, when it runs; what is in no unit is gathered with the root, whose forward must
-    therefore be the one that is called. Gradients are reduced in fp32.
+    All of these are fp32, with the numbers of rank 0. A unit is gathered when it runs, in bf16 if
+    asked for; the rest is gathered with the root, so the root's forward is the one to call.
     """
     mesh = init_device_mesh(device, (world,))
     policy = MixedPrecisionPolicy()
@@ -163,15 +153,11 @@ def refresh_trained(root: nn.Module) -> None:
             module.reshard()
 
 
-def frozen_units(encoder: VisionEncoder) -> Iterable[nn.Module]:
-    """The parts of a teacher that are gathered one by one: its stages or blocks."""
-    return getattr(encoder.net, "stages", getattr(encoder.net, "blocks", ()))
-
-
 def shard_frozen(encoder: VisionEncoder, device: str, world: int) -> None:
-    """FSDP2 for a teacher that is too large to be held whole, in the precision that it has."""
+    """Shard a large teacher in the precision it has; its stages or blocks are gathered singly."""
     mesh = init_device_mesh(device, (world,))
-    for module in (*frozen_units(encoder), encoder):
+    units = getattr(encoder.net, "stages", getattr(encoder.net, "blocks", ()))
+    for module in (*units, encoder):
         fully_shard(module, mesh=mesh)
 
 
@@ -188,12 +174,12 @@ def backward(model: nn.Module, loss: torch.Tensor, last: bool) -> None:
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded, whole."""
+    """Return a tensor whole that may be sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_state(root: nn.Module) -> dict[str, torch.Tensor]:
-    """All tensors of a model, whole and on the CPU; only the first process gets them."""
+    """Return all tensors of a model, whole and on the CPU, to rank 0 only."""
     if not isinstance(root, FSDPModule):
         return root.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
