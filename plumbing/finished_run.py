@@ -1,4 +1,4 @@
-"""The model of a finished run: written when training ends, and read again to be used."""
+"""The model of a finished run, read to be used, explained or trained further."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,56 +6,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
 from data import InputError, stack_images
 from model import VLM, Ensemble, MoVEKD, Student
 from plumbing import build
-from plumbing.checkpoints import check_parameters
 from plumbing.checks import find_device
 from plumbing.config import FULL, Config, recipe
-from plumbing.files import digest, read_tensors, write_json, write_tensors
+from plumbing.files import read_tensors
 from plumbing.flags import load_config
 from plumbing.sets import load_sets, read_words, student_size
-from plumbing.sharding import cast_vlm, full_state
+from plumbing.sharding import cast_vlm
 from real.image_files import load_image
 from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from real.released_checkpoint import load_released, read_released, released_config
 from teachers import Teachers
 from tiny.llm import WordTokenizer
-
-
-def export(c: Config, first: bool, model: MoVEKD, tokenizer) -> None:
-    """Save the final weights, with a real LLM's config and tokenizer: all that load_run reads.
-
-    All processes gather them, the first one writes. Raises InputError for NaN or infinite weights,
-    and OSError for a folder that refuses them; --resume then starts from the last checkpoint.
-    """
-    check_parameters(model)
-    state = full_state(model)
-    if not first:
-        return
-    if c.precision == "bf16":
-        for name, tensor in state.items():
-            state[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
-    out = Path(c.out)
-    if c.llm:
-        save_weights(out, state)
-        model.vlm.llm.model.config.save_pretrained(out / "llm")
-        tokenizer.tokenizer.save_pretrained(out / "llm")
-    else:
-        save_weights(out, state, words=digest(*tokenizer.vocabulary))
-
-
-def save_weights(folder: Path, tensors: dict[str, torch.Tensor], **about: str) -> None:
-    """Write model.safetensors, or above 5 GB several files and their index. Raises OSError."""
-    shards = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB")
-    for file, names in shards.filename_to_tensors.items():
-        write_tensors(folder / file, {name: tensors[name] for name in names}, **about)
-    if shards.is_sharded:
-        write_json(folder / "model.safetensors.index.json",
-                   {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
 
 
 def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:

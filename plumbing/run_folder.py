@@ -1,11 +1,9 @@
 """The folder of a run: one run at a time in it, what is written there, where to go on from."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import platform
-import resource
 import shutil
 import sys
 import tempfile
@@ -14,12 +12,22 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
+from huggingface_hub import split_torch_state_dict_into_shards
 
 from data import InputError
-from plumbing.checkpoints import Progress, newest_checkpoint, saved_checkpoints
+from model import MoVEKD
+from plumbing import checkpoints
+from plumbing.checkpoints import Progress
 from plumbing.config import Config
-from plumbing.files import digest, write_json
-from real.records import images_of, rows_digest
+from plumbing.files import digest, write_json, write_tensors
+from plumbing.sets import images_of, rows_digest
+from plumbing.sharding import full_state
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows has neither file locks nor resource usage
+    fcntl = resource = None
 
 RESULTS = ("result.json", "evaluation.json")    # written when training is over
 FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
@@ -48,7 +56,8 @@ def lock_run_folder(c: Config, resumed: bool):
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115, it holds the lock
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise InputError(f"--out {out}: a run is in it, {file.read().strip()}; wait for it, or "
@@ -91,9 +100,9 @@ def find_start(c: Config, resumed: bool) -> tuple[Path | None, Progress]:
     """
     folder = Path(c.out) / "checkpoints"
     if resumed:
-        path, progress = newest_checkpoint(folder, c.skip_damaged)
+        path, progress = checkpoints.newest_checkpoint(folder, c.skip_damaged)
         return path, Progress(**progress)
-    if saved_checkpoints(folder):
+    if checkpoints.saved_checkpoints(folder):
         if not c.overwrite:
             raise InputError(f"--out {c.out}: holds checkpoints of an earlier run; go on with "
                              f"`python train.py --resume {c.out}`, name another --out, or add "
@@ -147,6 +156,38 @@ def start_run_folder(c: Config, tokenizer, resumed: bool) -> None:
     write_json(out / "versions.json", versions)
 
 
+def export(c: Config, first: bool, model: MoVEKD, tokenizer) -> None:
+    """Save the final weights, with a real LLM's config and tokenizer: all that load_run reads.
+
+    All processes gather them, the first one writes. Raises InputError for NaN or infinite weights,
+    and OSError for a folder that refuses them; --resume then starts from the last checkpoint.
+    """
+    checkpoints.check_parameters(model)
+    state = full_state(model)
+    if not first:
+        return
+    if c.precision == "bf16":
+        for name, tensor in state.items():
+            state[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
+    out = Path(c.out)
+    if c.llm:
+        save_weights(out, state)
+        model.vlm.llm.model.config.save_pretrained(out / "llm")
+        tokenizer.tokenizer.save_pretrained(out / "llm")
+    else:
+        save_weights(out, state, words=digest(*tokenizer.vocabulary))
+
+
+def save_weights(folder: Path, tensors: dict[str, torch.Tensor], **about: str) -> None:
+    """Write model.safetensors, or above 5 GB several files and their index. Raises OSError."""
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB")
+    for file, names in shards.filename_to_tensors.items():
+        write_tensors(folder / file, {name: tensors[name] for name in names}, **about)
+    if shards.is_sharded:
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+
+
 def read_log(folder: Path) -> list[dict]:
     """Return the lines of a run's log.jsonl."""
     text = (folder / "log.jsonl").read_text(encoding="utf-8")
@@ -154,7 +195,9 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def peak_rss_mb() -> float:
-    """Return the peak memory in MB of the largest process: this one, or one of stage 0."""
+    """Return the peak memory in MB of this process or one of stage 0; 0 if it is unknown."""
+    if resource is None:
+        return 0.0
     peaks = [resource.getrusage(who).ru_maxrss
              for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     in_bytes = sys.platform == "darwin"

@@ -14,12 +14,11 @@ from tqdm import tqdm
 
 from data import Conversations
 from model import VLM
-from plumbing.batches import count_steps
 from plumbing.checkpoints import Progress, crc_of_start
-from plumbing.config import Config
+from plumbing.config import Config, is_real
 from plumbing.evaluate import accuracy_per_type, answer, questions_of
 from plumbing.files import read_json, write_json
-from real.encoder_weights import is_real
+from plumbing.sets import count_steps
 
 HEADING = ("each line: losses, each teacher's own loss (kd_) and weight (w_), then `experts`: one "
            "group per layer, in it the % of the tokens that each of its experts took")
@@ -71,13 +70,14 @@ def next_commands(c: Config) -> str:
             f"    python {last}\n")
 
 
-def stage_steps(c: Config, stage: int, dataset: Conversations) -> int:
-    """Return the number of steps of a stage."""
-    epochs = getattr(c, f"stage{stage}_epochs")
-    if epochs == 0:
-        return 0
-    steps = count_steps(len(dataset), getattr(c, f"stage{stage}_batch"), epochs)
-    return min(steps, c.max_steps or steps)
+def count_stage_steps(c: Config, datasets: dict[int, Conversations]) -> dict[int, int]:
+    """Return {stage: its steps}; a stage of 0 epochs has none."""
+    counts = {}
+    for stage, dataset in datasets.items():
+        epochs = getattr(c, f"stage{stage}_epochs")
+        steps = count_steps(len(dataset), getattr(c, f"stage{stage}_batch"), epochs)
+        counts[stage] = min(steps, c.max_steps or steps) if epochs else 0
+    return counts
 
 
 class HeldOut:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import InputError, stack_images, to_device
 from plumbing.files import checksum, digest, read_about, read_tensors, write_tensors
-from real.records import images_of
+from plumbing.sets import images_of
 from teachers import ChannelNorm, TeacherOutput, Teachers, VisionEncoder
 
 BATCH = 64              # images that a teacher sees at once

@@ -124,8 +124,8 @@ def whole_method(c: Config = C, n_text: int = 0) -> tuple[MoVEKD, Teachers, dict
 
 
 def total_loss(terms: dict, c: Config = C) -> torch.Tensor:
-    """L_total, as the loop in train.py has it."""
-    return terms["L_text"] + c.lambda_kd * terms["L_kd"] + c.balance_weight * terms["L_balance"]
+    """L_total of train.py, by default with TINY's weights."""
+    return train.total_loss(c, terms)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import Conversations, InputError, blank_image, collate
-from plumbing.batches import batch_order, make_loader
+from plumbing.sets import batch_order, make_loader
 from plumbing.sets import llava_layout
 from real import record_file
 from real.image_files import load_image

@@ -13,7 +13,7 @@ from plumbing import plots, run_log
 from plumbing.checkpoints import Progress
 from plumbing.files import read_json
 from plumbing.run_folder import read_log
-from plumbing.run_log import HeldOut, RunLog, next_commands, stage_steps, stage_words
+from plumbing.run_log import HeldOut, RunLog, count_stage_steps, next_commands, stage_words
 from tests.common import SHORT, C, assert_same_run, run_here, some_conversations
 
 
@@ -64,8 +64,7 @@ def test_held_out_accuracy_is_asked_at_each_quarter(workplace):
 def test_the_time_left_is_that_of_both_stages(tmp_path, monkeypatch):
     """One step per second: what is left of stage 1, and all of stage 2."""
     log = new_log(tmp_path, stage1_batch=4, stage2_batch=2)
-    for stage, rows in ((1, 32), (2, 16)):
-        log.steps[stage] = stage_steps(log.c, stage, some_conversations(rows))
+    log.steps = count_stage_steps(log.c, {1: some_conversations(32), 2: some_conversations(16)})
     assert log.steps == {1: 9, 2: 55}      # 38 rows in batches of 4; 22 in batches of 2, 5 epochs
     clock = iter(range(100))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
