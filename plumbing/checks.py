@@ -11,16 +11,18 @@ from typing import Annotated, Literal
 import timm
 import torch
 
-from data import InputError
-from plumbing.build import toy_encoders
-from plumbing.batches import PREFETCH
-from plumbing.config import ENCODERS, Config, flag, plain_type
+from data import InputError, conversation_ids, row_name
+from plumbing.build import stage0_encoders
+from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
 from plumbing.launcher import launched, wanted_processes
-from plumbing.sets import image_bytes, llava_layout, training_size
-from real.encoder_weights import is_real
+from plumbing.sets import PREFETCH, image_bytes, llava_layout, training_size
 from teachers import ClipEncoder, VisionEncoder, parse_spec
 
 SHARED_MEMORY = Path("/dev/shm")
+
+# ------------------------------------------------------------------------------------------------
+# A Config by itself
+
 
 def check_value(name: str, field: dataclasses.Field, value) -> None:
     """Raise InputError if a value is not of its field's type or not in its range.
@@ -61,7 +63,7 @@ def check_config(c: Config, trains: bool = True) -> None:
     for name in ENCODERS:
         check_spec(name, getattr(c, name))
     for name in c.teachers:
-        if name not in ("clip", "eva", "convnext") and not is_real(getattr(c, name)):
+        if name not in STAND_INS and not is_real(getattr(c, name)):
             raise InputError(f"--{name} {getattr(c, name)}: stage 0 makes no such model of the "
                              "tiny world; name one with real weights")
         check_encoder(name, getattr(c, name))
@@ -136,15 +138,12 @@ def check_encoder(name: str, spec: str) -> None:
         raise InputError(f"--{name} {spec!r}: its {tokens} tokens are no square grid")
 
 
-def check_tensorboard(c: Config) -> None:
-    """Raise InputError if its events are wanted and it is not installed."""
-    if c.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError(f"--tensorboard {c.tensorboard}: the package is not installed; pip "
-                         "install tensorboard, or leave the flag out: curves.png has the same")
+# ------------------------------------------------------------------------------------------------
+# A Config on this machine
 
 
 def find_device(device: str) -> str:
-    """cuda, mps (Apple's GPU) or cpu; "auto" is the first of them that is here."""
+    """Return cuda, mps (Apple's GPU) or cpu; for "auto" the first of them that is here."""
     if device != "auto":
         return device
     if torch.cuda.is_available():
@@ -152,41 +151,47 @@ def find_device(device: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def check_place(c: Config) -> None:
-    """Raise InputError if data or GPU are not there, before any process is started."""
+def check_machine(c: Config, trains: bool) -> None:
+    """Raise InputError for data, packages or devices that are not there, before any work.
+
+    Call it once, before processes are started. An evaluation (not `trains`) needs less.
+    """
     if c.data_root:
         llava_layout(Path(c.data_root))
     elif not c.data and is_real(c.clip):
         raise InputError("a real CLIP and no data: name --data-root DIR for LLaVA's sets, or "
                          "--data FILE and --eval-data FILE")
-    if c.stage0_pictures == "data" and not (c.data and toy_encoders(c)):
+    if c.stage0_pictures == "data" and not (c.data and stage0_encoders(c)):
         raise InputError("--stage0-pictures data: trains the toy encoders of --tiny on the "
                          "pictures of --data FILE --eval-data FILE; name them, or leave the flag "
                          "out")
-    check_tensorboard(c)
+    if c.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError(f"--tensorboard {c.tensorboard}: the package is not installed; pip "
+                         "install tensorboard, or leave the flag out: curves.png has the same")
     if c.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; --device cpu runs the same, "
                          "slowly, and `python -m tools.plan` says what GPUs it wants")
     if c.device == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: torch finds no Apple GPU here; --device auto takes what "
                          "there is")
+    if trains:
+        check_mps(c)
+        check_shared_memory(c)
 
 
 def check_mps(c: Config) -> None:
-    """Raise InputError for training that Apple's GPU cannot do: torch shards nothing on it."""
-    if c.device != "mps":
-        return
-    if c.precision == "bf16":
+    """Raise InputError for training that Apple's GPU cannot do: torch cannot shard on it."""
+    if c.device == "mps" and c.precision == "bf16":
         raise InputError("--device mps: trains in fp32 only; add --precision fp32, or --device cpu")
-    if launched() or wanted_processes(c) > 1:
+    if c.device == "mps" and (launched() or wanted_processes(c) > 1):
         raise InputError("--device mps: one process has the GPU; leave --processes out, or give "
                          "--device cpu")
 
 
 def check_shared_memory(c: Config) -> None:
-    """Raise InputError if the workers' batches do not fit in shared memory.
+    """Raise InputError if the workers' batches do not fit in shared memory. Docker gives 64 MB.
 
-    A worker would be killed in the middle of the run. Docker gives 64 MB.
+    A worker would be killed in the middle of the run.
     """
     if not c.workers or not SHARED_MEMORY.is_dir():
         return
@@ -199,3 +204,36 @@ def check_shared_memory(c: Config) -> None:
             f"{SHARED_MEMORY}: has {free / 1e6:,.0f} MB free, and {processes} x --workers "
             f"{c.workers} want {wanted / 1e6:,.0f} MB; in Docker start the container with "
             f"--shm-size={1 + wanted // 10 ** 9}g or --ipc=host, or give fewer --workers")
+
+
+# ------------------------------------------------------------------------------------------------
+# A Config and its data
+
+
+def check_batch(c: Config, stage: int, rows: int, pieces: int) -> None:
+    """Raise InputError if a stage's batch cannot be divided into so many micro-batches."""
+    batch_size = getattr(c, f"stage{stage}_batch")
+    if pieces > min(batch_size, rows):
+        raise InputError(f"--stage{stage}-batch {batch_size}: has no sample for each of {pieces} "
+                         "micro-batches; raise it or use fewer --processes")
+
+
+def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
+    """Raise InputError for a prompt that leaves no room for an answer.
+
+    Of the training rows the first question is tried, of the held-out ones every question.
+    """
+    files = {"train": c.data or c.data_root, "eval": c.eval_data}
+    for name in ("train", "eval"):
+        records, _ = sets.get(name, ([], None))
+        for row, record in enumerate(records):
+            turns = record["conversations"]
+            turns = turns[:1] if name == "train" else turns[:-1]
+            # A token has at least one character: most rows need not be tokenised.
+            if sum(len(turn["value"]) for turn in turns) + n + 300 < c.max_length:
+                continue
+            ids, _ = conversation_ids({**record, "conversations": turns}, "v1", tokenizer, n)
+            if len(ids) >= c.max_length and not (name == "train" and c.skip_bad):
+                place = f"{files[name] or 'the tiny world'}: {row_name(row, record)}"
+                raise InputError(f"{place} has a prompt of {len(ids)} tokens, and --max-length is "
+                                 f"{c.max_length}: shorten it or raise the flag")

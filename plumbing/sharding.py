@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from model import VLM, MoVEKD
+from mole import mole_layers, router_probs
+from plumbing.config import Config
 from teachers import Teachers, VisionEncoder
 
 # what the student returns is a view, which nobody adds to in place
@@ -36,36 +38,27 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
 
 
 def recompute_contexts(block: nn.Module) -> tuple:
-    """What the first run of a block, and its second, run inside of."""
-    return nullcontext(), RestoreHeldTensors(block)
+    """Return the contexts in which a block's first and second run take place."""
+    return nullcontext(), restore_probs(block)
 
 
-class RestoreHeldTensors:
-    """Gives back to a block's modules, after its second run, the tensors that they held before it.
+@contextmanager
+def restore_probs(block: nn.Module):
+    """Give back to a block's MoLE, after its second run, the router probabilities of its first.
 
-    These are MoLE's router probabilities. Those of the second run would hold its graph, which never
-    runs backward, and with it the activations of every block so far. A class, for a block may run a
-    second time more than once.
+    Those of the second run hold its graph, which never runs backward, and with it the activations
+    of every block so far.
     """
-
-    def __init__(self, block: nn.Module):
-        self.block = block
-        self.held = []
-
-    def __enter__(self) -> None:
-        self.held = []
-        for module in self.block.modules():
-            for name, value in vars(module).items():
-                if torch.is_tensor(value):
-                    self.held.append((module, name, value))
-
-    def __exit__(self, *error) -> None:
-        for module, name, value in self.held:
-            setattr(module, name, value)
+    probs = router_probs(block)
+    try:
+        yield
+    finally:  # the second run is broken off as soon as backward has what it needs
+        for layer, p in zip(mole_layers(block), probs, strict=True):
+            layer.probs = p
 
 
 def cast_vlm(vlm: VLM, dtype: torch.dtype) -> None:
-    """Bring a VLM to another precision, but for the LLM's table of angles.
+    """Convert a VLM to another precision, all but the LLM's table of rotary angles.
 
     bf16 has three digits: at position 700 an angle would be wrong by 0.86.
     """
@@ -76,19 +69,22 @@ def cast_vlm(vlm: VLM, dtype: torch.dtype) -> None:
 
 
 def send_from_first(module: nn.Module, device: str) -> None:
-    """Bring a module to the device, in every process with the numbers of the first one's.
+    """Move a module to the device, in every process with the numbers of rank 0.
 
-    In the others it may be on the meta device, where it has none: so a machine holds one copy while
-    models are loaded. What is sharded stays as it is.
+    Other ranks may have built it on the meta device, without numbers, so that a machine holds one
+    copy while models are loaded. What is sharded stays as it is.
     """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        module.to(device)
+        return
     first = dist.get_rank() == 0
-    made = {}  # a tensor that two modules share stays one
+    sent = {}  # a tensor that two modules share stays one
     for part in module.modules():
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         for name, tensor in own:
             if isinstance(tensor, DTensor):
                 continue
-            if tensor not in made:
+            if tensor not in sent:
                 if first:
                     whole = tensor.detach().to(device).contiguous()
                 else:
@@ -96,8 +92,8 @@ def send_from_first(module: nn.Module, device: str) -> None:
                 dist.broadcast(whole, src=0)
                 if isinstance(tensor, nn.Parameter):
                     whole = nn.Parameter(whole, tensor.requires_grad)
-                made[tensor] = whole
-            setattr(part, name, made[tensor])
+                sent[tensor] = whole
+            setattr(part, name, sent[tensor])
 
 
 def compile_parts(model: MoVEKD, teachers: Teachers, **options) -> None:
@@ -111,6 +107,29 @@ def compile_parts(model: MoVEKD, teachers: Teachers, **options) -> None:
         for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
             if hasattr(layer, name):  # Llama's names; another LLM runs as it is
                 getattr(layer, name).compile(dynamic=True, **options)
+
+
+def place_models(model: MoVEKD, teachers: Teachers, c: Config, world: int) -> None:
+    """Move all models to their devices, in their precision, sharded and compiled as asked."""
+    bf16 = c.precision == "bf16"
+    if bf16:
+        teachers.bfloat16()
+    if c.recompute:
+        recompute(model.vlm.blocks)
+    if world > 1 or bf16:
+        # One unit for the student: all of it is smaller than two blocks of a 7B LLM.
+        units = [model.vlm.student, *model.vlm.llm.blocks]
+        shard(model, units, c.device, world, bf16)
+    else:
+        model.float().to(c.device)
+    for name, encoder in teachers.encoders.items():
+        large = sum(p.numel() for p in encoder.parameters()) > SHARD_TEACHERS_ABOVE
+        # CLIP stays whole: its [CLS] row reads the weights of a block from outside.
+        if world > 1 and name != "clip" and large:
+            shard_frozen(encoder, c.device, world)
+    teachers.to(c.device)
+    if c.compile == "on":
+        compile_parts(model, teachers)
 
 
 def shard(root: nn.Module, units: Iterable[nn.Module], device: str, world: int,
@@ -132,11 +151,11 @@ def shard(root: nn.Module, units: Iterable[nn.Module], device: str, world: int,
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def note_what_trains(root: nn.Module) -> None:
-    """Let FSDP see, at the start of a stage, which parameters are trained in it.
+def refresh_trained(root: nn.Module) -> None:
+    """Tell FSDP which parameters train now. Call it at the start of a stage.
 
-    It looks when a unit is gathered for the first time, and torch below 2.14 gives a unit that is
-    frozen then no precision for gradients: stage 2 would end at its first backward.
+    FSDP looks when a unit is gathered for the first time, and torch below 2.14 gives a unit that is
+    frozen then no precision for gradients: stage 2 would fail at its first backward.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -154,6 +173,18 @@ def shard_frozen(encoder: VisionEncoder, device: str, world: int) -> None:
     mesh = init_device_mesh(device, (world,))
     for module in (*frozen_units(encoder), encoder):
         fully_shard(module, mesh=mesh)
+
+
+def backward(model: nn.Module, loss: torch.Tensor, last: bool) -> None:
+    """Run backward of a micro-batch; `last`: of the step.
+
+    FSDP averages gradients over the processes, so their sum needs the world size as a factor.
+    Gradients of several micro-batches add up locally, and are reduced once, after the last one.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        loss = loss * dist.get_world_size()
+    loss.backward()
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
