@@ -17,29 +17,21 @@ from tests.common import SHORT, C, some_conversations, total_loss
 from tools.compare import runs
 from tools.compare.__main__ import main
 from tools.compare.report import compare, interval, show, table
-from tools.compare.runs import train_all
 from tools.compare.variants import VARIANTS
 
-STUDENT = {"student backbone", "student MoLE"}
+BACKBONE, MOLE = {"student backbone"}, {"student MoLE"}
 ADAPTERS = {"adapter eva", "adapter convnext"}
 TRAINED = {  # variant: what stage 2 trains beside projector and LLM, if not all
-    "llava": set(),
-    "ensemble": set(),
-    "no-kd": STUDENT,
-    "no-mole": {"student backbone"} | ADAPTERS,
-    "clip-only": STUDENT,
-    "clip-eva": STUDENT | {"adapter eva"},
-    "clip-convnext": STUDENT | {"adapter convnext"},
-    "interpolation": {"student backbone"},  # its adapters have no parameters
-    "conflict": STUDENT,
-    "conflict-no-mole": {"student backbone"},
-    "adapters": {"student backbone"} | ADAPTERS,
-    "ours-no-mole": {"student backbone"} | ADAPTERS,
-    "ours-few-no-mole": {"student backbone"} | ADAPTERS,
-    "movekd-experts": {"student MoLE"} | ADAPTERS,
-    "ours-experts": {"student MoLE"} | ADAPTERS,
+    **dict.fromkeys(("llava", "ensemble"), set()),
+    **dict.fromkeys(("no-kd", "clip-only", "conflict"), BACKBONE | MOLE),
+    "clip-eva": BACKBONE | MOLE | {"adapter eva"},
+    "clip-convnext": BACKBONE | MOLE | {"adapter convnext"},
+    **dict.fromkeys(("interpolation", "conflict-no-mole"), BACKBONE),
+    **dict.fromkeys(("no-mole", "adapters", "ours-no-mole", "ours-few-no-mole"),
+                    BACKBONE | ADAPTERS),
+    **dict.fromkeys(("movekd-experts", "ours-experts"), MOLE | ADAPTERS),
 }
-WITHOUT_ADAPTERS = ("interpolation", "conflict", "conflict-no-mole")
+PARAMETER_FREE = ("interpolation", "conflict", "conflict-no-mole")  # adapters
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -60,11 +52,12 @@ def test_variants_train_what_they_say(variant):
     for name, parameters in model.parameter_groups().items():
         if any(p.grad is not None for p in parameters):
             learns.add(name)
-    assert learns == {"projector", "LLM"} | TRAINED.get(variant, STUDENT | ADAPTERS)
+    expected = TRAINED.get(variant, BACKBONE | MOLE | ADAPTERS)
+    assert learns == {"projector", "LLM"} | expected
     assert ("experts" in terms) == ("student MoLE" in learns)
     assert (terms["L_kd"] > 0) == ("kd_clip" in terms)
     for name in ("eva", "convnext"):
-        compared = f"adapter {name}" in learns or variant in WITHOUT_ADAPTERS
+        compared = f"adapter {name}" in learns or variant in PARAMETER_FREE
         assert (f"kd_{name}" in terms) == compared
     if variant != "ensemble":
         movekd = build_vlm(C, dataset.tokenizer, {})
@@ -102,10 +95,9 @@ def test_a_signal_ends_the_runs(tmp_path, monkeypatch):
 
     thread = threading.Thread(target=send)
     thread.start()
-    with pytest.raises(SystemExit) as ended:
-        run(lambda: train_all({output.parent: [*SHORT, "--out", "run"]}, {}))
+    with pytest.raises(SystemExit, match=f"^{STOPPED}$"):
+        run(lambda: runs.train_all({output.parent: [*SHORT, "--out", "run"]}, {}))
     thread.join()
-    assert ended.value.code == STOPPED
     assert not multiprocessing.active_children()
     assert not (output.parent / "result.json").exists()
 
