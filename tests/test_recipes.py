@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kd_loss import kd_loss, teacher_weights, token_weights
-from mole import ReleasedMoLE, balance_loss, router_probs
+from model import Ensemble
+from mole import MoLE, ReleasedMoLE, balance_loss, router_probs
 from plumbing.config import TINY, recipe
 from plumbing.teacher_outputs import measure_targets
 from teachers import (EncoderAdapter, TeacherOutput, adapt_student, build_adapters,
@@ -241,3 +242,90 @@ def test_ours_sends_the_student_what_the_teachers_see():
                for p in head.parameters())
     assert all(p.grad is not None for p in model.parameter_groups()["student backbone"])
     assert all(p.grad is None for p in teachers.parameters())
+
+
+# ------------------------------------------------------------------------------------------------
+# What follows where paper and released code differ: mechanisms of the table in docs/differences.md
+
+
+def test_one_expert_changes_the_ffn_by_its_rank_or_more():
+    """Row 1: beside the FFN an expert's change has LoRA's rank; inside it passes the activation."""
+    x = torch.randn(1, 64, 32).double()
+    ranks = []
+    for form in (MoLE, ReleasedMoLE):
+        options = {**MOLE, "num_experts": 1, "init": "kaiming"}
+        layer = form(timm.layers.Mlp(32, 128), 32, **options).double()
+        ranks.append(torch.linalg.matrix_rank((layer(x) - layer.ffn(x))[0], rtol=1e-6).item())
+    assert ranks[0] == MOLE["rank"] == 2
+    assert ranks[1] > 10
+
+
+@pytest.mark.parametrize("router_grad", ["none", "straight_through"])
+def test_experts_that_are_zero_give_the_router_no_gradient(router_grad):
+    """Row 2: at step 0 only the balance loss trains the router, with either switch."""
+    layer = MoLE(nn.Linear(8, 8), 8, **{**MOLE, "router_grad": router_grad})
+    layer(torch.randn(2, 5, 8)).square().sum().backward(retain_graph=True)
+    assert layer.router.weight.grad is None or not layer.router.weight.grad.any()
+    balance_loss([layer.probs], "per_layer").backward()
+    assert layer.router.weight.grad.any()
+
+
+def test_raw_dot_products_saturate_at_the_real_width():
+    """Row 5: d = 1024, V^cls of rms 1 and mean tokens of rms 0.3: one teacher takes nearly all."""
+    cls = torch.randn(2000, 1024)
+    targets = {name: 0.3 * torch.randn(2000, 1, 1024) for name in ("clip", "eva", "convnext")}
+    saturated = {}
+    for form in ("paper", "released"):
+        w = teacher_weights(cls, targets, 0.0, form, detach=True, collapse=False)   # (2000, 3)
+        saturated[form] = (w.amax(dim=1) > 0.8).float().mean().item()
+    assert saturated["paper"] < 0.01
+    assert saturated["released"] > 0.8
+
+
+def test_an_attached_weight_moves_to_the_teacher_that_is_easy():
+    """Row 6: downhill, an adapter whose error is large turns its tokens away from V^cls.
+
+    That takes its weight from it. Detached, the weights have no gradient.
+    """
+    V_s, cls, w_tok = torch.randn(B, n, d), torch.randn(B, d), torch.full((B, n), 1 / n)
+    hard = torch.randn(B, n, d, requires_grad=True)
+    V_t = {"clip": V_s, "eva": V_s + 0.1, "convnext": hard}
+    fixed = {name: tokens.detach() for name, tokens in V_t.items()}
+    losses = []
+    for detach in (True, False):
+        w_tea = teacher_weights(cls, V_t, 0.0, "released", detach=detach, collapse=False)
+        losses.append(kd_loss(dict.fromkeys(V_t, V_s), fixed, w_tok, w_tea)[0])
+    assert not losses[0].requires_grad
+    gradient, = torch.autograd.grad(losses[1], hard)
+    assert ((gradient.sum(dim=1) * cls).sum(dim=1) > 0).all()
+
+
+def test_sizes_of_the_real_adapters():
+    """Row 8: 69 % of EVA-L's adapter is its token matrix, 16 % of ConvNeXt-XXL's."""
+    counts, fractions = [], []
+    for n_i, d_i, form in ((4096, 1024, "token_mixing"), (1024, 3072, "token_mixing"),
+                           (4096, 1024, "per_token")):
+        adapter = EncoderAdapter(n_i, d_i, 576, 1024, form)
+        counts.append(sum(p.numel() for p in adapter.parameters()))
+        fractions.append(adapter.out.weight.numel() / counts[-1])
+    assert counts[0] == 3_409_472 and counts[2] == 2_099_200
+    assert fractions[:2] == pytest.approx([0.69, 0.16], abs=0.005)
+
+
+# ------------------------------------------------------------------------------------------------
+# The baseline that runs all encoders
+
+
+def test_ensemble_joins_all_encoders_by_channel():
+    """The multi-encoder VLM's token (i, j) is every encoder's token there, side by side.
+
+    A coarser map is resized to CLIP's grid.
+    """
+    teachers, images = tiny_teachers(), WorldImages("train", 2).images
+    ensemble = Ensemble(teachers)
+    tokens = ensemble(images)
+    assert tokens.shape == (2, ensemble.num_tokens, ensemble.dim) == (2, 36, 96 + 80 + 128)
+    outputs = teachers(images, [])
+    close(tokens[..., :96], F.layer_norm(outputs["clip"].tokens, (96,)))
+    # bilinear from 4 x 4 to 6 x 6: the corner stays the corner
+    close(tokens[:, 0, 176:], F.layer_norm(outputs["convnext"].tokens[:, 0], (128,)))
