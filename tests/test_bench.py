@@ -1,7 +1,6 @@
 """tools.bench: it measures what it says, and its baselines compute the same numbers as ours."""
 
 import torch
-from torch import nn
 
 from kd_loss import kd_loss
 from mole import mole_layers
@@ -17,7 +16,7 @@ def test_baselines_compute_what_ours_do():
     """Each baseline gives our numbers; PIL rounds a view to whole steps of its uint8 image."""
     x = images(2)
     layer = mole_layers(bench.student_with_experts(TINY, 0.0).cpu())[0]
-    nn.init.normal_(layer.lora.up.weight)
+    torch.nn.init.normal_(layer.lora.up.weight)
     tokens = torch.randn(2, 5, 96)
     close(bench.LoopMoLE(layer)(tokens), layer(tokens))
     clip = ClipEncoder(TINY.clip)
@@ -33,6 +32,7 @@ def test_baselines_compute_what_ours_do():
 
 
 def test_a_row_has_peak_memory_and_ratio():
-    """A tensor of 1,000 floats is 0.004 MB, and half of one of 2,000."""
-    case = bench.Case("this", "that", lambda: torch.zeros(1000), lambda: torch.zeros(2000), 1)
-    assert bench.row(case, TINY).endswith("| 0.004 MB | 0.008 MB | 0.50 |")
+    """1,024 floats are 0.0041 MB, and half of 2,048."""
+    small, large = (torch.zeros(size, device=bench.DEVICE) for size in (1024, 2048))
+    case = bench.Case("this", "that", small.clone, large.clone, 1)
+    assert bench.row(case, TINY).endswith("| 0.0041 MB | 0.00819 MB | 0.50 |")

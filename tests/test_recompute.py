@@ -6,7 +6,7 @@ from model import Student
 from mole import mole_layers
 from plumbing.sharding import recompute
 from tests.common import MOLE
-from tools.bench import peak_bytes
+from tools.plan.memory import PeakMemory
 
 
 def recomputed_student(blocks: int) -> Student:
@@ -35,6 +35,8 @@ def test_a_recomputed_block_leaves_only_its_input():
         out.sum().backward()
         assert all(layer.probs is p for layer, p in zip(layers, probs, strict=True))
         student.zero_grad()
-        peaks.append(peak_bytes(lambda student=student: student(images).sum().backward()))
+        with PeakMemory() as memory:
+            student(images).sum().backward()
+        peaks.append(memory.peak)
     trained = [p.numel() for p in student.net.blocks[0].mlp.parameters() if p.requires_grad]
     assert (peaks[1] - peaks[0]) / 4 < 1.1 * 4 * (4 * 37 * 64 + sum(trained))
