@@ -3,8 +3,6 @@
     python -m tools.plan --full                                 # 8 GPUs of 80 GB (15 s)
     python -m tools.plan --full --gpus 4 --gpu-memory 40 --teachers clip eva
     python -m tools.plan --small --gpus 1 --gpu-memory 24       # any flag of train.py may follow
-
-Letters: P parameters, G GPUs, b samples of a micro-batch, n tokens of the student.
 """
 
 import argparse
@@ -75,10 +73,8 @@ def models_table(model: MoVEKD, teachers: Teachers, forward: dict[str, float],
     """Return a Markdown table of each model's parameters and FLOPs."""
     modules = {"student": model.vlm.student, "projector": model.vlm.projector,
                "LLM": model.vlm.llm}
-    for name, adapter in model.adapters.items():
-        modules[f"adapter {name}"] = adapter
-    for name, encoder in teachers.encoders.items():
-        modules[f"teacher {name}"] = encoder
+    modules.update({f"adapter {name}": adapter for name, adapter in model.adapters.items()})
+    modules.update({f"teacher {name}": encoder for name, encoder in teachers.encoders.items()})
     lines = ["| model | parameters | TFLOPs forward, one image (LLM: one sample of stage 2) | "
              "TFLOPs of a step, stage 1 | stage 2 |", "|---|---|---|---|---|"]
     for name, module in modules.items():

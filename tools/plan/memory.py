@@ -173,15 +173,11 @@ def flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                     attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
                     is_causal: bool = False, scale: float | None = None,
                     enable_gqa: bool = False) -> torch.Tensor:
-    """Run F.scaled_dot_product_attention by the CPU's fused kernel: (B, h, T, D/h) -> the same.
-
-    With enable_gqa the keys have fewer heads; the kernel's shapes do not depend on it.
-    """
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = attn_mask.to(query.dtype)  # the kernel adds it to the scores
+    """Run F.scaled_dot_product_attention by the CPU's fused kernel: (B, h, T, D/h) -> the same."""
+    # enable_gqa says that the keys have fewer heads, which the kernel sees by itself
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, _ = kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-    return out                                                                      # (B, h, T, D/h)
+    return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask,
+                  scale=scale)[0]                                                   # (B, h, T, D/h)
 
 
 def activations(c: Config, model: MoVEKD, teachers: Teachers, tokens: int) -> int:

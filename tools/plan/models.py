@@ -1,11 +1,11 @@
 """A run's models on the meta device, which has shapes but no numbers, and the FLOPs of a step.
 
-Letters: n tokens and d width of the student, n_i and d_i those of a teacher, R_i its resolution,
-T tokens of the LLM's sequence, D its width, V its vocabulary, h its heads.
+Letters: B samples, T tokens of the LLM's sequence, D its width, V its vocabulary, h its heads.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -86,13 +86,6 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def count_flops(function: Callable, *args) -> float:
-    """Return the FLOPs of a call."""
-    with flop_counter() as counter:
-        function(*args)
-    return float(counter.get_total_flops())
-
-
 @torch.no_grad()
 def forward_flops(c: Config, model: MoVEKD, teachers: Teachers, tokens: int) -> dict[str, float]:
     """Return the FLOPs of each model's forward with one sample; `tokens` is the LLM's T."""
@@ -101,21 +94,24 @@ def forward_flops(c: Config, model: MoVEKD, teachers: Teachers, tokens: int) -> 
     encoders = {f"teacher {name}": encoder for name, encoder in teachers.encoders.items()}
     if c.student == "trained":
         encoders["student"] = student
-    flops = {}
+
+    # What runs, and on what shape.
+    calls = {"projector": (vlm.projector, (1, student.num_tokens, student.dim)),
+             "LLM": (functools.partial(run_llm, vlm), (1, tokens, vlm.llm.dim))}
     for name, encoder in encoders.items():
-        shape = (1, 3, encoder.image_size, encoder.image_size)
-        view = torch.empty(shape, device="meta")                                # (1, 3, R_i, R_i)
-        flops[name] = count_flops(encoder.net.forward_features, view)
+        view = (1, 3, encoder.image_size, encoder.image_size)
+        calls[name] = (encoder.net.forward_features, view)
     for name, adapter in model.adapters.items():
         source = teachers.encoders[name]
         if c.adapter_direction == "student_to_teacher":
             source = student
-        V_i = torch.empty(1, source.num_tokens, source.dim, device="meta")      # (1, n_i, d_i)
-        flops[f"adapter {name}"] = count_flops(adapter, V_i)
-    V_s = torch.empty(1, student.num_tokens, student.dim, device="meta")        # (1, n, d)
-    flops["projector"] = count_flops(vlm.projector, V_s)
-    x = torch.empty(1, tokens, vlm.llm.dim, device="meta")                      # (1, T, D)
-    flops["LLM"] = count_flops(run_llm, vlm, x)
+        calls[f"adapter {name}"] = (adapter, (1, source.num_tokens, source.dim))
+
+    flops = {}
+    for name, (function, shape) in calls.items():
+        with flop_counter() as counter:
+            function(torch.empty(shape, device="meta"))
+        flops[name] = float(counter.get_total_flops())
     return flops
 
 
