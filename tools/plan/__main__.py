@@ -119,6 +119,7 @@ def stage_memory(c: Config, stage: int, model: MoVEKD, teachers: Teachers,
 def main(argv: list[str] | None = None) -> None:
     """Print the plan; the machine's flags are read here, all others by train.py's parser."""
     parser = Parser(__doc__)
+    parser.prog = "python -m tools.plan"
     parser.add_argument("--gpus", type=int, default=8, help="default 8")
     parser.add_argument("--gpu-memory", type=float, default=80, help="GB, default 80")
     parser.add_argument("--gpu-tflops", type=float, default=312,

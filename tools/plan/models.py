@@ -34,21 +34,26 @@ LLMS = {  # the hub's config.json of each, so that no hub is needed
 }
 
 
-def meta_models(c: Config, llm_shape=None) -> tuple[MoVEKD, Teachers]:
-    """Build all models of a run on the meta device.
+def random_models(c: Config, device: str, llm_shape=None) -> tuple[MoVEKD, Teachers]:
+    """Build all models of a run with random weights.
 
     A real LLM has the shape of a transformers config: llm_shape, or its own.
     """
     # The tiny LLM has the words of the data; a real one's number of words stands in its config.
     tokenizer = PretrainedTokenizer if c.llm else build_tokenizer(c, load_sets(c))
-    # These forms of the loss's weights look at no numbers, and the others cost the same.
-    c = dataclasses.replace(c, kd_token_weight="paper", kd_teacher_weight="uniform",
-                            kd_collapse="none")
-    with torch.device("meta"):
+    with torch.device(device):
         llm = PretrainedLLM(c.llm, llm_shape or llm_config(c.llm)) if c.llm else None
         vlm = build_vlm(c, tokenizer, {}, llm)
         teachers = build_teachers(c, {})
         return build_movekd(c, vlm, teachers), teachers
+
+
+def meta_models(c: Config, llm_shape=None) -> tuple[MoVEKD, Teachers]:
+    """Build all models of a run on the meta device."""
+    # These forms of the loss's weights look at no numbers, and the others cost the same.
+    c = dataclasses.replace(c, kd_token_weight="paper", kd_teacher_weight="uniform",
+                            kd_collapse="none")
+    return random_models(c, "meta", llm_shape)
 
 
 def llm_config(name: str):

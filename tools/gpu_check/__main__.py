@@ -1,8 +1,8 @@
 """Does it run on this GPU as on the CPU, in the memory and time it should?  In under 10 minutes.
 
     python -m tools.gpu_check                       # one GPU, random weights, no network
-    python -m tools.gpu_check --out gpu_check.md    # the table in Markdown too, for docs/speed.md
-    python -m tools.gpu_check --device cpu          # what a CPU can check, at toy sizes (3 min)
+    python -m tools.gpu_check --out gpu_check.md    # the table in a file too, as Markdown
+    python -m tools.gpu_check --device cpu          # what a CPU can check, at small sizes (2 min)
     python -m tools.gpu_check --only views kill     # some of the checks
 
 Prints a table, check | expected | got | ok; the exit status is 1 if one is not ok. What is left out
@@ -22,11 +22,10 @@ from tqdm import tqdm
 from data import InputError
 from plumbing.checks import find_device
 from plumbing.cli import Parser, run
-from tools import (gpu_checks_correctness as correctness, gpu_checks_memory as memory,
-                   gpu_checks_runs as runs, gpu_checks_speed as speed)
-from tools.gpu_checks_common import LeftOut, Place, Row, free
+from tools.gpu_check import correctness, cost, runs
+from tools.gpu_check.common import LeftOut, Row, Setup
 
-# in this order: what a later check needs is made by an earlier one, and the slowest come last
+# in this order: a later check may need the runs of an earlier one, and the slowest come last
 CHECKS = {
     "versions": correctness.check_versions,
     "group": correctness.check_group,
@@ -40,73 +39,63 @@ CHECKS = {
     "bf16-run": runs.check_bf16_run,
     "kill": runs.check_kill,
     "sigterm": runs.check_sigterm,
-    "synchronisations": runs.check_synchronisations,
-    "memory": memory.check_memory,
-    "fragments": memory.check_fragments,
-    "checkpoint": memory.check_checkpoint,
-    "loader": speed.check_loader,
-    "stage2": speed.check_stage2_speed,
-    "llama-layer": speed.check_llama_layer_speed,
-    "mole": speed.check_mole_speed,
+    "memory": cost.check_memory,
+    "fragments": cost.check_fragments,
+    "checkpoint": cost.check_checkpoint,
+    "loader": cost.check_loader,
+    "stage2": cost.check_stage2_speed,
     "recompilations": runs.check_recompilations,
-    "teachers": speed.check_teachers_speed,
 }
 SECONDS = {"cuda": 570, "cpu": 170}     # all of it; what does not fit any more is left out
 HEAD = "| check | expected | got | ok |\n|---|---|---|---|"
 
 
-def rows_of(name: str, check: Callable, place: Place) -> Iterator[Row]:
-    """A check's rows. What it raises becomes one: a check that fails stops no other."""
-    what = (check.__doc__ or "").split("\n")[0]
+def rows_of(name: str, check: Callable, setup: Setup) -> Iterator[Row]:
+    """Yield a check's rows. An exception becomes a row: a check that fails stops no other."""
+    claim = (check.__doc__ or "").split("\n")[0]
     try:
-        free(place)
-        yield from check(place)
+        setup.free()
+        yield from check(setup)
     except LeftOut as e:
-        yield Row(name, what, str(e), None)
+        yield Row(name, claim, str(e), None)
     except Exception as e:  # whatever a GPU can do wrong
         fault = str(e).strip().splitlines()
-        yield Row(name, what, f"{type(e).__name__}: {fault[0][:300] if fault else ''}", False)
+        yield Row(name, claim, f"{type(e).__name__}: {fault[0][:300] if fault else ''}", False)
 
 
 def line(row: Row) -> str:
-    """A row in Markdown."""
-    said = {True: "yes", False: "NO", None: "left out"}[row.ok]
+    """Return a row as Markdown."""
+    verdict = {True: "yes", False: "NO", None: "left out"}[row.ok]
     cells = [" ".join(cell.split()).replace("|", "\\|") for cell in row[:3]]
-    return f"| {' | '.join([*cells, said])} |"
+    return f"| {' | '.join([*cells, verdict])} |"
 
 
-def print_rows(names: list[str], place: Place) -> list[Row]:
-    """Make the checks; each row is printed as soon as it is known."""
+def run_checks(names: list[str], setup: Setup) -> list[Row]:
+    """Run checks; each row is printed as soon as it is known."""
     print(HEAD)
     rows = []
     for name in tqdm(names, leave=False, disable=None):
-        for row in rows_of(name, CHECKS[name], place):
+        for row in rows_of(name, CHECKS[name], setup):
             rows.append(row)
             tqdm.write(line(row))
             sys.stdout.flush()
     return rows
 
 
-def summary(rows: list[Row], seconds: float) -> str:
-    """How many were ok, not ok, left out."""
-    counts = {ok: sum(row.ok is ok for row in rows) for ok in (True, False, None)}
-    return (f"{counts[True]} ok, {counts[False]} not ok, {counts[None]} left out; "
-            f"{seconds:.0f} s")
-
-
-def write_table(file: Path, device: str, rows: list[Row], end: str) -> None:
-    """The table as a file of Markdown, complete or not at all."""
+def write_table(file: Path, device: str, rows: list[Row], summary: str) -> None:
+    """Write the table as Markdown, completely or not at all."""
     card = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
     lines = [f"`python -m tools.gpu_check` on {card}, torch {torch.__version__}:", "", HEAD]
     lines += [line(row) for row in rows]
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text("\n".join([*lines, "", end]) + "\n", encoding="utf-8")
+    temporary.write_text("\n".join([*lines, "", summary]) + "\n", encoding="utf-8")
     temporary.replace(file)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """All checks, or those that are named."""
+    """Run all checks, or those that are named."""
     parser = Parser(__doc__)
+    parser.prog = "python -m tools.gpu_check"
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
                         help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
@@ -116,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     # before CUDA is first used: the sizes of steps vary
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device = find_device(args.device)
-    if device == "mps":  # what is checked is CUDA's
+    if device == "mps":  # the checks are about CUDA
         device = "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; --device cpu checks what it can")
@@ -125,13 +114,15 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
-        place = Place(device, Path(folder), start + SECONDS[device])
-        rows = print_rows([name for name in CHECKS if name in args.only], place)
-    end = summary(rows, time.monotonic() - start)
-    print(end)
+        setup = Setup(device, Path(folder), start + SECONDS[device])
+        rows = run_checks([name for name in CHECKS if name in args.only], setup)
+    verdicts = [row.ok for row in rows]
+    summary = (f"{verdicts.count(True)} ok, {verdicts.count(False)} not ok, "
+               f"{verdicts.count(None)} left out; {time.monotonic() - start:.0f} s")
+    print(summary)
     if args.out:
-        write_table(args.out, device, rows, end)
-    if any(row.ok is False for row in rows):
+        write_table(args.out, device, rows, summary)
+    if False in verdicts:
         sys.exit(1)
 
 
