@@ -108,26 +108,6 @@ def select_rows(records: Sequence, rows: list[int]) -> Sequence:
     return [records[row] for row in rows]
 
 
-def rows_digest(records: Sequence) -> str:
-    """A hash of all rows, one after the other: that of their JSON list."""
-    h = hashlib.sha256(b"[")
-    for row, record in enumerate(records):
-        text = json.dumps(record, sort_keys=True)
-        h.update((", " if row else "").encode() + text.encode())
-    h.update(b"]")
-    return h.hexdigest()
-
-
-def images_of(sets: list[tuple]) -> dict:
-    """{image name: its get_image} of all images of some (records, get_image), sorted by name."""
-    source = {}
-    for records, get_image in sets:
-        for record in records:
-            if "image" in record:
-                source[record["image"]] = get_image
-    return dict(sorted(source.items()))
-
-
 def whole_characters(text: str) -> str:
     """A text with U+FFFD in the place of each lone surrogate, which no encoding has."""
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""Loading data: pictures, batches, bad rows, LLaVA's layout, the teachers' cache."""
+"""Loading data: pictures, batches, bad rows, LLaVA's layout."""
 
 import hashlib
 import json
@@ -8,17 +8,15 @@ import pytest
 import torch
 
 from data import Conversations, InputError, blank_image, collate
-from plumbing.batches import batch_order, make_loader
+from plumbing.sets import batch_order, make_loader
 from plumbing.sets import llava_layout
-from plumbing.teacher_outputs import CachedTeachers, TeacherCache
 from real import record_file
 from real.image_files import load_image
 from real.record_file import RecordFile, find_rows
 from real.records import read_list, rows_digest
-from teachers import Teachers
-from tests.common import save_png, some_conversations, tiny_teachers
+from tests.common import save_png, some_conversations
 from tiny.llm import WordTokenizer
-from tiny.world import WorldImages, world_records
+from tiny.world import world_records
 
 
 def test_padding_to_square_keeps_the_whole_image(tmp_path):
@@ -222,58 +220,3 @@ def test_a_file_that_changes_under_the_run_is_named(tmp_path):
     file.write_text("[1, 2]", encoding="utf-8")
     with pytest.raises(InputError, match="has changed while it was read"):
         rows[0]
-
-
-# ------------------------------------------------------------------------------------------------
-# The teachers' cache
-
-
-NAMES = [f"train-0/{i}.png" for i in range(5)]
-
-
-def make_caches(teachers: Teachers, pictures: WorldImages, folder) -> dict[str, TeacherCache]:
-    caches = {}
-    for name, encoder in teachers.encoders.items():
-        caches[name] = TeacherCache(folder, name, encoder, NAMES, pictures, "here",
-                                    pictures.fingerprint(NAMES), batch=2)
-    return caches
-
-
-def test_cached_teachers_are_the_teachers_in_fp16(tmp_path):
-    """From --cache-teachers come the teachers' own outputs, rounded to fp16, without running them.
-
-    For any images in any order; made once.
-    """
-    teachers, pictures = tiny_teachers(), WorldImages("train", 5)
-    plain = teachers(torch.stack([pictures(NAMES[i]) for i in (3, 0)]), [])
-    make_caches(teachers, pictures, tmp_path)
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    cached = CachedTeachers(teachers, make_caches(teachers, pictures, tmp_path))
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
-    assert not list(tmp_path.glob("*.tmp"))
-    outputs = cached(torch.zeros(2, 3, 96, 96), [NAMES[3], NAMES[0]])
-    for name, output in plain.items():
-        for field, value in output._asdict().items():
-            read = getattr(outputs[name], field)
-            if value is None:
-                assert read is None
-            else:
-                torch.testing.assert_close(read, value, rtol=2 ** -10, atol=1e-3)
-
-
-def test_a_stale_cache_is_refused(tmp_path):
-    """Images that have changed under the same names are an error; other weights, another cache."""
-    teachers, pictures = tiny_teachers(), WorldImages("train", 5)
-    make_caches(teachers, pictures, tmp_path)
-    pictures.images[0] += 1
-    with pytest.raises(InputError, match="images have changed"):
-        make_caches(teachers, pictures, tmp_path)
-    pictures.images[0] -= 1
-    before = set(tmp_path.iterdir())
-    next(teachers.encoders["eva"].parameters()).data += 1
-    changed = make_caches(teachers, pictures, tmp_path)
-    added = set(tmp_path.iterdir()) - before
-    assert added and all(path.name.startswith("eva-") for path in added)
-    tokens = changed["eva"].read(NAMES[:1], torch.device("cpu")).tokens
-    own = teachers.encoders["eva"](pictures(NAMES[0])[None]).tokens
-    torch.testing.assert_close(tokens, own, rtol=2 ** -10, atol=1e-3)
