@@ -3,7 +3,7 @@
     python -m tools.gpu_check                       # one GPU, random weights, no network
     python -m tools.gpu_check --out gpu_check.md    # the table in a file too, as Markdown
     python -m tools.gpu_check --device cpu          # what a CPU can check, at small sizes (2 min)
-    python -m tools.gpu_check --only views kill     # some of the checks
+    python -m tools.gpu_check --only memory resume  # some of the checks
 
 Prints a table, check | expected | got | ok; the exit status is 1 if one is not ok. What is left out
 is in the table too, with the reason.
@@ -22,28 +22,23 @@ from tqdm import tqdm
 from data import InputError
 from plumbing.checks import find_device
 from plumbing.cli import Parser, run
+from plumbing.files import replacing
 from tools.gpu_check import correctness, cost, runs
 from tools.gpu_check.common import LeftOut, Row, Setup
 
 # in this order: a later check may need the runs of an earlier one, and the slowest come last
 CHECKS = {
-    "versions": correctness.check_versions,
     "group": correctness.check_group,
-    "views": correctness.check_views,
     "start": correctness.check_start,
     "bf16": correctness.check_bf16,
     "dtypes": correctness.check_dtypes,
     "recompute": correctness.check_recompute,
     "attention": correctness.check_attention,
     "fp32-run": runs.check_fp32_run,
-    "bf16-run": runs.check_bf16_run,
-    "kill": runs.check_kill,
-    "sigterm": runs.check_sigterm,
+    "resume": runs.check_resume,
     "memory": cost.check_memory,
     "fragments": cost.check_fragments,
-    "checkpoint": cost.check_checkpoint,
-    "loader": cost.check_loader,
-    "stage2": cost.check_stage2_speed,
+    "time": cost.check_time,
     "recompilations": runs.check_recompilations,
 }
 SECONDS = {"cuda": 570, "cpu": 170}     # all of it; what does not fit any more is left out
@@ -72,7 +67,6 @@ def line(row: Row) -> str:
 
 def run_checks(names: list[str], setup: Setup) -> list[Row]:
     """Run checks; each row is printed as soon as it is known."""
-    print(HEAD)
     rows = []
     for name in tqdm(names, leave=False, disable=None):
         for row in rows_of(name, CHECKS[name], setup):
@@ -82,14 +76,15 @@ def run_checks(names: list[str], setup: Setup) -> list[Row]:
     return rows
 
 
-def write_table(file: Path, device: str, rows: list[Row], summary: str) -> None:
-    """Write the table as Markdown, completely or not at all."""
-    card = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
-    lines = [f"`python -m tools.gpu_check` on {card}, torch {torch.__version__}:", "", HEAD]
-    lines += [line(row) for row in rows]
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text("\n".join([*lines, "", summary]) + "\n", encoding="utf-8")
-    temporary.replace(file)
+def versions(device: str) -> str:
+    """Return what the checks run on, as a line."""
+    machine = f"a CPU with {os.cpu_count()} cores"
+    if device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        machine = (f"{card.name} ({card.total_memory / 1e9:.1f} GB, compute capability "
+                   f"{card.major}.{card.minor}), CUDA {torch.version.cuda}, cuDNN "
+                   f"{torch.backends.cudnn.version()}")
+    return f"`python -m tools.gpu_check` on {machine}, torch {torch.__version__}:"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--device cuda: torch finds no GPU here; --device cpu checks what it can")
     if args.out and not args.out.parent.is_dir():
         raise InputError(f"--out {args.out}: no such folder {args.out.parent}")
+    heading = f"{versions(device)}\n\n{HEAD}"
+    print(heading)
     torch.manual_seed(0)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as folder:
@@ -121,7 +118,9 @@ def main(argv: list[str] | None = None) -> None:
                f"{verdicts.count(None)} left out; {time.monotonic() - start:.0f} s")
     print(summary)
     if args.out:
-        write_table(args.out, device, rows, summary)
+        with replacing(args.out) as temporary:
+            text = "\n".join([heading, *map(line, rows), "", summary])
+            temporary.write_text(f"{text}\n", encoding="utf-8")
     if False in verdicts:
         sys.exit(1)
 

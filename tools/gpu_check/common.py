@@ -19,7 +19,7 @@ from data import IGNORE, InputError
 from model import MoVEKD
 from plumbing.config import FULL, TINY, Config
 from plumbing.machine import Machine, Step
-from plumbing.sharding import refresh_trained
+from plumbing.sharding import place_models, refresh_trained
 from real.pretrained_llm import require_transformers
 from teachers import Teachers
 from tools.plan.memory import PeakMemory, loader_images
@@ -177,9 +177,9 @@ def training(setup: Setup, c: Config, layers: int, stage: int) -> Iterator[Train
     machine = Machine(c)
     try:
         model, teachers = random_models(c, setup.device, shape)
-        machine.place(model, teachers)
+        place_models(model, teachers, c, machine.world)
         trainer = Trainer(c, model, teachers)
         trainer.start_stage(stage)
         yield trainer
     finally:
-        machine.disconnect()
+        machine.leave()

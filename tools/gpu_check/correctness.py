@@ -3,7 +3,6 @@
 Letters: B samples, n tokens and d width of the student.
 """
 
-import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,75 +10,38 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from plumbing.build import build_encoder, build_student
+from plumbing.config import Config
 from plumbing.machine import Machine
 from plumbing.sharding import recompute
 from tools.gpu_check.common import Row, Setup, full_config, llama_shape, training, training_batch
 from tools.plan.models import random_models
-
-TORCH = (2, 11)     # the oldest that these checks are written for
-
-
-def check_versions(setup: Setup) -> Iterator[Row]:
-    """Check torch, CUDA, and the card."""
-    version = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
-    expected = f"torch >= {'.'.join(map(str, TORCH))}, bf16"
-    if not setup.cuda:
-        yield Row("versions and card", expected, f"torch {torch.__version__}, a CPU, "
-                  f"{torch.get_num_threads()} threads of {os.cpu_count()} cores", version >= TORCH)
-        return
-    card = torch.cuda.get_device_properties(0)
-    got = (f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN "
-           f"{torch.backends.cudnn.version()}, {card.name}, {card.total_memory / 1e9:.1f} GB, "
-           f"compute capability {card.major}.{card.minor}")
-    yield Row("versions and card", expected, got,
-              version >= TORCH and torch.cuda.is_bf16_supported())
 
 
 def check_group(setup: Setup) -> Iterator[Row]:
     """A process group of one process, as bf16 wants it, adds up scalars of CPU and device."""
     machine = Machine(full_config(setup))
     try:
-        sums = []
-        for device in ("cpu", setup.device):
-            scalar = torch.tensor(3.5, device=device)                               # ()
+        scalars = [torch.tensor(3.5, device=device) for device in ("cpu", setup.device)]
+        for scalar in scalars:
             dist.all_reduce(scalar)
-            sums.append(scalar.item())
-        yield Row("a process group alone: totals of CPU and device", "3.5, 3.5",
-                  ", ".join(map(str, sums)), sums == [3.5, 3.5])
+        sums = [scalar.item() for scalar in scalars]
+        yield Row("a process group alone: totals of CPU and device", "[3.5, 3.5]", str(sums),
+                  sums == [3.5, 3.5])
     finally:
-        machine.disconnect()
+        machine.leave()
 
 
-# ------------------------------------------------------------------------------------------------
-# Encoders
-
-
-def random_images(c) -> torch.Tensor:
-    """Make smooth random pictures, uint8 (2, 3, R, R)."""
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    size = [c.image_size, c.image_size]
-    return torch.nn.functional.interpolate(pixels.float(), size, mode="bilinear").byte()
-
-
-def check_views(setup: Setup) -> Iterator[Row]:
-    """Each encoder's view of an image: the device's resize against the CPU's."""
-    c = full_config(setup)
-    images = random_images(c)                                                       # (2, 3, R, R)
-    for name in (*c.teachers, "sam") if setup.cuda else c.teachers:
-        with torch.device("meta"):
-            encoder = build_encoder(c, name, {})
-        std = torch.tensor(encoder.std)[:, None, None]                              # (3, 1, 1)
-        ours = encoder.view(images.to(setup.device)).cpu()
-        levels = ((ours - encoder.view(images)).abs() * std * 255).max().item()
-        yield Row(f"view of {name}: device against CPU", "<= 1 level of 255", f"{levels:.2f}",
-                  levels <= 1.01)
+def random_images(c: Config, setup: Setup) -> torch.Tensor:
+    """Make pictures of noise, uint8 (2, 3, R, R)."""
+    size = (2, 3, c.image_size, c.image_size)
+    return torch.randint(0, 256, size, dtype=torch.uint8, device=setup.device)
 
 
 @torch.no_grad()
 def check_bf16(setup: Setup) -> Iterator[Row]:
     """Each teacher in bf16 against itself in fp32."""
     c = full_config(setup)
-    images = random_images(c).to(setup.device)                                      # (2, 3, R, R)
+    images = random_images(c, setup)                                                # (2, 3, R, R)
     for name in c.teachers:
         with torch.device(setup.device):
             encoder = build_encoder(c, name, {}).eval()
@@ -101,16 +63,12 @@ def check_start(setup: Setup) -> Iterator[Row]:
         teacher = build_encoder(c, "clip", {}).eval()
         torch.manual_seed(0)  # so that the student's CLIP draws the same weights
         student = build_student(c, {}).train()
-    images = random_images(c).to(setup.device)                                      # (2, 3, R, R)
+    images = random_images(c, setup)                                                # (2, 3, R, R)
     for dtype in (torch.float32, torch.bfloat16):
         V_s = student.to(dtype)(images)                                             # (2, n, d)
         difference = (V_s - teacher.to(dtype)(images).tokens).abs().max().item()
         yield Row(f"student at step 0 against CLIP in {dtype}", "0.0 apart", str(difference),
                   difference == 0)
-
-
-# ------------------------------------------------------------------------------------------------
-# Training
 
 
 def check_dtypes(setup: Setup) -> Iterator[Row]:
@@ -149,10 +107,6 @@ def check_recompute(setup: Setup) -> Iterator[Row]:
     error = ((straight - recomputed).norm() / straight.norm()).item()
     yield Row("gradients with and without --recompute", "<= 1e-5 apart", f"{error:.1e}",
               error <= 1e-5)
-
-
-# ------------------------------------------------------------------------------------------------
-# Attention
 
 
 def attention_kernels(function: Callable) -> set[str]:

@@ -1,37 +1,20 @@
-"""Checks of tools.gpu_check: memory and time against what tools.plan says.
+"""Checks of tools.gpu_check: memory and time of a step against what tools.plan says.
 
-Letters: T tokens of the LLM's sequence, n tokens of the student.
+Letters: T tokens of the LLM's sequence.
 """
 
-import math
-import os
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from torchvision.transforms.v2.functional import to_pil_image
 
-from data import Conversations
-from plumbing.batches import loader_options, make_loader
-from plumbing.checkpoints import Checkpoints
-from plumbing.checks import check_shared_memory
-from plumbing.config import FULL, Config
-from plumbing.sets import training_size
-from real.image_files import DiskImages
-from tiny.llm import WordTokenizer
-from tiny.world import WorldImages, world_records
+from plumbing.config import Config
 from tools.gpu_check.common import Row, Setup, full_config, llama_shape, training, training_batch
 from tools.plan.memory import CONTEXT, FRAGMENTS, activations, memory, samples_that_fit
-from tools.plan.models import TEXT, count, forward_flops, meta_models, step_flops
+from tools.plan.models import forward_flops, meta_models, step_flops
 
 LLM_LAYERS = 32     # of Vicuna-7B
-SLOWEST = 0.2   # of a matrix product's FLOP/s; tools.plan assumes 0.4 of the data sheet's
-
-# ------------------------------------------------------------------------------------------------
-# Memory
+SLOWEST = 0.2       # of a matrix product's speed; tools.plan assumes 0.4 of the data sheet's
 
 
 def fitting(setup: Setup, c: Config, layers: int, stage: int,
@@ -95,111 +78,31 @@ def check_fragments(setup: Setup) -> Iterator[Row]:
               f"{ratio:.3f} of {allocated / 1e9:.1f} GB", ratio < 1 + FRAGMENTS)
 
 
-def check_checkpoint(setup: Setup) -> Iterator[Row]:
-    """A checkpoint of stage 2: its size on disk and on the host."""
-    c = full_config(setup, teachers=("clip",), lambda_kd=0.0, micro_batch=2)
-    folder = setup.folder / "checkpoint"
-    with training(setup, c, 1, stage=2) as trainer:
-        n = trainer.model.vlm.student.num_tokens
-        trainer.step(training_batch(c, trainer.model, 2, n + 40))
-        size = 12 * count(trainer.model.parameters())
-        setup.require(shutil.disk_usage(setup.folder).free > 2 * size,
-                      f"wants {2 * size / 1e9:.0f} GB in {setup.folder.parent}")
-        checkpoints = Checkpoints(folder, 1, rank=0, world=1)
-        before = reset_host_peak()
-        checkpoints.save("stage2-00000001", trainer.model, trainer.optimizer, {})
-        checkpoints.finish()
-        grown = host_peak() - before
-    written = sum(path.stat().st_size for path in folder.glob("*/*"))
-    shutil.rmtree(folder)
-    yield Row("a checkpoint on disk", f"{size / 1e9:.3g} GB, 12 bytes per parameter",
-              f"{written / 1e9:.3g} GB", abs(written / size - 1) < 0.1)
-    setup.require_gpu("its memory on the host is too small to be seen here")
-    yield Row("host memory of a checkpoint", f"<= twice the state: {2 * size / 1e9:.3g} GB",
-              f"{grown / 1e9:.3g} GB", grown <= 2.2 * size)
+def check_time(setup: Setup) -> Iterator[Row]:
+    """A step of stage 2 with 8 layers of the LLM: the fraction of the GPU's speed it reaches."""
+    setup.require_gpu("small sizes tell nothing about its speed")
+    setup.require_seconds(60)
+    c = full_config(setup)
+    layers, samples, _ = fitting(setup, c, 8, 2, c.max_length)
+    forward = forward_flops(c, *meta_models(c, llama_shape(setup, layers)), c.max_length)
+    flops = samples * sum(step_flops(c, 2, forward).values())
+    with training(setup, c, layers, stage=2) as trainer:
+        batch = training_batch(c, trainer.model, samples, c.max_length)
+        seconds = median_seconds(trainer.step, batch)
+    a = torch.randn(8192, 8192, device=setup.device, dtype=torch.bfloat16)
+    peak = 2 * 8192 ** 3 / median_seconds(torch.mm, a, a)                           # FLOP/s
+    reached = flops / seconds / peak
+    yield Row(f"a step of stage 2, {layers} layers, micro-batch {samples}, T = {c.max_length}",
+              f">= {100 * SLOWEST:g} % of a matrix product's {peak / 1e12:.0f} TFLOP/s",
+              f"{100 * reached:.0f} %, {1e3 * seconds:.0f} ms", reached >= SLOWEST)
 
 
-def reset_host_peak() -> float:
-    """Return the bytes of host memory that this process holds; host_peak counts from here on.
-
-    As Linux counts it; elsewhere NaN.
-    """
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return host_peak()
-
-
-def host_peak() -> float:
-    """Return the most bytes of host memory that this process has held since reset_host_peak."""
-    status = Path("/proc/self/status")
-    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):
-            return 1024 * float(line.split()[1])
-    return math.nan
-
-
-# ------------------------------------------------------------------------------------------------
-# Time
-
-
-def median_seconds(setup: Setup, repeats: int, function: Callable, *args) -> float:
-    """Return the median time of a call, after one that warms up."""
+def median_seconds(function: Callable, *args) -> float:
+    """Return the median time of five calls on the GPU, after one that warms up."""
     times = []
-    for _ in range(repeats + 1):
+    for _ in range(6):
         start = time.perf_counter()
         function(*args)
-        if setup.cuda:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
-
-
-def check_stage2_speed(setup: Setup) -> Iterator[Row]:
-    """A step of stage 2 with 4 and with 8 layers of the LLM, extrapolated to all of them."""
-    setup.require_seconds(90)
-    c = full_config(setup)
-    few, more, repeats = (4, 8, 5) if setup.cuda else (1, 2, 3)
-    model, teachers = meta_models(c, llama_shape(setup, LLM_LAYERS))
-    tokens = model.vlm.student.num_tokens + TEXT[2] if setup.cuda else c.max_length
-    layers, samples, _ = fitting(setup, c, more, 2, tokens)
-    setup.require(layers == more, f"has no room for {more} layers of the LLM")
-    times = {}
-    for layers in (few, more):
-        with training(setup, c, layers, stage=2) as trainer:
-            batch = training_batch(c, trainer.model, samples, tokens)
-            times[layers] = median_seconds(setup, repeats, trainer.step, batch)
-    setup.require_gpu("a layer of small sizes is too quick to be timed")
-    seconds = times[more] + (LLM_LAYERS - more) * (times[more] - times[few]) / (more - few)
-    flops = samples * sum(step_flops(c, 2, forward_flops(c, model, teachers, tokens)).values())
-    a = torch.randn(8192, 8192, device=setup.device, dtype=torch.bfloat16)
-    peak = 2 * 8192 ** 3 / median_seconds(setup, 5, torch.mm, a, a)                 # FLOP/s
-    reached = flops / seconds / peak
-    yield Row(f"a step of stage 2, micro-batch {samples}, T = {tokens}, extrapolated to "
-              f"{LLM_LAYERS} layers, without communication",
-              f">= {100 * SLOWEST:g} % of a matrix product's {peak / 1e12:.0f} TFLOP/s",
-              f"{100 * reached:.0f} %: {seconds:.3g} s", reached >= SLOWEST)
-
-
-def check_loader(setup: Setup) -> Iterator[Row]:
-    """Photographs of 640 x 480 from files, through the loader and its workers."""
-    c = full_config(setup, workers=min(FULL.workers, os.cpu_count() or 1))
-    check_shared_memory(c)
-    number, batch_size = (512, 16) if setup.cuda else (16, 4)
-    folder = setup.folder / "pictures"
-    folder.mkdir()
-    draw = WorldImages("train", 16)
-    records = world_records("train", "chat", 16)
-    for i, record in enumerate(records):
-        picture = to_pil_image(draw(record["image"])).resize((640, 480))
-        record["image"] = f"{i}.jpg"
-        picture.save(folder / record["image"])
-    records = records * (number // 16)
-    dataset = Conversations(records, DiskImages(folder, training_size(c)),
-                            WordTokenizer.from_records(records), "v1", 36, c.max_length)
-    batches = iter(make_loader(dataset, batch_size, 1, 0, 0, **loader_options(c)))
-    next(batches)  # the workers have started
-    start = time.perf_counter()
-    images = sum(len(batch["image_names"]) for batch in batches)
-    rate = images / (time.perf_counter() - start)
-    yield Row(f"the loader's images per second, {c.workers} workers, {training_size(c)} px",
-              "> 7, what a GPU trains on (an estimate)", f"{rate:.3g}", rate > 7)
+    return sorted(times[1:])[2]

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plumbing.run_folder import read_log
-from tools.gpu_check.common import LeftOut, Row, Setup
+from plumbing.signals import STOPPED
+from tools.gpu_check.common import Row, Setup
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 SHORT = ("--tiny --processes 1 --stage0-scale 0.01 --cache-teachers= --log-every 1 "
@@ -31,20 +32,12 @@ def start(setup: Setup, flags: str, **environment: str) -> subprocess.Popen:
                             env={**os.environ, **environment}, start_new_session=True)
 
 
-def signal_all(process: subprocess.Popen, name: str) -> None:
-    """Signal a run and its workers. Raises LeftOut on Windows, where the run is killed."""
-    if not hasattr(os, "killpg"):
-        process.kill()
-        raise LeftOut("Windows has no process groups, to which a signal could be sent")
-    os.killpg(process.pid, getattr(signal, name))
-
-
 def finish(process: subprocess.Popen, status: int = 0, timeout: float = TIMEOUT) -> str:
     """Wait for a run's end and return its stderr. Raises RuntimeError for another exit status."""
     try:
         _, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        signal_all(process, "SIGKILL")
+        process.kill()
         raise RuntimeError(f"no end after {timeout} s") from None
     if process.returncode != status:
         last = (errors.strip().splitlines() or ["nothing on stderr"])[-1]
@@ -52,23 +45,19 @@ def finish(process: subprocess.Popen, status: int = 0, timeout: float = TIMEOUT)
     return errors
 
 
-def largest_difference(a: dict, b: dict, start: str = "") -> tuple[float, str]:
+def largest_difference(a: dict, b: dict, prefix: str = "") -> tuple[float, str]:
     """Return the largest difference of two log lines, relative above 1, and the number's name.
 
-    With `start`, of the numbers whose names start so.
+    With a prefix, only numbers with such names are compared.
     """
     worst = (0.0, "none")
     for name, value in a.items():
-        if isinstance(value, float) and name.startswith(start):
+        if isinstance(value, float) and name.startswith(prefix):
             difference = abs(value - b[name]) / max(1.0, abs(value))
             if not math.isfinite(difference):
                 difference = math.inf
             worst = max(worst, (difference, name))
     return worst
-
-
-# ------------------------------------------------------------------------------------------------
-# Results
 
 
 def check_fp32_run(setup: Setup) -> Iterator[Row]:
@@ -85,13 +74,40 @@ def check_fp32_run(setup: Setup) -> Iterator[Row]:
               f"{difference:.1e} ({name})", difference <= 1e-3)
 
 
-def check_bf16_run(setup: Setup) -> Iterator[Row]:
-    """Both stages as --full runs them: bf16, recomputed, with workers and checkpoints."""
-    finish(start(setup, f"{LIKE_FULL} --device {setup.device} --out runs/straight"))
-    losses = [line["L_total"] for line in read_log(setup.folder / "runs/straight")]
+def check_resume(setup: Setup) -> Iterator[Row]:
+    """Runs like --full (bf16, recomputed, with workers), one straight, others ended and resumed."""
+    setup.require(hasattr(os, "killpg"), "Windows has no process groups, which could be signalled")
+    flags = f"{LIKE_FULL} --device {setup.device} --out runs/"
+    finish(start(setup, f"{flags}straight"))
+    log = read_log(setup.folder / "runs/straight")
+    losses = [line["L_total"] for line in log]
     yield Row("--tiny in bf16, recomputed, 2 workers, both stages", "24 steps, every loss finite",
-              f"{len(losses)} steps, L_total {losses[0]:.3g} to {losses[-1]:.3g}",
-              len(losses) == 24 and all(map(math.isfinite, losses)))
+              f"{len(log)} steps, L_total {losses[0]:.3g} to {losses[-1]:.3g}",
+              len(log) == 24 and all(map(math.isfinite, losses)))
+    # some sums of a GPU have no fixed order, so its runs are alike and not equal
+    limit, prefix = (0.05, "L_") if setup.cuda else (0.0, "")
+    # to the whole process group, workers too, as launchers and schedulers send it
+    for name, status in (("SIGKILL", -signal.SIGKILL), ("SIGTERM", STOPPED)):
+        process = start(setup, f"{flags}{name}")
+        wait_for_checkpoint(process, setup.folder / "runs" / name)
+        os.killpg(process.pid, getattr(signal, name))
+        finish(process, status)
+        finish(start(setup, f"--resume runs/{name}"))
+        resumed = read_log(setup.folder / "runs" / name)
+        worst = max(largest_difference(a, b, prefix) for a, b in zip(resumed, log, strict=True))
+        yield Row(f"ended by {name} and resumed: its log against the straight run's",
+                  f"<= {limit:g} apart", f"{worst[0]:.1e} ({worst[1]})", worst[0] <= limit)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, run: Path) -> None:
+    """Wait until a run's first checkpoint is complete. Raises RuntimeError if none comes."""
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end and process.poll() is None:
+        if any(path.suffix != ".tmp" for path in run.glob("checkpoints/stage*-*")):
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise RuntimeError(f"no checkpoint in {run}: {process.communicate()[1].strip()[-200:]}")
 
 
 def check_recompilations(setup: Setup) -> Iterator[Row]:
@@ -111,52 +127,3 @@ def recompilations(errors: str) -> Row:
     # at torch's limit it gives up, and the function runs uncompiled from there on
     return Row("--compile on: times a function was compiled again", "< 8, torch's limit",
                f"{worst}: {'; '.join(lines) or 'none'}", worst < 8)
-
-
-# ------------------------------------------------------------------------------------------------
-# Stopped and resumed
-
-
-def start_until_checkpoint(setup: Setup, run: str) -> subprocess.Popen:
-    """Start a run like runs/straight; return as soon as its first checkpoint is complete."""
-    process = start(setup, f"{LIKE_FULL} --device {setup.device} --out {run}")
-    end = time.monotonic() + TIMEOUT
-    while time.monotonic() < end and process.poll() is None:
-        for path in (setup.folder / run / "checkpoints").glob("stage*-*"):
-            if path.suffix != ".tmp":
-                return process
-        time.sleep(0.02)
-    process.kill()
-    raise RuntimeError(f"no checkpoint in {run}: {process.communicate()[1].strip()[-200:]}")
-
-
-def resume_and_compare(setup: Setup, run: str) -> Row:
-    """Resume a run, and compare its log with that of the run that was never stopped."""
-    if not (setup.folder / "runs/straight/log.jsonl").exists():
-        raise LeftOut("the run to compare with has failed")
-    finish(start(setup, f"--resume {run}"))
-    # some sums of a GPU have no fixed order, so its runs are alike and not equal
-    limit, names = (0.05, "L_") if setup.cuda else (0.0, "")
-    ours, theirs = read_log(setup.folder / run), read_log(setup.folder / "runs/straight")
-    worst = max(largest_difference(a, b, names) for a, b in zip(ours, theirs, strict=True))
-    return Row(f"{run.removeprefix('runs/')} and resumed: its log against the straight run's",
-               f"<= {limit:g} apart", f"{worst[0]:.1e} ({worst[1]})", worst[0] <= limit)
-
-
-def check_kill(setup: Setup) -> Iterator[Row]:
-    """SIGKILL after a checkpoint, then --resume."""
-    process = start_until_checkpoint(setup, "runs/killed")
-    signal_all(process, "SIGKILL")
-    process.communicate()
-    yield resume_and_compare(setup, "runs/killed")
-
-
-def check_sigterm(setup: Setup) -> Iterator[Row]:
-    """SIGTERM to the whole process group, workers too, as launchers and schedulers send it."""
-    process = start_until_checkpoint(setup, "runs/stopped")
-    signal_all(process, "SIGTERM")
-    errors = finish(process, status=3)
-    message = re.search(r"stopped by SIGTERM at .*", errors)
-    yield Row("SIGTERM with 2 workers", "saved; exit status 3",
-              message.group() if message else errors, message is not None)
-    yield resume_and_compare(setup, "runs/stopped")

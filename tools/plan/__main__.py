@@ -9,15 +9,17 @@ import argparse
 import math
 
 from model import MoVEKD
-from plumbing.batches import count_steps
 from plumbing.cli import Parser, run
 from plumbing.config import Config
 from plumbing.flags import parse_config
+from plumbing.sets import count_steps
 from teachers import Teachers
 from tools.plan.memory import RULES, activations, memory, memory_table, samples_that_fit
-from tools.plan.models import TEXT, count, forward_flops, meta_models, step_flops
+from tools.plan.models import count, forward_flops, meta_models, step_flops
 
 ROWS = {1: 558_128, 2: 665_298}             # LLaVA's captions and conversations
+# tokens of text per sample, on average: an assumption, for time only; memory is for --max-length
+TEXT = {1: 30, 2: 200}
 IMAGES = {1: 1.0, 2: 624_610 / 665_298}     # fraction of the samples that have one
 
 

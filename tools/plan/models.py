@@ -19,8 +19,6 @@ from plumbing.sets import build_tokenizer, load_sets
 from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer, require_transformers
 from teachers import Teachers
 
-# tokens of text per sample, on average: an assumption, for time only; memory is for --max-length
-TEXT = {1: 30, 2: 200}
 LLMS = {  # the hub's config.json of each, so that no hub is needed
     "lmsys/vicuna-7b-v1.5": dict(),  # LlamaConfig's own defaults
     "lmsys/vicuna-13b-v1.5": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
