@@ -21,7 +21,7 @@ from tests.common import (C, MOLE, SHORT, assert_same_run, conversation, full_fl
                           make_old, old_name, run_here, save_png)
 from tiny import world
 from tiny.llm import WordTokenizer
-from tiny.scenes import ASKED
+from tiny.scenes import QUESTIONS
 
 RESULT = {"macro_accuracy", "accuracy", "blank_accuracy", "majority_accuracy", "chance_accuracy",
           "seconds", "seconds_stage0", "tflops", "tflops_stage0", "peak_rss_mb", "seed"}
@@ -45,7 +45,7 @@ def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
     result = read_json(workplace / "runs/tiny/result.json")
     assert json.loads(last.removeprefix("result: ")) == result
     assert RESULT <= set(result)
-    assert set(result["accuracy"]) == set(ASKED)
+    assert set(result["accuracy"]) == set(QUESTIONS)
     assert result["tflops"] > 0
     for name in FILES:
         assert (workplace / "runs/tiny" / name).stat().st_size > 0

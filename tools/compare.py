@@ -39,7 +39,7 @@ from plumbing.flags import load_config, parse_config
 from plumbing.sets import build_tokenizer, load_sets
 from plumbing.teacher_outputs import cache_teachers
 from tiny.pictures import WORLD_SIZE
-from tiny.scenes import ASKED
+from tiny.scenes import QUESTIONS
 from tools.arms import ARMS, EXPERIMENTS, TITLES
 from tools.compare_report import T_QUANTILE, accuracy_table, plot, report
 from tools.ladder_report import ladder_table, plot_ladder, plot_mole, plot_shares, shares_table
@@ -66,7 +66,7 @@ def student_holds(student: Student, weights: dict[str, Path]) -> dict[str, float
     """
     held = {}
     for attribute, accuracy in probe(student).items():
-        if attribute in ASKED:
+        if attribute in QUESTIONS:
             held[attribute] = accuracy
     for name in TAUGHT:
         held[f"of {name}"] = explained(student, teacher_holds(name, weights[name]))

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 
 from plumbing.plots import save_figure
-from tiny.scenes import ASKED
+from tiny.scenes import QUESTIONS
 
 # Student's t, 0.975, 1-9 degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -66,14 +66,14 @@ def accuracy_table(results: dict, titles: dict[str, str], costs: dict[str, tuple
     base = results.get("no-kd", {}).get("macro")
     lines = [f"Held-out accuracy in %, mean ± 95 % interval over {seeds} seed(s); difference to "
              "`no-kd` seed by seed; cost of the vision side at inference relative to CLIP.", "",
-             f"| arm | macro | difference | {' | '.join(ASKED)} | FLOPs | parameters |",
-             "|" + "---|" * (len(ASKED) + 5)]
+             f"| arm | macro | difference | {' | '.join(QUESTIONS)} | FLOPs | parameters |",
+             "|" + "---|" * (len(QUESTIONS) + 5)]
     for arm, result in results.items():
         difference = ""
         if base and arm != "no-kd":
             difference = show(paired(result["macro"], base), "+")
         cells = [f"{titles[arm]} (`{arm}`)", show(interval(result["macro"])), difference]
-        for asked in ASKED:
+        for asked in QUESTIONS:
             cells.append(show(interval(column(results, arm, "accuracy", asked))))
         cells += [f"{cost:.2f}x" for cost in costs[arm]]
         lines.append(f"| {' | '.join(cells)} |")
@@ -82,7 +82,7 @@ def accuracy_table(results: dict, titles: dict[str, str], costs: dict[str, tuple
 
 def probe_table(results: dict, before: dict[str, dict[str, float]]) -> list[str]:
     """What the tokens hold: those of the encoders `before`, then V^s of each arm."""
-    columns = [*ASKED, "of eva", "of convnext"]
+    columns = [*QUESTIONS, "of eva", "of convnext"]
     lines = ["What an encoder's tokens hold, in %, whatever the LLM makes of them: a linear probe "
              "on the pooled tokens per attribute, and the share of each teacher's pooled tokens "
              "that is linear in them. First the teachers, then V^s of each arm.", "",
@@ -144,11 +144,11 @@ def plot(results: dict, path: Path) -> None:
 
     cells = []
     for arm in arms:
-        cells.append([mean(column(results, arm, "accuracy", asked)) for asked in ASKED])
+        cells.append([mean(column(results, arm, "accuracy", asked)) for asked in QUESTIONS])
     right.imshow(cells, aspect="auto", origin="lower", cmap="RdYlGn", vmin=20, vmax=100)
     for y, row in enumerate(cells):
         for x, value in enumerate(row):
             right.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=9)
-    right.set_xticks(range(len(ASKED)), ASKED, rotation=20)
+    right.set_xticks(range(len(QUESTIONS)), list(QUESTIONS), rotation=20)
     right.set_yticks([])
     save_figure(figure, path)
