@@ -3,7 +3,7 @@
 One object, because a tiny LLM does not learn in minutes to pick among several; many attributes, so
 that the vision encoder is the bottleneck and not the language.
 
-Letters: N scenes, x, y places in a picture.
+Letters: N scenes, x, y positions in a picture.
 """
 
 import math

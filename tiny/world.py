@@ -110,7 +110,7 @@ class WorldImages:
         return self.images[int(Path(name).stem)]
 
     def fingerprint(self, names: list[str]) -> str:
-        """Changes when the pixels do."""
+        """Return a text that changes when the pixels do."""
         return hashlib.sha256(self.images.numpy()).hexdigest()
 
 
