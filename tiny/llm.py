@@ -164,8 +164,7 @@ class TinyLLM(nn.Module):
         return self.layers
 
     def new_cache(self) -> list:
-        """Return one list per layer, for its keys and values."""
-        return [[] for _ in self.layers]
+        return [[] for _ in self.layers]  # for the keys and values of each
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None,
                 cache: list | None = None,
@@ -193,8 +192,8 @@ class TinyLLM(nn.Module):
     def visible(self, attention_mask: torch.Tensor, T: int) -> torch.Tensor:
         """Return whether each of the last T tokens sees each: (B, T_all) -> (B, 1, T, T_all)"""
         T_all = attention_mask.shape[1]
-        causal = torch.ones(T, T_all, dtype=torch.bool, device=attention_mask.device)   # (T, T_all)
-        causal = causal.tril(T_all - T)                                                 # (T, T_all)
+        ones = torch.ones(T, T_all, dtype=torch.bool, device=attention_mask.device)     # (T, T_all)
+        causal = ones.tril(T_all - T)                                                   # (T, T_all)
         mask = causal & attention_mask[:, None, None, :].bool()                   # (B, 1, T, T_all)
         # padding sees itself: no empty softmax
         itself = torch.eye(T_all, dtype=torch.bool, device=mask.device)[-T:]            # (T, T_all)

@@ -1,6 +1,6 @@
 """The pictures of the tiny world: one object with a pattern, turned and placed, on a background.
 
-Letters: N scenes, R pixels of a picture, x, y positions in a picture.
+N scenes are drawn at once, R x R pixels each; x and y are positions in a picture.
 """
 
 import math
