@@ -11,9 +11,9 @@ from data import Conversations, InputError, blank_image, collate
 from plumbing.batches import batch_order, make_loader
 from plumbing.sets import llava_layout
 from plumbing.teacher_outputs import CachedTeachers, TeacherCache
-from real import record_file
+
 from real.image_files import load_image
-from real.record_file import RecordFile, find_rows
+from real.records import RecordFile, find_rows
 from real.records import read_list, rows_digest
 from teachers import Teachers
 from tests.common import save_png, some_conversations, tiny_teachers
