@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import train
 from data import IGNORE, InputError, collate, conversation_ids
 from kd_loss import kd_loss, on_grid, teacher_weights, token_weights
 from model import Student, next_tokens, text_loss
 from mole import MoLE, ReleasedMoLE, balance_loss, expert_fractions, mole_layers, router_probs
 from plumbing.build import build_movekd
+from plumbing.run import stage_table
 from teachers import (ClipEncoder, EncoderAdapter, TeacherOutput, VisionEncoder, adapt,
                       adapt_student, build_adapters)
 from tests.common import (C, MOLE, REAL, conversation, images, random_mole, small_vlm,
@@ -27,6 +27,12 @@ from tests.common import (C, MOLE, REAL, conversation, images, random_mole, smal
 from tiny.llm import WordTokenizer
 
 close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
 
 # ------------------------------------------------------------------------------------------------
 # Mixture of LoRA experts
@@ -259,7 +265,8 @@ def weights_at_gap(gap: float, detach: bool, collapse: bool) -> tuple[torch.Tens
     for name, value in (("eva", gap), ("convnext", 0.0)):
         teachers[name] = torch.tensor([value, 7.0]).repeat(2, 4, 1).requires_grad_()
     cls = torch.tensor([[1.0, 0.0]] * 2)
-    return teacher_weights(cls, teachers, 0.5, "released", detach, collapse), teachers
+    w = teacher_weights(cls, teachers, 0.5, "released", detach=detach, collapse=collapse)
+    return w, teachers
 
 
 def test_released_teacher_weights():
@@ -268,11 +275,11 @@ def test_released_teacher_weights():
     Undetached, the adapters get a gradient through it.
     """
     cls, teachers = torch.randn(2, 8), random_tokens()
-    w = teacher_weights(cls, teachers, 0.8, "released", True, False)
+    w = teacher_weights(cls, teachers, 0.8, "released", detach=True, collapse=False)
     for b in range(2):
         shares = softmax(mean_products(cls, teachers, b))
         assert w[b].tolist() == pytest.approx([0.8] + [0.2 * s for s in shares], rel=1e-5)
-    uniform = teacher_weights(cls, teachers, 0.8, "uniform", True, False)
+    uniform = teacher_weights(cls, teachers, 0.8, "uniform", detach=True, collapse=False)
     assert uniform.tolist() == [pytest.approx([0.8, 0.1, 0.1])] * 2
     w, near = weights_at_gap(1.0, detach=False, collapse=False)
     w[:, 1].sum().backward()
@@ -289,9 +296,10 @@ def test_the_collapse_branch_jumps_at_0_8():
     teachers = {"clip": torch.zeros(2, 4, 1), "eva": torch.ones(2, 4, 1),
                 "convnext": torch.zeros(2, 4, 1)}
     opposite = torch.tensor([[3.0], [-3.0]])  # rows (0.95, 0.05) and (0.05, 0.95)
-    w = teacher_weights(opposite, teachers, 0.0, "released", True, True)
+    options = {"clip_share": 0.0, "form": "released", "detach": True, "collapse": True}
+    w = teacher_weights(opposite, teachers, **options)
     assert w[:, 1].tolist() == pytest.approx([softmax([3, 0])[0], softmax([-3, 0])[0]], rel=1e-4)
-    alike = teacher_weights(opposite.abs(), teachers, 0.0, "released", True, True)
+    alike = teacher_weights(opposite.abs(), teachers, **options)
     assert alike[0, 1].item() == pytest.approx(softmax(softmax([3, 0]))[0], rel=1e-4)
 
     below = math.log(0.7999 / 0.2001)
@@ -617,7 +625,8 @@ def test_forward_is_its_parts():
     outputs = teachers(batch["images"], [])
     targets = adapt(outputs, model.adapters)
     w_tok = token_weights(outputs["clip"].cls_scores, "paper")
-    w_tea = teacher_weights(outputs["clip"].cls, targets, C.clip_share, "paper", True, False)
+    w_tea = teacher_weights(outputs["clip"].cls, targets, C.clip_share, "paper", detach=True,
+                            collapse=False)
     L_kd, per_teacher = kd_loss(dict.fromkeys(targets, V_s), targets, w_tok, w_tea)
     close(terms["L_kd"], L_kd)
     probs = router_probs(model.vlm.student)
@@ -658,7 +667,7 @@ def test_total_loss_and_where_its_gradient_goes():
     total_loss(terms).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert all(p.grad is None for p in teachers.parameters())
-    model.distil = False
+    model.options.distil = False
     without = model(batch, None)
     assert without["L_kd"] == 0
     assert without["L_text"] == terms["L_text"]
@@ -679,7 +688,7 @@ def test_each_stage_trains_what_the_recipe_says():
     moved = {1: new, 2: new | {"student backbone", "LLM"}}
     for stage in (1, 2):
         model.set_stage(stage)
-        table = train.stage_table(stage, model, teachers).splitlines()
+        table = stage_table(stage, model, teachers).splitlines()
         assert len(table) == 1 + len(groups)
         for name, parameters in groups.items():
             trained = name in moved[stage]

@@ -10,11 +10,7 @@ from collections.abc import Callable
 import torch
 
 from data import InputError
-from plumbing.signals import STOPPED, listen
-
-
-class Stopped(Exception):
-    """A signal has ended the program; its text says at what, and what is lost."""
+from plumbing.signals import STOPPED, Stopped, listen
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,19 +27,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the arguments)")
 
 
-def print_anything() -> None:
-    """Let print() show a character that the console has not as its number, \\u..., on Windows.
-
-    There what is written to a file or a pipe has a code page of 256 characters.
-    """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def out_of_memory(error: Exception) -> bool:
-    """Whether the machine or its GPU had no memory left; on a CPU torch has no name for it."""
+    """Return whether memory ran out, of the machine or of its GPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
+    # on a CPU torch has no type for it
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
@@ -53,12 +41,13 @@ def stop(number: int, _) -> None:
 
 
 def run(program: Callable) -> None:
-    """Run a program's main(); bad input becomes its line and exit status 2.
+    """Run a program's main(); bad input becomes one line and exit status 2.
 
-    So does what the operating system refuses: a full disk, a place that may not be written.
+    So does what the operating system refuses: a full disk, a folder that may not be written.
     """
-    print_anything()
     former = listen(stop)
+    if hasattr(sys.stdout, "reconfigure"):  # a Windows console may lack a character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         program()
     except Stopped as e:
@@ -71,10 +60,6 @@ def run(program: Callable) -> None:
         if out_of_memory(e):
             e = InputError(f"out of memory: {str(e).splitlines()[0][:200]}; lower --micro-batch, "
                            "then add --recompute; `python -m tools.plan` says what a run wants")
-        if isinstance(e, NotImplementedError) and "MPS" in str(e):
-            operator = str(e).splitlines()[0][:200]
-            e = InputError(f"--device mps: {operator}; a newer torch may have it. Set "
-                           "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment, or give --device cpu")
         bad_input = isinstance(e, InputError)
         rank = int(os.environ.get("RANK", 0))
         world = int(os.environ.get("WORLD_SIZE", 1))

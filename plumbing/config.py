@@ -13,29 +13,29 @@ from data import CaptionEnd
 from kd_loss import TeacherWeight, TokenWeight
 from mole import BalanceForm, MoleForm, MoleInit, RouterGrad
 from teachers import AdapterDirection, AdapterForm, TargetNorm
-from tiny.world import COUNTS
+from tiny import COUNTS
 
 
 class Range(NamedTuple):
-    """The values that a number may have, both ends included."""
+    """The values that a number may have, both ends included"""
 
     low: float
     high: float
 
 
 Count = Annotated[int, Range(1, 10_000_000)]
-CountOrZero = Annotated[int, Range(0, 10_000_000)]  # 0 has a meaning of its own
+CountOrZero = Annotated[int, Range(0, 10_000_000)]  # 0 switches something off
 Processes = Annotated[int, Range(0, 1024)]
-Share = Annotated[float, Range(0, 1)]
+Fraction = Annotated[float, Range(0, 1)]
 Weight = Annotated[float, Range(0, 1e6)]
 Seed = Annotated[int, Range(0, 2 ** 32 - 1)]
 Pixels = Annotated[int, Range(16, 8192)]
-Dropout = Annotated[float, Range(0, 0.95)]  # nothing is learnt where nearly all is dropped
+Dropout = Annotated[float, Range(0, 0.95)]  # above it hardly anything is learnt
 ImageViews = Literal["one", "each"]
 
 
 def encoder(spec: str):
-    """A field that specifies an encoder: a timm name, its resolution, and what shrinks it."""
+    """Make a field that specifies an encoder: a timm name, its resolution, what shrinks it."""
     return dataclasses.field(default=spec, metadata={"encoder": True})
 
 
@@ -56,7 +56,7 @@ class Config:
     skip_bad: bool = False                  # leave unusable rows out; else the first is an error
     allow_outside: bool = False             # images may lie outside of the image folder
     eval_split: Literal["test", "validation"] = "test"  # tune on validation: test stays unread
-    n_pretrain: Count = COUNTS["pretrain"]  # how much of the tiny world; reasons in tiny/world.py
+    n_pretrain: Count = COUNTS["pretrain"]  # of the tiny world; reasons in tiny/__init__.py
     n_train: Count = COUNTS["train"]
     n_described: CountOrZero = COUNTS["described"]
     n_text: CountOrZero = COUNTS["text"]
@@ -95,7 +95,7 @@ class Config:
 
     # --- loss
     lambda_kd: Weight = 1.0                 # lambda, the weight of L_kd
-    clip_share: Share = 0.4                 # CLIP's fixed share of the teacher weights
+    clip_share: Fraction = 0.4              # CLIP's fixed share of the teacher weights
     kd_token_weight: TokenWeight = "paper"                          # row 4
     kd_teacher_weight: TeacherWeight = "paper"                      # row 5
     kd_teacher_grad: Literal["detached", "attached"] = "detached"   # row 6
@@ -122,13 +122,13 @@ class Config:
     stage2_epochs: Weight = 5.0             # LLaVA's is 1, of 665k; here 2,500. 0: left out
     stage2_batch: Count = 16                # likewise
     stage2_lr: Weight = 1e-3                # a 7B LLM wants 2e-5; at width 96 too little
-    warmup: Share = 0.03                    # share of the steps, LLaVA's
+    warmup: Fraction = 0.03                 # of the steps; LLaVA's
     grad_clip: Weight = 1.0                 # norm, against an odd batch; 0: no clipping
     max_steps: CountOrZero = 0              # stop each stage after so many steps; 0: run it all
 
-    # --- machine: no value changes what is computed, but for bf16's rounding, for L_balance, whose
-    # shares are those of a micro-batch, and for the masks that LoRA dropout draws in a process
-    processes: Processes = 0                # on this machine; 0: one a GPU, on a CPU one
+    # --- machine: no value changes what is computed, except bf16's rounding, L_balance, which
+    # counts the tokens of a micro-batch, and the masks that LoRA dropout draws in each process
+    processes: Processes = 0                # on this machine; 0: one per GPU, one on a CPU
     micro_batch: CountOrZero = 0            # at most so many samples at once in a process; 0: all
     precision: Literal["fp32", "bf16"] = "fp32"     # of arithmetic; no gain on a CPU
     recompute: bool = False                 # activation checkpointing: more time, less memory
@@ -143,6 +143,7 @@ class Config:
     eval_batch: Count = 256                 # questions answered at once
 
 
+STAND_INS = ("clip", "eva", "convnext")  # the encoders that stage 0 can make
 ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("encoder"))
 # what a resumed run may change
 MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute", "save_every",
@@ -150,7 +151,6 @@ MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute
 # what an evaluation may change
 EVALUATION = ("allow_outside", "device", "eval_batch", "eval_data", "eval_split", "image_folder",
               "max_length", "max_new_tokens", "n_eval")
-RENAMED = {"kd_alpha": "clip_share"}  # keys in the config.json of older runs
 
 # What differs from TINY, side by side. SMALL is for one consumer GPU or a patient laptop; nobody
 # has tuned it. FULL holds the published values.
@@ -217,19 +217,27 @@ RECIPE_NAMES = ("paper", "released", "ours")
 
 
 def recipe(name: str) -> dict:
-    """The fields that a recipe sets, and their values."""
+    """Return the fields that a recipe sets, and their values."""
     column = RECIPE_NAMES.index(name)
-    rows = {field: values[column] for field, values in RECIPES.items()}
-    return {field: value for field, value in rows.items() if value is not None}
+    fields = {}
+    for field, values in RECIPES.items():
+        if values[column] is not None:
+            fields[field] = values[column]
+    return fields
+
+
+def is_real(spec: str) -> bool:
+    """Return whether a spec asks for pretrained weights: its timm name has a tag, after a dot."""
+    return "." in spec.split()[0]
 
 
 def flag(name: str) -> str:
-    """The flag of a field."""
+    """Return the flag of a field."""
     return "--" + name.replace("_", "-")
 
 
 def plain_type(field: dataclasses.Field):
-    """str, bool, int, float, tuple or a Literal: the type of a field without its range."""
+    """Return a field's type without its range: str, bool, int, float, tuple or a Literal."""
     if typing.get_origin(field.type) is tuple:
         return tuple
     if typing.get_origin(field.type) is Annotated:

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from data import InputError
+from plumbing import config
 from plumbing.checks import check_config, check_value
 from plumbing.cli import Parser
-from plumbing.config import (EVALUATION, MACHINE, PRESETS, RECIPE_NAMES, RENAMED, Config, flag,
-                             plain_type, recipe)
+from plumbing.config import EVALUATION, MACHINE, Config, flag, plain_type
 from plumbing.files import read_json
-from real.released_checkpoint import released_config
 
 
 def add_field(parser: Parser, field: dataclasses.Field) -> None:
-    """Make a flag of a field of Config."""
+    """Add the flag of a field of Config to a parser."""
     kind = plain_type(field)
     options = {"type": kind}
     if typing.get_origin(kind) is Literal:  # check_value looks at it, as at a config.json's
@@ -30,12 +29,12 @@ def add_field(parser: Parser, field: dataclasses.Field) -> None:
 
 
 def parse_config(argv: list[str] | None, description: str = "") -> Config:
-    """The Config of a new run. Raises InputError for an unknown flag or a value that cannot be."""
+    """Return the Config of a new run. Raises InputError for an unknown flag or a bad value."""
     return parse_flags(argv, description)[0]
 
 
 def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, str]:
-    """The Config, and what is to be done: "train", "resume" or "evaluate"."""
+    """Return the Config, and the mode: "train", "resume" or "evaluate"."""
     parser = Parser(description)
     start = parser.add_mutually_exclusive_group(required=True)
     for name, text in (("tiny", "laptop CPU, no download"),
@@ -47,7 +46,7 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
                        f"checkpoint; with {', '.join(map(flag, MACHINE))} only")
     start.add_argument("--evaluate", metavar="RUN", help="a run folder, to evaluate it; with "
                        f"{', '.join(map(flag, EVALUATION))} only")
-    parser.add_argument("--recipe", choices=RECIPE_NAMES,
+    parser.add_argument("--recipe", choices=config.RECIPE_NAMES,
                         help="rows 1-9 of docs/differences.md as in the paper, or as released")
     for field in dataclasses.fields(Config):
         add_field(parser, field)
@@ -58,8 +57,8 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
     for mode, may_change in (("resume", MACHINE), ("evaluate", EVALUATION)):
         if starts[mode]:
             return of_a_run(Path(starts[mode]), mode, may_change, flags, name), mode
-    base = load_config(Path(file)) if file else PRESETS[preset]
-    rows = recipe(name) if name else {}
+    base = load_config(Path(file)) if file else config.PRESETS[preset]
+    rows = config.recipe(name) if name else {}
     c = dataclasses.replace(base, **{**rows, **flags})
     c.teachers = tuple(c.teachers)  # argparse gives a list
     if c.init_from:
@@ -70,7 +69,7 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
 
 def of_a_run(run: Path, mode: str, may_change: tuple, flags: dict, recipe_name: str | None
              ) -> Config:
-    """The Config of a run that is resumed or evaluated, with the few flags that may change it."""
+    """Return the Config of a run that is resumed or evaluated, changed by the few flags allowed."""
     fixed = [flag(key) for key in flags if key not in may_change]
     if recipe_name:
         fixed.insert(0, "--recipe")
@@ -83,7 +82,8 @@ def of_a_run(run: Path, mode: str, may_change: tuple, flags: dict, recipe_name: 
 
 
 def with_init(c: Config) -> Config:
-    """A checkpoint to start from decides the student's shape and experts, and the LLM."""
+    """Take the student's shape and experts, and the LLM, from the checkpoint to start from."""
+    from real.released_checkpoint import released_config
     folder = Path(c.init_from)
     released = released_config(folder)
     if released:
@@ -95,14 +95,13 @@ def with_init(c: Config) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """The Config of a JSON file; a missing key has TINY's value.
+    """Read the Config of a JSON file; a missing key has TINY's value.
 
     Raises InputError for a key that Config lacks.
     """
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: is not a JSON object")
-    values = {RENAMED.get(key, key): value for key, value in values.items()}
     known = {field.name for field in dataclasses.fields(Config)}
     unknown = sorted(set(values) - known)
     if unknown:

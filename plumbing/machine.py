@@ -1,88 +1,89 @@
-"""Many processes, one run: share each batch among them, keep them in step.
+"""Many processes, one run: divide each step's work among them, and keep them in step.
 
-train.py is written as if it were alone. What it asks of `Machine` is the same with one process,
-where most of it does nothing. Nothing of the method is here.
+train.py is written as if it were alone. With one process most of this does nothing. There is
+nothing of the method here.
 """
 
-import dataclasses
 import math
 import os
 import signal
 import sys
-import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from data import IGNORE, InputError, blank_image, to_device
-from model import MoVEKD
-from plumbing.checkpoints import Checkpoints, Progress, load_checkpoint
-from plumbing.checks import check_shared_memory
-from plumbing.cli import Stopped
+from model import VLM
 from plumbing.config import Config
-from plumbing.files import flop_counter
 from plumbing.launcher import launched
-from plumbing.sharding import (SHARD_TEACHERS_ABOVE, compile_parts, note_what_trains, recompute,
-                               send_from_first, shard, shard_frozen)
-from plumbing.signals import listen
-from teachers import Teachers
+from plumbing.signals import Stopped, listen
 
 # one process is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
-
 A_WEEK = timedelta(days=7)
 
 
-class Share(NamedTuple):
-    """A micro-batch's share of a step's answer tokens and of its images, over all processes.
+class Weights(NamedTuple):
+    """What the means over a micro-batch count for in a step, over all processes.
 
-    Means over micro-batches, weighed so, add up to the mean over the step's batch.
+    Weighted so, the terms of all micro-batches add up to the means over the step's batch.
     """
 
-    text: float
-    images: float
+    text: float     # the micro-batch's fraction of the step's answer tokens
+    images: float   # and of its images
 
-    def weigh(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """L_text is a mean over answer tokens, all other terms are means over images."""
-        weighed = {}
+    def apply(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weight L_text, a mean over answer tokens, and all other terms, means over images."""
+        weighted = {}
         for name, term in terms.items():
-            weighed[name] = (self.text if name == "L_text" else self.images) * term
-        return weighed
+            weighted[name] = (self.text if name == "L_text" else self.images) * term
+        return weighted
+
+
+@dataclass
+class Step:
+    """One process's work of one step: its micro-batches, and counts over all processes."""
+
+    number: int                                     # from 0
+    micro_batches: list[tuple[dict, Weights]]
+    counts: dict[str, int]
+
+    @classmethod
+    def of(cls, batch: dict) -> "Step":
+        """Make a step of one batch for one process, as a script may want it."""
+        return cls(0, [(batch, Weights(1.0, 1.0))], {"images": len(batch["image_names"])})
 
 
 class Machine:
-    """This process among those of a run: its device, its part of each batch, the checkpoints."""
+    """This process among those of a run: its device, its part of each batch, its signals."""
 
     def __init__(self, c: Config):
         self.c = c
         self.stop = ""          # the signal that told the run to stop
         self.launcher = os.getppid() if launched() else None
         self.training = False
-        self.doing = "before the first step: nothing is lost"
+        self.state = "before the first step: nothing is lost"   # told if a signal ends the run now
         self.former_handlers = {}
         self.lock = None        # the open file that holds the run folder
-        check_shared_memory(c)
         if launched() or c.precision == "bf16":
             self.join()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.first = self.rank == 0
-        # the first process may work alone for hours, where other messages come within minutes
-        self.patient = dist.new_group(backend="gloo", timeout=A_WEEK) if self.world > 1 else None
         self.sharded = self.world > 1 or c.precision == "bf16"
-        self.checkpoints = Checkpoints(Path(c.out) / "checkpoints", c.keep, self.rank, self.world)
+        # Rank 0 may work alone for hours, while messages of the training come within minutes.
+        self.patient = dist.new_group(backend="gloo", timeout=A_WEEK) if self.world > 1 else None
 
     def join(self) -> None:
-        """Meet the other processes. One that is alone joins too, for FSDP's mixed precision."""
+        """Join the other processes. A single process joins too, for FSDP's mixed precision."""
         backend = "gloo"
         if self.c.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -98,223 +99,132 @@ class Machine:
             self.lock.close()
         for number, handler in self.former_handlers.items():
             signal.signal(number, handler)
-        self.disconnect()
-
-    @staticmethod
-    def disconnect() -> None:
-        """Part from the other processes."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def trained(self, then: str) -> None:
-        """The model is written: no process needs another, and a signal ends what follows.
-
-        `then` is what the run says if a signal comes, or has come while the model was written.
-        """
-        self.disconnect()
-        self.training = False
-        self.doing = then
-        if self.stop:
-            raise Stopped(f"stopped by {self.stop} {then}")
+    # --- signals
 
     def listen(self) -> None:
-        """From now on SIGTERM, Ctrl-C and a closed terminal (SIGHUP) end the run in order."""
+        """End the run in order on SIGTERM, Ctrl-C and a closed terminal (SIGHUP) from now on."""
         self.former_handlers = listen(self.on_signal)
 
     def on_signal(self, number: int, _) -> None:
-        """While a stage is trained note it, to end the step and save; else end at once."""
+        """Note the signal while a stage is trained, so that its step is saved; else end the run."""
         self.stop = signal.Signals(number).name
         if not self.training:
-            raise Stopped(f"stopped by {self.stop} {self.doing}")
+            raise Stopped(f"stopped by {self.stop} {self.state}")
+
+    def end_training(self, state: str) -> None:
+        """Part from the other processes and let a signal end the run at once: the model is written.
+
+        `state` is what the run says if a signal comes, or has come while the model was written.
+        """
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.training = False
+        self.state = state
+        if self.stop:
+            raise Stopped(f"stopped by {self.stop} {state}")
+
+    # --- together
 
     @contextmanager
     def first_alone(self):
-        """The first process does the block by itself, then the others: what it made they find."""
-        if self.rank:
-            dist.barrier(self.patient)
+        """Run rank 0 first; the others then find its files."""
+        if not self.first:
+            self.wait()
         yield
-        if self.first and self.world > 1:
+        if self.first:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until all processes are here, for hours if need be."""
+        if self.world > 1:
             dist.barrier(self.patient)
 
     def check_folder(self, out: Path) -> None:
-        """Raise InputError unless all processes see one run folder, on however many machines."""
+        """Raise InputError unless this process sees the lock that rank 0 has just written."""
         if self.world == 1:
             return
-        name = [f"seen-{time.time_ns()}.tmp"]
-        dist.broadcast_object_list(name, src=0, group=self.patient)
-        file = out / name[0]
-        if self.first:
-            file.touch()
-        dist.barrier(self.patient)
-        unseen = self.total({"": torch.tensor(int(not file.exists()))})[""].item()
-        if self.first:
-            file.unlink()
-        if unseen:
-            raise InputError(f"--out {out}: {unseen} of {self.world} processes do not see the "
-                             "folder of the first; on several machines it must be on a file "
-                             "system that they share")
+        lock = out / "run.lock"
+        written = [lock.read_text(encoding="utf-8") if self.first else ""]
+        dist.broadcast_object_list(written, src=0, group=self.patient)
+        if not lock.is_file() or lock.read_text(encoding="utf-8") != written[0]:
+            raise InputError(f"--out {out}: process {self.rank} does not see the folder of the "
+                             "first; on several machines it must be on a file system that they "
+                             "share")
 
     def total(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sums over the processes, in one message."""
+        """Return sums over the processes, by one all-reduce."""
         if self.world == 1:
             return values
         flat = torch.cat([value.detach().cpu().double().flatten() for value in values.values()])
         dist.all_reduce(flat)
         pieces = flat.split([value.numel() for value in values.values()])
         sums = {}
-        for (name, value), piece in zip(values.items(), pieces):
+        for (name, value), piece in zip(values.items(), pieces, strict=True):
             sums[name] = piece.view(value.shape).to(value.dtype)
         return sums
 
-    def total_terms(self, sums: dict[str, torch.Tensor], counts: dict) -> dict[str, torch.Tensor]:
-        """A step's terms over all processes; without an image only the losses mean something."""
-        values = self.total(sums)
-        if not counts["images"]:
-            values = {name: value for name, value in values.items() if name.startswith("L_")}
-        return values
+    # --- a step
 
-    # --- models
-
-    def building(self):
-        """Inside, models are built: by the first process as ever, by the others without numbers."""
-        return nullcontext() if self.first else torch.device("meta")
-
-    def send(self, module: nn.Module) -> None:
-        """Bring a module to the devices, and what the first process has loaded to the others."""
-        if self.world > 1:
-            dist.barrier(self.patient)  # it may still be loading
-            send_from_first(module, self.c.device)
-        else:
-            module.to(self.c.device)
-
-    def begin_stage(self, model: MoVEKD) -> None:
-        """What is trained has changed."""
-        if self.sharded:
-            note_what_trains(model)
-
-    def place(self, model: MoVEKD, teachers: Teachers) -> None:
-        """Bring all models to their devices, in their precision, sharded and compiled as asked."""
-        c = self.c
-        bf16 = c.precision == "bf16"
-        if bf16:
-            teachers.bfloat16()
-        if c.recompute:
-            recompute(model.vlm.blocks)
-        if self.sharded:
-            # the whole student is smaller than two blocks of a 7B LLM
-            units = [model.vlm.student, *model.vlm.llm.blocks]
-            shard(model, units, c.device, self.world, bf16)
-        else:
-            model.float().to(c.device)
-        for name, encoder in teachers.encoders.items():
-            large = sum(p.numel() for p in encoder.parameters()) > SHARD_TEACHERS_ABOVE
-            # CLIP stays whole: its [CLS] row reads the weights of a block from outside
-            if self.world > 1 and name != "clip" and large:
-                shard_frozen(encoder, c.device, self.world)
-        teachers.to(c.device)
-        if c.compile == "on":
-            compile_parts(model, teachers)
-
-    # --- batches
-
-    def micro_batches(self, batch_size: int) -> tuple[int, range]:
-        """In how many micro-batches a batch is dealt out, and which are this process's."""
+    def micro_batches(self, stage: int) -> tuple[int, range]:
+        """Return how many micro-batches a batch of a stage has, and which are this process's."""
+        batch_size = getattr(self.c, f"stage{stage}_batch")
         own = 1
         if self.c.micro_batch:
             own = math.ceil(batch_size / self.world / self.c.micro_batch)
         return self.world * own, range(self.rank * own, (self.rank + 1) * own)
 
-    def share_work(self, micro: list[dict]) -> tuple[list[tuple[dict, Share]], dict]:
-        """This process's micro-batches of a step, each with its Share; and counts over all.
+    def make_step(self, number: int, batches: list[dict], vlm: VLM,
+                  written: bool = False) -> Step:
+        """Make a step of this process's batches. Raises InputError for a row that cannot be used.
 
-        Raises InputError for a row that cannot be used.
+        `written`: this process has written its files of the last checkpoint.
         """
-        for batch in micro:
+        for batch in batches:
             if "fault" in batch:
                 raise InputError(f'{batch["fault"]}; --skip-bad leaves such rows out')
             for line in batch["skipped"]:
                 tqdm.write(f"skipped: {line}", file=sys.stderr)
         if self.launcher and os.getppid() != self.launcher:
-            self.stop = "the end of its launcher"  # killed: nobody would pass signals on
-        texts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro]
-        images = [len(batch["image_names"]) for batch in micro]
-        counts = {
+            self.stop = "the end of its launcher"  # which was killed, and can pass on no signal
+        texts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches]
+        images = [len(batch["image_names"]) for batch in batches]
+        own = {
             "text": sum(texts),
             "images": sum(images),
-            "tokens": sum(int(batch["attention_mask"].sum()) for batch in micro),
-            "skipped": sum(len(batch["skipped"]) for batch in micro),
-            "cut": sum(batch["cut"] for batch in micro),
+            "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
+            "skipped": sum(len(batch["skipped"]) for batch in batches),
+            "cut": sum(batch["cut"] for batch in batches),
             "stop": int(bool(self.stop)),
-            "written": int(self.checkpoints.written()),
+            "written": int(written),
         }
-        sums = self.total({name: torch.tensor(count) for name, count in counts.items()})
+        sums = self.total({name: torch.tensor(count) for name, count in own.items()})
         counts = {name: int(count) for name, count in sums.items()}
-        if counts["written"] == self.world:
-            self.checkpoints.finish()  # every process has written its files of the last one
-        work = []
-        for batch, text, pictured in zip(micro, texts, images):
-            share = Share(text / max(1, counts["text"]), pictured / max(1, counts["images"]))
-            work.append((self.on_device(batch), share))
-        return work, counts
+        micro_batches = []
+        for batch, text, pictures in zip(batches, texts, images, strict=True):
+            weights = Weights(text / max(1, counts["text"]), pictures / max(1, counts["images"]))
+            if self.sharded and batch["images"] is None:
+                batch = with_stand_in(batch, vlm, self.c.image_size)
+            batch = {name: to_device(value, self.c.device) for name, value in batch.items()}
+            micro_batches.append((batch, weights))
+        return Step(number, micro_batches, counts)
 
-    def on_device(self, batch: dict) -> dict:
-        """A batch on this process's device.
 
-        If the models are sharded, one without an image gets a blank picture to stand in, which
-        stands in no text and whose share is 0. A process that left the student out would keep the
-        others waiting; and a last micro-batch that left it out would not send the gradients that
-        the ones before have added up.
-        """
-        if self.sharded and batch["images"] is None:
-            blank = blank_image(self.c.image_size)[None]                    # (1, 3, R, R)
-            batch = {**batch, "images": blank, "image_names": [None], "stand_in": True}
-        moved = {}
-        for name, value in batch.items():
-            moved[name] = to_device(value, self.c.device)
-        return moved
+def with_stand_in(batch: dict, vlm: VLM, image_size: int) -> dict:
+    """Add a sample with a blank picture and nothing to learn to a batch without images.
 
-    # --- a step
-
-    def seed_step(self, progress: Progress) -> None:
-        """Seed LoRA dropout, so that a resumed run draws what the straight one drew."""
-        seed = self.c.seed * 1_000_003 + progress.stage * 1_000_000 + progress.step
-        torch.manual_seed(seed * 1_009 + self.rank)
-
-    @contextmanager
-    def count_flops(self, progress: Progress, steps: int):
-        """Count the stage's FLOPs: those of its first step, over all processes, times the steps."""
-        if str(progress.stage) in progress.flops:
-            yield
-            return
-        with flop_counter() as counter:
-            yield
-        count = torch.tensor(float(counter.get_total_flops()), dtype=torch.float64)
-        progress.flops[str(progress.stage)] = steps * self.total({"": count})[""].item()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Backward of a micro-batch. FSDP takes the mean over the processes of what is a sum."""
-        (loss * self.world).backward()
-
-    def sync_gradients(self, model: MoVEKD, on: bool) -> None:
-        """Off for all but the last micro-batch: gradients add up where they are, are sent once."""
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(on)
-
-    # --- checkpoints
-
-    def save_due(self, progress: Progress, steps: int, counts: dict) -> bool:
-        """Whether a state is to be kept now: every --save-every steps, after stage 1, on a stop."""
-        if counts["stop"] or not self.c.save_every:
-            return bool(counts["stop"])
-        end_of_stage1 = progress.stage == 1 and progress.step == steps
-        return end_of_stage1 or progress.step % self.c.save_every == 0
-
-    def save(self, model: MoVEKD, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        name = f"stage{progress.stage}-{progress.step:08}"
-        self.checkpoints.save(name, model, optimizer, dataclasses.asdict(progress))
-
-    def resume(self, path: Path | None, model: nn.Module,
-               optimizer: torch.optim.Optimizer) -> None:
-        """Fill model and optimizer from a checkpoint, if there is one to go on from."""
-        if path:
-            load_checkpoint(path, model, optimizer, self.world)
+    A sharded student must run in every process at the same time: one that left it out would keep
+    the others waiting. The sample's image terms have weight 0, because there are no images.
+    """
+    n = vlm.student.num_tokens
+    B, T = batch["input_ids"].shape
+    longest = max(T, n)
+    ids = torch.zeros(B + 1, longest, dtype=torch.long)             # padded with any word
+    labels = torch.full((B + 1, longest), IGNORE)
+    ids[:B, :T] = batch["input_ids"]
+    labels[:B, :T] = batch["labels"]
+    ids[B, :n] = vlm.image_token
+    return {**batch, "input_ids": ids, "labels": labels, "image_names": [None],
+            "images": blank_image(image_size)[None]}                # (1, 3, R, R)

@@ -11,6 +11,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
            if hasattr(signal, name)]
 
 
+class Stopped(Exception):
+    """A signal has ended the program; its text says at what, and what is lost."""
+
+
 def listen(handler: Callable) -> dict:
     """Call `handler(number, frame)` on each of SIGNALS; returns the former handlers.
 

@@ -21,11 +21,6 @@ HUB = "hub"  # in place of a file: the weights that timm's hub has under the nam
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 
 
-def is_real(spec: str) -> bool:
-    """Return whether a spec asks for pretrained weights: its timm name has a tag, after a dot."""
-    return "." in parse_spec(spec)[0]
-
-
 def find_weights(spec: str, folder: str) -> Path | str:
     """Return where a spec's weights are: a file of `folder` named like the model, else HUB."""
     name, *_ = parse_spec(spec)
@@ -79,8 +74,7 @@ def fill_net(net: nn.Module, file: Path) -> None:
     prefixes = tuple(head + "." for head in heads)
     own = net.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith(prefixes)}
-    name = net.pretrained_cfg.get("architecture")
-    load_strictly(net, state, f"{file}: does not fit {name}")
+    load_strictly(net, state, f"{file}: does not fit {net.pretrained_cfg.get('architecture')}")
 
 
 def load_strictly(module: nn.Module, state: dict, fault: str) -> None:
@@ -88,8 +82,7 @@ def load_strictly(module: nn.Module, state: dict, fault: str) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as e:
-        detail = str(e).splitlines()[1].strip()[:200]
-        raise InputError(f"{fault}: {detail}") from None
+        raise InputError(f"{fault}: {str(e).splitlines()[1].strip()[:200]}") from None
 
 
 @functools.cache

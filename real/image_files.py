@@ -114,6 +114,11 @@ class DiskImages:
 
     def fingerprint(self, names: list[str]) -> str:
         """Return a hash of the files' sizes and times: they are too many to read."""
-        stats = [os.stat(self.folder / name) for name in names]
-        seen = [(s.st_size, s.st_mtime_ns) for s in stats]
+        seen = []
+        for name in names:
+            try:
+                stats = os.stat(self.folder / name)
+            except ValueError:
+                raise InputError(f"{printable(name)}: is not the name of a file") from None
+            seen.append((stats.st_size, stats.st_mtime_ns))
         return hashlib.sha256(repr(seen).encode()).hexdigest()

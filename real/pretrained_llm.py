@@ -53,8 +53,7 @@ class PretrainedLLM(nn.Module):
         except (OSError, ValueError) as e:
             raise llm_error(name, f"cannot be loaded ({type(e).__name__})") from None
         self.dim = self.model.config.hidden_size
-        # transformers 5.24 renamed it
-        accepted = inspect.signature(self.model.forward).parameters
+        accepted = inspect.signature(self.model.forward).parameters  # 5.24 renamed one
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
 
     @classmethod
@@ -126,9 +125,8 @@ class PretrainedTokenizer:
             raise llm_error(name, fault) from None
         join_spaces_last(self.tokenizer)
         self.eos = self.tokenizer.eos_token_id
-        self.bos = self.tokenizer.bos_token_id
-        if self.bos is None:
-            self.bos = self.eos
+        bos = self.tokenizer.bos_token_id
+        self.bos = self.eos if bos is None else bos
         self.pad = self.eos  # never seen: the attention mask hides it, its label is IGNORE
         # a sentencepiece model puts a space before a text, and after </s> again or not
         self.puts_space = "".join(self.tokenizer.tokenize("a")).startswith(SPACE)

@@ -1,6 +1,5 @@
 """LLaVA-format JSON files: their rows, read when they are used, and all checked before training."""
 
-import hashlib
 import json
 import re
 import sys
@@ -12,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import InputError
+from data import InputError, row_name
 from plumbing.files import read_json
-from real.image_files import DiskImages, printable
+from real.image_files import DiskImages
 
 DECODER = json.JSONDecoder()
 SPACE = r"[ \t\n\r]*"
@@ -37,10 +36,8 @@ class RecordFile(Sequence):
     def __len__(self) -> int:
         return len(self.spans)
 
-    def __getitem__(self, row: int | slice):
-        if isinstance(row, slice):
-            return RecordFile(self.path, self.spans[row])
-        return next(iter(RecordFile(self.path, self.spans[[row]])))
+    def __getitem__(self, row: int):
+        return next(iter(self.select([row])))
 
     def __iter__(self) -> Iterator:
         with open(self.path, "rb") as file:
@@ -52,6 +49,10 @@ class RecordFile(Sequence):
                     raise InputError(f"{self.path}: has changed while it was read; start again"
                                      ) from None
                 yield as_used(record)
+
+    def select(self, rows: list[int] | slice) -> "RecordFile":
+        """Return some of the rows."""
+        return RecordFile(self.path, self.spans[rows])
 
 
 def find_rows(path: Path) -> np.ndarray | None:
@@ -149,7 +150,7 @@ def image_fault(record: dict, questions: list[str], answers: list[str]) -> str |
     return None if count == 1 else f'has {count} <image> token(s) but one "image" file'
 
 
-def row_faults(records: Sequence, get_image: DiskImages | None) -> Iterator[tuple[int, str]]:
+def row_faults(records: RecordFile, get_image: DiskImages | None) -> Iterator[tuple[int, str]]:
     """Yield (row, what is wrong) of every bad row: its form and, with get_image, its image file."""
     def fault_of(record) -> str | None:
         fault = record_fault(record)
@@ -163,21 +164,14 @@ def row_faults(records: Sequence, get_image: DiskImages | None) -> Iterator[tupl
     # threads help: PIL decodes a picture without Python's lock
     with ThreadPoolExecutor() as pool, tqdm(total=len(records), desc="check", leave=False) as bar:
         for start in range(0, len(records), 1000):
-            faults = pool.map(fault_of, records[start:start + 1000])
+            faults = pool.map(fault_of, records.select(slice(start, start + 1000)))
             for row, fault in enumerate(faults, start):
                 bar.update()
                 if fault:
                     yield row, fault
 
 
-def place_of(row: int, record) -> str:
-    """Return where a record is, in words: a bad row may be anything, and have no id."""
-    if isinstance(record, dict) and "id" in record:
-        return f"row {row} (counted from 0, id {printable(record['id'])})"
-    return f"row {row} (counted from 0)"
-
-
-def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None) -> Sequence[dict]:
+def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None) -> RecordFile:
     """Return the records of a LLaVA-format file, every row checked before anything is trained.
 
     With get_image, a DiskImages, their images are opened too. Raises InputError for the first bad
@@ -186,38 +180,12 @@ def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None) -> Se
     records = read_list(path)
     bad = {}
     for row, fault in row_faults(records, get_image):
-        place = place_of(row, records[row])
+        name = row_name(row, records[row])
         if not skip_bad:
-            raise InputError(f"{path}: {place} {fault}; "
+            raise InputError(f"{path}: {name} {fault}; "
                             f"`python -m tools.check_data {path} {folder}` lists every bad row")
-        print(f"skipped: {path}: {place} {fault}", file=sys.stderr)
+        print(f"skipped: {path}: {name} {fault}", file=sys.stderr)
         bad[row] = fault
     if len(bad) == len(records):
         raise InputError(f"{path}: every row is bad, the first {bad[0]}")
-    return select_rows(records, [row for row in range(len(records)) if row not in bad])
-
-
-def select_rows(records: Sequence, rows: list[int]) -> Sequence:
-    """Return some rows of a set, which may be a list or lie in a file."""
-    if isinstance(records, RecordFile):
-        return RecordFile(records.path, records.spans[rows])
-    return [records[row] for row in rows]
-
-
-def rows_digest(records: Sequence) -> str:
-    """Return a hash of all rows, one after the other: that of their JSON list."""
-    h = hashlib.sha256(b"[")
-    comma = ""
-    for record in records:
-        h.update(f"{comma}{json.dumps(record, sort_keys=True)}".encode())
-        comma = ", "
-    h.update(b"]")
-    return h.hexdigest()
-
-
-def images_of(sets: list[tuple]) -> dict:
-    """Return {image name: its get_image} of all images of some sets, sorted by name."""
-    source = {}
-    for records, get_image in sets:
-        source.update((record["image"], get_image) for record in records if "image" in record)
-    return dict(sorted(source.items()))
+    return records.select([row for row in range(len(records)) if row not in bad])

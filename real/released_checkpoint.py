@@ -25,17 +25,14 @@ BLOCK = {  # in a block: their name, ours
     "mlp.original_module.fc1": "mlp.ffn.fc1",
     "mlp.original_module.fc2": "mlp.ffn.fc2",
 }
-BUILT = {"moe_encoder": True, "moe_encoder_dense": False, "mm_vision_select_layer": -2,
-         "mm_projector_type": "mlp2x_gelu"}  # what is built here of what config.json may say
+DEFAULTS = {"mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}
+BUILT = {**DEFAULTS, "moe_encoder": True, "moe_encoder_dense": False}  # all else is refused
 # their encoder adapters lie in the checkpoint too; the VLM has no use for them
 ADAPTER = re.compile(r"[a-z0-9]+_adapter_[12]\.")
 
 
 class ReleasedTensors(dict):
-    """The tensors of all shards of a folder, memory-mapped: *.safetensors or pytorch_model*.bin.
-
-    Raises InputError if they cannot be read, or lack a tensor that is asked for.
-    """
+    """The tensors of all shards of a folder, memory-mapped. Raises InputError if one is missing."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -72,7 +69,7 @@ def released_config(folder: Path):
     if not isinstance(config, dict) or "moe" not in config:
         return None
     try:
-        values = {**BUILT, **config, **config["moe"]}
+        values = {**DEFAULTS, **config, **config["moe"]}
         for key, expected in BUILT.items():
             if values[key] != expected:
                 raise InputError(f"{path}: {key} is {json.dumps(values[key])}; only "
@@ -85,8 +82,8 @@ def released_config(folder: Path):
         }
     except (KeyError, TypeError) as missing:
         raise InputError(f"{path}: its \"moe\" lacks {missing}; the authors' checkpoints have "
-                         "moe_encoder_lora_rank, moe_encoder_lora_alpha and "
-                         "moe_encoder_num_experts") from None
+                         "moe_encoder, moe_encoder_dense, moe_encoder_lora_rank, "
+                         "moe_encoder_lora_alpha and moe_encoder_num_experts") from None
     LlamaConfig = require_transformers().LlamaConfig
     known = set(LlamaConfig().to_dict()) - {"model_type", "architectures"}
     llama = {key: value for key, value in config.items() if key in known}

@@ -21,7 +21,7 @@ from torch.multiprocessing import spawn
 
 from data import InputError
 from plumbing import checkpoints, checks
-from plumbing.batches import loader_options, make_loader
+from plumbing.sets import loader_options, make_loader
 from plumbing.checkpoints import Checkpoints
 from plumbing.checks import check_shared_memory
 from plumbing.launcher import launch

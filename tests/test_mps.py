@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data import InputError, to_device
-from plumbing.batches import loader_options
+from plumbing.sets import loader_options
 from plumbing.checks import check_mps, check_place, find_device
 from plumbing.cli import run
 from plumbing.config import SMALL, TINY, recipe

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from plumbing import batches, launcher, plots, run_folder
+from plumbing import sets, launcher, plots, run_folder
 from plumbing.cli import run
 from plumbing.config import TINY
 from plumbing.evaluate import print_accuracy, questions_of
@@ -307,8 +307,8 @@ def rename(path, target):
 
 pathlib.Path.rename = rename
 sys.path.insert(0, {here!r})
-import plumbing.batches
-plumbing.batches.START = "spawn"
+import plumbing.sets
+plumbing.sets.START = "spawn"
 import train
 from plumbing.cli import run
 

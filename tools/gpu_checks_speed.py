@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from data import Conversations, to_device
 from model import Student
 from mole import MoLE
-from plumbing.batches import loader_options, make_loader
+from plumbing.sets import loader_options, make_loader
 from plumbing.build import build_encoder
 from plumbing.checks import check_shared_memory
 from plumbing.config import FULL

@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 from model import MoVEKD
-from plumbing.batches import count_steps
+from plumbing.sets import count_steps
 from plumbing.cli import Parser, run
 from plumbing.config import Config
 from plumbing.flags import parse_config

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 import mole
-from data import LARGE_SIDE, MEAN_COLOUR, InputError, padded, square_image, square_views
+from data import LARGE_SIDE, MEAN_COLOUR, InputError, pad_to_square, square_image, square_views
 from model import Student
 from plumbing.cli import Parser, run
 from plumbing.files import write_json, write_tensors
@@ -25,7 +25,7 @@ IMPORTS = ("import numpy as np\nimport torch.nn.functional as F\n"
 FILES = ("student.json", "student.safetensors", "student.py")
 # all of this repository that student.py needs: its source goes into the file
 SHARED = (mole.ExpertLoRA, mole.RoutedFFN, mole.MoLE, mole.ReleasedMoLE, mole.add_mole,
-          as_seen, eight_bits, padded, square_image, square_views)
+          as_seen, eight_bits, pad_to_square, square_image, square_views)
 
 
 def main(argv: list[str] | None = None) -> None:
