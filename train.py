@@ -70,12 +70,18 @@ def main(argv: list[str] | None = None) -> None:
     check_mps(c)
     processes = wanted_processes(c)
     if processes > 1:
-        sys.exit(launch(__file__, argv, processes))
+        sys.exit(launch(train_here, (c, mode == "resume", start), processes))
+    train_here(c, mode == "resume", start)
+
+
+def train_here(c: Config, resumed: bool, start: float) -> None:
+    """Train in this process, which may be one of several."""
     machine = Machine(c)
     try:
-        train(c, machine, mode == "resume", start)
+        train(c, machine, resumed, start)
     finally:
         if machine.world == 1:  # several end with their process: leaving in disorder may hang
+            machine.checkpoints.finish()
             machine.leave()
 
 

@@ -71,7 +71,8 @@ class Checkpoints:
     """The last `keep` states of a run: folder/stage2-00000500/ and so on.
 
     A state is what is trained, its optimizer's, and a Progress. It is written in the background,
-    under another name until it is complete, and can be loaded by another number of processes.
+    to a folder that ends in .tmp until it is complete, and can be loaded by another number of
+    processes. What a killed run has left there is cleared when the next one locks the run folder.
     """
 
     def __init__(self, folder: Path, keep: int, rank: int, world: int):
@@ -91,10 +92,6 @@ class Checkpoints:
         self.finish()
         check_parameters(root)
         temporary = self.folder / (name + ".tmp")
-        if self.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if self.group:
-            dist.barrier(self.group)  # another process has not made it yet
         state = trained_state(root, optimizer)
         writer = Writer(temporary, state, progress, self.keep)
         future = dcp.async_save(state, storage_writer=writer, process_group=self.group,
