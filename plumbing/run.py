@@ -40,7 +40,7 @@ def start(argv: list[str] | None, train: Callable, description: str) -> None:
         return
     arguments = (train, c, mode == "resume", begin)
     if wanted_processes(c) > 1:
-        sys.exit(launch(sys.argv[0], sys.argv[1:] if argv is None else argv, wanted_processes(c)))
+        sys.exit(launch(run_here, arguments, wanted_processes(c)))
     run_here(*arguments)
 
 

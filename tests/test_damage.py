@@ -14,7 +14,7 @@ import torch
 
 import train
 from data import InputError
-from plumbing.checkpoints import Progress, saved_checkpoints
+from plumbing.checkpoints import Progress, examine, saved_checkpoints
 from plumbing.config import Config
 from plumbing.files import read_tensors, temporary_name, write_tensors
 from plumbing.finished_run import load_run
@@ -108,7 +108,8 @@ def test_a_full_disk_is_one_line(workplace, tmp_path, monkeypatch, size, place):
     said = f"{getattr(error.value, 'filename', '')} {error.value}"
     assert place in said or (place == "cache" and "teachers" in said), said
     assert not list(tmp_path.rglob("*.tmp"))
-    assert not saved_checkpoints(Path("runs/full/checkpoints"))
+    for path in saved_checkpoints(Path("runs/full/checkpoints")):
+        assert examine(path)[0] is None
 
 
 def test_the_log_keeps_no_half_line(tmp_path):

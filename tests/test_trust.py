@@ -1,6 +1,7 @@
 """docs/trust.md, line by line: bad input is one line, and nothing wrong goes on in silence."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -320,15 +321,24 @@ def test_an_overwritten_run_leaves_nothing_of_the_earlier_one(kept):
     assert points[0] not in read_json(run / "held_out.json")
 
 
-@pytest.mark.parametrize("how", ["flipped", "halved", "empty", "missing"])
-@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "meta.json", "../../log.jsonl"])
+TENSORS = "shard-00001-model-00003-of-00008.safetensors"    # a file of a checkpoint
+
+
+DAMAGE = [*itertools.product([TENSORS, "progress.json", "../../log.jsonl"],
+                             ["flipped", "halved", "empty", "missing"]),
+          ("extra.safetensors", "put there")]   # DCP would read its tensors
+
+
+@pytest.mark.parametrize("file, how", DAMAGE)
 def test_a_damaged_checkpoint_is_named(kept, tmp_path, file, how):
-    """A bit flipped, a file halved, empty or missing: named, before anything is loaded."""
-    run = tmp_path / "run"
-    shutil.copytree(kept / "runs/kept", run)
+    """A bit flipped, a file halved, empty, missing or not listed: named before anything loads."""
+    run = shutil.copytree(kept / "runs/kept", tmp_path / "run")
     newest = saved_checkpoints(run / "checkpoints")[-1]
     assert examine(newest)[0] is None
-    damage(newest / file, how)
+    if how == "put there":
+        shutil.copy(newest / TENSORS, newest / file)
+    else:
+        damage(newest / file, how)
     assert Path(file).name in examine(newest)[0]
 
 
@@ -336,7 +346,7 @@ def test_an_older_checkpoint_is_taken_if_asked_for(kept, monkeypatch):
     """--resume names damage and flag; with --skip-damaged it ends as the straight run."""
     monkeypatch.chdir(kept)
     shutil.copytree("runs/kept", "runs/damaged")
-    damage(Path("runs/damaged/checkpoints/stage2-00000004/__0_0.distcp"), "flipped")
+    damage(Path("runs/damaged/checkpoints/stage2-00000004", TENSORS), "flipped")
     with pytest.raises(InputError, match="stage2-00000004: damaged: .* --skip-damaged"):
         train.main(["--resume", "runs/damaged"])
     train.main(["--resume", "runs/damaged", "--skip-damaged"])
@@ -350,31 +360,20 @@ class Evil:
         return os.system, ("touch pwned",)
 
 
-@pytest.mark.parametrize("where", [".metadata", "piece"])
-def test_a_crafted_checkpoint_runs_nothing(kept, monkeypatch, where):
-    """Code in the index, or in place of a scalar in a piece, with checksums to match: refused."""
+def test_a_crafted_checkpoint_runs_nothing(kept, monkeypatch):
+    """Pickled code in place of tensors, with checksums to match: one line, and it does not run."""
     monkeypatch.chdir(kept)
-    run = shutil.copytree("runs/kept", f"runs/crafted{where}")
-    newest = saved_checkpoints(Path(run, "checkpoints"))[-1]
-    evil = pickle.dumps(Evil())
-    if where == ".metadata":
-        (newest / ".metadata").write_bytes(evil)
-    else:
-        index = pickle.loads((newest / ".metadata").read_bytes())  # our own, just written
-        kinds = index.state_dict_metadata
-        info = next(info for key, info in index.storage_data.items()
-                    if type(kinds[key.fqn]).__name__ == "BytesStorageMetadata")
-        with open(newest / info.relative_path, "r+b") as piece:
-            piece.seek(info.offset)
-            piece.write(evil)
-    meta = read_json(newest / "meta.json")
-    meta["files"] = {**checksums(newest, ".metadata"), **checksums(newest, "__0_*")}
-    del meta["crc32"]
-    meta["crc32"] = zlib.crc32(json.dumps(meta).encode())
-    write_json(newest / "meta.json", meta)
-    assert examine(newest)[0] is None
-    with pytest.raises(InputError, match="crafted"):
-        train.main(["--resume", run])
+    shutil.copytree("runs/kept", "runs/crafted")
+    newest = saved_checkpoints(Path("runs/crafted/checkpoints"))[-1]
+    for name in (TENSORS, ".metadata"):
+        (newest / name).write_bytes(pickle.dumps(Evil()))
+    content = read_json(newest / "progress.json")
+    content["files"] = checksums(newest)
+    del content["crc32"]
+    content["crc32"] = zlib.crc32(json.dumps(content).encode())
+    write_json(newest / "progress.json", content)
+    with pytest.raises(InputError, match="crafted/checkpoints/stage2-00000004: cannot be read: "):
+        train.main(["--resume", "runs/crafted"])
     assert not list(kept.rglob("pwned"))
 
 
