@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from data import Conversations, collate
 from model import VLM, MoVEKD, Student
 from mole import MoLE, mole_layers
 from plumbing.build import build_movekd
+from plumbing.cli import run
 from plumbing.config import TINY, Config
 from plumbing.files import write_json
 from teachers import ClipEncoder, Teachers, VisionEncoder, parse_spec
@@ -154,6 +156,16 @@ def run_here(folder: Path, *flags: str) -> None:
     """Run train.py in this process, as if started in `folder`."""
     with contextlib.chdir(folder):
         train.main(list(flags))
+
+
+def error_of(argv: list[str], capsys) -> str:
+    """Return the one error line of `train.py ARGV`, the last on stderr; exit status 2."""
+    with pytest.raises(SystemExit) as end:
+        run(lambda: train.main(argv))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True]
+    return lines[-1]
 
 
 def run_script(folder: Path, *flags: str) -> subprocess.CompletedProcess:
