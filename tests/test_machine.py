@@ -44,12 +44,21 @@ def assert_same_log(a: Path, b: Path) -> None:
             close(torch.tensor(x[name]), torch.tensor(y[name]), atol=1e-5, rtol=1e-5, msg=where)
 
 
-def copy_until(folder: Path, source: str, run: str, last: str) -> None:
-    """Copy a run so that it looks as if it had been stopped just after a checkpoint."""
-    shutil.copytree(folder / "runs" / source, folder / "runs" / run)
-    for path in (folder / "runs" / run / "checkpoints").iterdir():
-        if path.name > last:
-            shutil.rmtree(path)
+def resume_from(folder: Path, run: str, copy: str, last: str, processes: int = 1) -> Path:
+    """Resume a copy of a run as if it had been stopped just after a checkpoint."""
+    path = shutil.copytree(folder / "runs" / run, folder / "runs" / copy)
+    for checkpoint in (path / "checkpoints").iterdir():
+        if checkpoint.name > last:
+            shutil.rmtree(checkpoint)
+    train_on(folder, processes, "--resume", f"runs/{copy}")
+    return path
+
+
+def train_on(folder: Path, processes: int, *flags: str) -> None:
+    """Run train.py on so many processes, of which one takes micro-batches of one sample."""
+    done = run_script(folder, *flags, "--processes", str(processes), "--micro-batch",
+                      str(2 - processes))
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def gradients(c: Config, model: MoVEKD, teachers, step: Step) -> dict[str, torch.Tensor]:
@@ -91,16 +100,14 @@ def test_our_recipe_on_two_processes_and_resumed(workplace):
     A resumed run, statistics from its checkpoint, ends as the straight run, bit for bit.
     """
     flags = [*SHORT, *SHARED, "--recipe", "ours", "--save-every", "5", "--keep", "9"]
-    done = run_script(workplace, *flags, "--out", "runs/ours2", "--processes", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    run_here(workplace, *flags, "--out", "runs/ours1", "--micro-batch", "1")
+    for processes in (1, 2):
+        train_on(workplace, processes, *flags, "--out", f"runs/ours{processes}")
     assert_same_log(workplace / "runs/ours1", workplace / "runs/ours2")
     one, two = (load_file(workplace / f"runs/ours{k}/model.safetensors") for k in (1, 2))
     for name in ("target_norms.eva.mean", "target_norms.convnext.std"):
         assert torch.equal(one[name], two[name]) and one[name].abs().max() > 0
-    copy_until(workplace, "ours1", "ours1b", "stage1-00000005")
-    run_here(workplace, "--resume", "runs/ours1b")
-    assert_same_run(workplace / "runs/ours1", workplace / "runs/ours1b")
+    resumed = resume_from(workplace, "ours1", "ours1b", "stage1-00000005")
+    assert_same_run(workplace / "runs/ours1", resumed)
 
 
 def test_two_processes_are_one(two_processes):
@@ -134,14 +141,6 @@ def test_bad_input_of_many_processes_is_one_line(workplace):
 # Checkpoints
 
 
-@pytest.fixture(scope="module")
-def one_of_two(two_processes):
-    """runs/b: two processes to the middle of stage 1, then one."""
-    copy_until(two_processes, "two", "b", "stage1-00000004")
-    run_here(two_processes, "--resume", "runs/b", "--micro-batch", "1", "--processes", "1")
-    return two_processes / "runs/b"
-
-
 def test_checkpoints_are_saved_every_so_many_steps_and_after_stage_1(two_processes):
     """--save-every 4 of 10 steps a stage; --keep 9 keeps them all."""
     found = sorted(path.name for path in (two_processes / "runs/two/checkpoints").iterdir())
@@ -149,27 +148,24 @@ def test_checkpoints_are_saved_every_so_many_steps_and_after_stage_1(two_process
     assert found == [f"stage{stage}-{step:08}" for stage, step in steps]
 
 
-def test_two_processes_go_on_as_one(one_of_two, two_processes):
+def test_resumed_on_as_many_processes_it_is_the_straight_run(two_processes):
+    """Bit for bit, log and weights."""
+    resumed = resume_from(two_processes, "two", "c", "stage2-00000008", processes=2)
+    assert_same_run(resumed, two_processes / "runs/two")
+
+
+def test_two_processes_go_on_as_one(two_processes):
     """A checkpoint of two processes goes on in one, mid stage 1, with the same losses."""
-    assert_same_log(two_processes / "runs/two", one_of_two)
+    resumed = resume_from(two_processes, "two", "b", "stage1-00000004")
+    assert_same_log(two_processes / "runs/two", resumed)
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_as_two(one_of_two, two_processes):
+def test_one_process_goes_on_as_two(two_processes):
     """A checkpoint of one process goes on in two, mid stage 2, with the same losses."""
-    copy_until(two_processes, "b", "d", "stage2-00000004")  # written by one process
-    done = run_script(two_processes, "--resume", "runs/d", "--micro-batch", "0",
-                      "--processes", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_log(two_processes / "runs/two", two_processes / "runs/d")
-
-
-def test_resumed_on_as_many_processes_it_is_the_straight_run(two_processes):
-    """Bit for bit, log and weights."""
-    copy_until(two_processes, "two", "c", "stage2-00000008")
-    done = run_script(two_processes, "--resume", "runs/c", "--processes", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(two_processes / "runs/c", two_processes / "runs/two")
+    train_on(two_processes, 1, *SHORT, *SHARED, "--out", "runs/alone")
+    resumed = resume_from(two_processes, "alone", "d", "stage2-00000004", processes=2)
+    assert_same_log(two_processes / "runs/two", resumed)
 
 
 @pytest.mark.slow

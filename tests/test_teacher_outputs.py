@@ -33,7 +33,7 @@ def cache(teachers: Teachers, pictures: WorldImages, folder) -> CachedTeachers:
 
 
 def assert_outputs(cached: CachedTeachers, teachers: Teachers, pictures: WorldImages) -> None:
-    """From the cache come the teachers' own outputs, rounded to fp16, in any order."""
+    """Check that the cache gives the teachers' own outputs, rounded to fp16, in any order."""
     plain = teachers(torch.stack([pictures(NAMES[i]) for i in (3, 0)]), [])
     outputs = cached(torch.zeros(2, 3, 96, 96), [NAMES[3], NAMES[0]])
     for name, output in plain.items():
@@ -46,9 +46,7 @@ def assert_outputs(cached: CachedTeachers, teachers: Teachers, pictures: WorldIm
 
 
 def test_cached_teachers_are_the_teachers_in_fp16(tmp_path, pictures, capsys):
-    """--cache-teachers gives the teachers' outputs without running them; one file each, made once.
-
-    """
+    """--cache-teachers gives the teachers' outputs; one file each, made once."""
     teachers = tiny_teachers()
     cache(teachers, pictures, tmp_path)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
