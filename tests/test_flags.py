@@ -7,18 +7,8 @@ import pytest
 
 from plumbing.build import build_movekd, build_teachers
 from plumbing.config import ENCODERS, RECIPES, Config, encoder, recipe
-from plumbing.files import write_json
 from plumbing.flags import load_config, parse_config
-from tests.common import SHORT, C, error_of, images, small_vlm, whole_method
-
-
-def test_a_config_is_read_as_it_was_written(tmp_path):
-    """Each field of Config comes back from JSON, a missing key by default."""
-    c = dataclasses.replace(C, teachers=("clip", "eva"), lambda_kd=0.5, clip_share=0.7)
-    write_json(tmp_path / "config.json", dataclasses.asdict(c))
-    assert load_config(tmp_path / "config.json") == c
-    write_json(tmp_path / "short.json", {"clip_share": 0.7})
-    assert load_config(tmp_path / "short.json") == dataclasses.replace(C, clip_share=0.7)
+from tests.common import SHORT, error_of, images, small_vlm, whole_method
 
 
 def test_recipe_sets_rows_1_to_9():

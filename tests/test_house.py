@@ -142,11 +142,3 @@ def code_lines(name: str) -> int:
             first = node.body[0].lineno if hasattr(node, "body") else node.end_lineno + 1
             numbers.update(range(node.lineno, first))
     return len(numbers)
-
-
-def test_lines_are_short():
-    """No line of any .py has more than 100 characters."""
-    for path in tracked():
-        if path.suffix == ".py":
-            for i, line in enumerate(lines_of(path), start=1):
-                assert len(line) <= 100, f"{path}: line {i}"

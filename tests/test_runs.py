@@ -6,12 +6,10 @@ import pytest
 from safetensors.torch import load_file
 
 from data import InputError
-from plumbing.evaluate import accuracy_per_type, answer, questions_of
+from plumbing.evaluate import accuracy_per_type, questions_of
 from plumbing.files import read_json
-from plumbing.finished_run import load_run
 from plumbing.flags import load_config
 from plumbing.run_folder import read_log
-from tests import common
 from tests.common import SHORT, C, assert_same_run, conversation, full_flags, run_here
 from tiny import world
 from tiny.scenes import QUESTIONS
@@ -137,12 +135,3 @@ def test_full_and_small_run_with_our_recipe(real_folder, llama_folder, preset):
         assert first[f"w_{name}"] == pytest.approx(0.3)
     tensors = load_file(real_folder / f"runs/ours{preset}/model.safetensors")
     assert tensors["target_norms.sam.std"].min() > 0
-
-
-def test_a_run_folder_stands_alone(full_run, monkeypatch):
-    """Loading a run reads neither the encoders' files nor the LLM's: all is in its folder."""
-    monkeypatch.setattr("real.encoder_weights.fill_net", None)
-    monkeypatch.setattr("real.encoder_weights.ask_hub", None)
-    vlm, tokenizer, c = load_run(full_run)
-    record = {"image": "any", "conversations": conversation("<image>\nwhat shape?")}
-    assert len(answer(c, vlm, tokenizer, [record], lambda name: common.images(1)[0])) == 1

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import train
 from data import InputError, conversation_ids
 from plumbing.checkpoints import checksums, examine, saved_checkpoints
-from plumbing.config import Config, flag, plain_type
+from plumbing.config import TINY, Config, flag, plain_type
 from plumbing.files import read_json, write_json
 from plumbing.flags import load_config, parse_config
 from plumbing.teacher_outputs import check_teachers
@@ -76,7 +76,7 @@ def test_config_json_is_checked_as_flags_are(name, tmp_path):
     for value in (-1, 0, 0.5, 2, 7, 10 ** 12, "", "1e-3", None, True, {"a": 1}, (), ("a",), (1,)):
         write_json(file, {name: value})
         if is_valid(name, value):
-            assert getattr(load_config(file), name) == value
+            assert load_config(file) == dataclasses.replace(TINY, **{name: value})
         else:
             with pytest.raises(InputError, match=f"config.json: {name} .*: must be "):
                 load_config(file)
@@ -378,13 +378,15 @@ def test_a_dead_teacher_is_named():
 # Signals, places, and what the machine refuses
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
-def test_every_signal_ends_a_run_in_order(workplace, name):
+def test_every_signal_ends_a_run_in_order(workplace):
     """Ctrl-C and a closed terminal save as SIGTERM does; exit status 3, one line, no traceback."""
-    flags = ["--out", f"runs/{name}", "--stage1-epochs", "9", "--max-steps", "0"]
-    errors = common.stop(common.start(workplace, *flags), name)
-    assert "--resume" in errors and "Traceback" not in errors
-    assert len(saved_checkpoints(workplace / f"runs/{name}/checkpoints")) == 1
+    flags = "--stage1-epochs 9 --max-steps 0".split()
+    names = ("SIGINT", "SIGHUP")
+    processes = [common.start(workplace, "--out", f"runs/{name}", *flags) for name in names]
+    for name, process in zip(names, processes, strict=True):
+        errors = common.stop(process, name)
+        assert "--resume" in errors and "Traceback" not in errors
+        assert len(saved_checkpoints(workplace / f"runs/{name}/checkpoints")) == 1
 
 
 def end_while_loading(name: str, *program: str) -> tuple[int, str]:
@@ -433,21 +435,19 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_lost(workplace, mom
 def test_a_run_can_be_evaluated_again(kept, monkeypatch, capsys):
     """train.py --evaluate RUN: the accuracies of the run itself, and of another set."""
     monkeypatch.chdir(kept)
-    train.main(["--evaluate", "runs/kept"])
-    line = capsys.readouterr().out.splitlines()[-1]
-    result = read_json(Path("runs/kept/result.json"))
-    assert json.loads(line.removeprefix("result: "))["accuracy"] == result["accuracy"]
-    write_json(Path("kept/two.json"), read_json(Path("kept/train.json"))[:2])
-    train.main(["--evaluate", "runs/kept", "--eval-data", "kept/two.json"])
-    on_files = capsys.readouterr().out
-    with pytest.raises(InputError, match="--stage1-lr: with --evaluate a run keeps"):
-        train.main(["--evaluate", "runs/kept", "--stage1-lr", "1"])
+    def evaluate(run: str, *flags: str) -> dict:
+        train.main(["--evaluate", run, *flags])
+        line = capsys.readouterr().out.splitlines()[-1]
+        return json.loads(line.removeprefix("result: "))
 
-    # so can one of the tiny world, which was trained on no file
-    train.main(["--evaluate", "runs/tiny", "--eval-data", "kept/two.json"])
-    for out in (on_files, capsys.readouterr().out):
-        told = json.loads(out.splitlines()[-1].removeprefix("result: "))
-        assert 0 <= told["macro_accuracy"] <= 100 and "seconds" not in told
+    result = read_json(Path("runs/kept/result.json"))
+    assert evaluate("runs/kept")["accuracy"] == result["accuracy"]
+    write_json(Path("kept/two.json"), read_json(Path("kept/train.json"))[:2])
+    for run in ("runs/kept", "runs/tiny"):      # runs/tiny was trained on no file
+        other = evaluate(run, "--eval-data", "kept/two.json")
+        assert 0 <= other["macro_accuracy"] <= 100 and "seconds" not in other
+    with pytest.raises(InputError, match="--stage1-lr: with --evaluate a run keeps"):
+        evaluate("runs/kept", "--stage1-lr", "1")
 
 
 def test_long_prompts_are_known_before_training(kept, monkeypatch):
