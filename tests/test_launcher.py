@@ -27,7 +27,14 @@ from plumbing.checks import check_shared_memory
 from plumbing.launcher import launch
 from plumbing.machine import Machine
 from plumbing.sets import loader_options, make_loader
-from plumbing.sharding import cast_vlm, gather_full, refresh_trained, send_from_first, shard
+from plumbing.sharding import (
+    cast_vlm,
+    gather_full,
+    place_models,
+    refresh_trained,
+    send_from_first,
+    shard,
+)
 from plumbing.signals import SIGNALS
 from tests import launched
 from tests.common import HERE, SHORT, C, small_vlm, some_conversations, total_loss, whole_method
@@ -140,13 +147,14 @@ def test_small_shared_memory_is_one_line(monkeypatch):
 
 def test_a_stage_unfreezes_in_bf16():
     """What is frozen in stage 1 gets gradients in stage 2, in fp32 from bf16 arithmetic."""
-    machine = Machine(dataclasses.replace(C, precision="bf16"))
+    c = dataclasses.replace(C, precision="bf16")
+    machine = Machine(c)
     model, teachers, batch = whole_method()
     for stage in (1, 2):
         model.set_stage(stage)
         if stage == 1:
-            machine.place(model, teachers)
-        machine.begin_stage(model)
+            place_models(model, teachers, c, machine.world)
+        refresh_trained(model)
         total_loss(model(batch, teachers)).backward()
     machine.leave()
     for name, p in model.named_parameters():
