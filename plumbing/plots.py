@@ -24,7 +24,7 @@ PANELS = (  # title, prefix of the names of its curves, scale of the axis
 
 def plot_curves(folder: Path) -> None:
     """Draw curves.png from log.jsonl: losses, teachers, experts, held-out accuracy, both stages."""
-    lines, held_out = read_log(folder), folder / "held_out.json"
+    lines = read_log(folder)
     offset = max((line["step"] + 1 for line in lines if line["stage"] == 1), default=0)
     names = {}
     for line in lines:
@@ -43,6 +43,7 @@ def plot_curves(folder: Path) -> None:
             axis.legend(fontsize=8)
     plot_experts(axes[4], figure, lines, offset)
     axes[5].set(title="held-out accuracy, %", ylim=(0, 100))
+    held_out = folder / "held_out.json"
     points = read_json(held_out) if held_out.exists() else []
     if points:
         axes[5].plot(steps_of(points, offset), [point["accuracy"] for point in points], marker="o")
@@ -108,7 +109,7 @@ def drawable(text: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically. One that a program on Windows holds open stays as it is."""
+    """Write a PNG atomically. One that another program holds open (Windows) stays as it is."""
     drawn = False
     try:
         with replacing(path) as temporary:

@@ -32,11 +32,24 @@ FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves
 
 def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
     """Return the lock (rank 0's), the checkpoint to resume or None, and the run's Progress."""
-    lock = None     # another run is let in when it is closed
+    out = Path(c.out)
+    lock = None     # closed, it lets another run in
     if first:
         lock = lock_run_folder(c, resumed)
-        check_writable(c)
-    folder = Path(c.out) / "checkpoints"
+        # what the run will not be able to write ends it now, before any work
+        for path in [out / name for name in FILES]:
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: is no regular file, and the run writes one of that "
+                                 "name; move it away, or name another --out")
+        cache = [Path(c.cache_teachers)] if c.cache_teachers and c.lambda_kd else []
+        for path in (out, *cache):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path) as file:
+                    file.write(b"x")
+            except OSError as e:
+                raise InputError(f"{path}: cannot be written: {e.strerror}") from None
+    folder = out / "checkpoints"
     if resumed:
         path, progress = checkpoints.newest_checkpoint(folder, c.skip_damaged)
         return lock, path, Progress(**progress)
@@ -70,24 +83,6 @@ def lock_run_folder(c: Config, resumed: bool):
     for left in (*out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")):  # of a run that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     return file
-
-
-def check_writable(c: Config) -> None:
-    """Raise InputError, before any work, for a place where the run will not be able to write."""
-    out = Path(c.out)
-    for name in FILES:
-        path = out / name
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: is no regular file, and the run writes one of that name; "
-                             "move it away, or name another --out")
-    cache = [Path(c.cache_teachers)] if c.cache_teachers and c.lambda_kd else []
-    for folder in (out, *cache):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(b"x")
-        except OSError as e:
-            raise InputError(f"{folder}: cannot be written: {e.strerror}") from None
 
 
 def check_data(c: Config, data: dict, tokenizer, progress: Progress, resumed: bool) -> None:

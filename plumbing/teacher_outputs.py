@@ -49,10 +49,7 @@ class CachedTeachers(Teachers):
 
 
 def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> CachedTeachers:
-    """Return teachers whose outputs for all images of some (records, get_image) are in `folder`.
-
-    A file is named after its teacher's spec and weights, and the images' source, names and size.
-    """
+    """Return teachers whose outputs for all images of some (records, get_image) are in `folder`."""
     source = images_of(sets)
     images = list(source)
     origins, prints = [], []
@@ -63,7 +60,8 @@ def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> Cache
     first = source[images[0]](images[0])
     outputs = {}
     for name, encoder in teachers.encoders.items():
-        # a view that is made from the original differs from one of the loader's image
+        # The file's name tells teachers and sets apart. A view that is made from the original
+        # differs from one of the loader's image.
         R = f"own {encoder.image_size}" if isinstance(first, dict) else str(first.shape[-1])
         weights = [f"{key} {checksum(value)}" for key, value in encoder.state_dict().items()]
         key = digest(encoder.spec, digest(*weights), R, *sorted(origins), *images)[:12]
