@@ -13,7 +13,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from plumbing import batches, launcher, plots, run_folder
+from plumbing import batches, plots, run_folder
 from plumbing.cli import run
 from plumbing.config import TINY
 from plumbing.evaluate import print_accuracy, questions_of
@@ -232,24 +231,6 @@ def test_any_character_on_a_console_of_256(monkeypatch):
     run(lambda: print_accuracy({**columns, "macro_accuracy": 50.0}))
     shown = page.buffer.getvalue().decode("cp1252")
     assert "\\u0447\\u0442\\u043e" in shown and "\\u56fe" in shown and "größe" in shown
-
-
-def test_ctrl_c_on_windows_reaches_the_processes_by_itself(monkeypatch):
-    """Without sessions the console signals all; Windows could pass on nothing but an end."""
-    class Child:
-        returncode = None
-        polls = 0
-
-        def poll(self):
-            self.polls += 1
-            self.returncode = 3 if self.polls > 3 else None
-            return self.returncode
-
-        def send_signal(self, number):
-            raise ValueError(f"Unsupported signal: {number}")
-
-    monkeypatch.setattr(launcher, "os", types.SimpleNamespace(name="nt"))
-    assert launcher.watch([Child(), Child()], [2]) is None
 
 
 # ------------------------------------------------------------------------------------------------
