@@ -1,5 +1,6 @@
 """Start the processes of a run on this machine, pass signals on to them, and end with them."""
 
+import atexit
 import logging
 import os
 import sys
@@ -75,5 +76,5 @@ def run_one(rank: int, work: Callable, arguments: tuple, world: int, port: int, 
     if status == STOPPED:
         stopped.set()
         status = 0  # another status would end those that still save
-    sys.stdout.flush()
-    os._exit(status)  # not by the interpreter's end, where a thread of gloo's may abort it
+    # the end of the interpreter is left out: a thread of gloo's sometimes aborts it there
+    atexit.register(os._exit, status)
