@@ -24,10 +24,9 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
     device = checks.find_device(device)
     released = released_config(folder)
     if released:
-        fields, llm_config = released
-        c = dataclasses.replace(FULL, llm=str(folder), **{**recipe("released"), **fields})
+        c = dataclasses.replace(FULL, llm=str(folder), **{**recipe("released"), **released[0]})
         tokenizer = PretrainedTokenizer(c.llm)
-        vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM(c.llm, llm_config))
+        vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM(c.llm, released[1]))
         load_released(vlm, folder)
     else:
         c = flags.load_config(folder / "config.json")
@@ -58,10 +57,7 @@ def load_vlm(vlm: VLM, folder: Path) -> None:
 
 
 def load_student(run: str | Path) -> tuple[Student, Callable]:
-    """Return the student of a run or the authors' checkpoint, and a function that reads photos.
-
-    student(read_photo("photo.png")) is (1, n, d). Raises InputError.
-    """
+    """Return the student of a run or the authors' checkpoint, and read_photo(path), its input."""
     run = Path(run)
     released = released_config(run)
     if released:
