@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from data import IGNORE, InputError, blank_image, to_device
@@ -32,13 +33,13 @@ A_WEEK = timedelta(days=7)
 
 
 class Weights(NamedTuple):
-    """What the means over a micro-batch count for in a step, over all processes.
+    """A micro-batch's fractions of a step's answer tokens and images, over all processes.
 
-    Weighted so, the terms of all micro-batches add up to the means over the step's batch.
+    Weighted so, the means over micro-batches add up to the means over the step's batch.
     """
 
-    text: float     # the micro-batch's fraction of the step's answer tokens
-    images: float   # and of its images
+    text: float
+    images: float
 
     def apply(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weight L_text, a mean over answer tokens, and all other terms, means over images."""
@@ -67,12 +68,12 @@ class Machine:
 
     def __init__(self, c: Config):
         self.c = c
-        self.stop = ""          # the signal that told the run to stop
-        self.launcher = os.getppid() if launched() else None
+        self.stop = ""              # the signal that told the run to stop
+        self.state = "before the first step: nothing is lost"   # what the run then says
         self.training = False
-        self.state = "before the first step: nothing is lost"   # told if a signal ends the run now
+        self.lock = None            # the open file that holds the run folder
         self.former_handlers = {}
-        self.lock = None        # the open file that holds the run folder
+        self.launcher = os.getppid() if launched() else None
         if launched() or c.precision == "bf16":
             self.join()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -115,10 +116,7 @@ class Machine:
             raise Stopped(f"stopped by {self.stop} {self.state}")
 
     def end_training(self, state: str) -> None:
-        """Part from the other processes and let a signal end the run at once: the model is written.
-
-        `state` is what the run says if a signal comes, or has come while the model was written.
-        """
+        """Part from the others: the model is written, and a signal ends the run, saying `state`."""
         if dist.is_initialized():
             dist.destroy_process_group()
         self.training = False
@@ -180,7 +178,7 @@ class Machine:
                   written: bool = False) -> Step:
         """Make a step of this process's batches. Raises InputError for a row that cannot be used.
 
-        `written`: this process has written its files of the last checkpoint.
+        `written`: whether this process has written its files of the last checkpoint.
         """
         for batch in batches:
             if "fault" in batch:
@@ -218,13 +216,11 @@ def with_stand_in(batch: dict, vlm: VLM, image_size: int) -> dict:
     A sharded student must run in every process at the same time: one that left it out would keep
     the others waiting. The sample's image terms have weight 0, because there are no images.
     """
-    n = vlm.student.num_tokens
-    B, T = batch["input_ids"].shape
-    longest = max(T, n)
-    ids = torch.zeros(B + 1, longest, dtype=torch.long)             # padded with any word
-    labels = torch.full((B + 1, longest), IGNORE)
-    ids[:B, :T] = batch["input_ids"]
-    labels[:B, :T] = batch["labels"]
-    ids[B, :n] = vlm.image_token
-    return {**batch, "input_ids": ids, "labels": labels, "image_names": [None],
-            "images": blank_image(image_size)[None]}                # (1, 3, R, R)
+    image = torch.full((1, vlm.student.num_tokens), vlm.image_token)        # (1, n)
+    nothing = torch.full_like(image, IGNORE)
+    samples = {}
+    for name, row, pad in (("input_ids", image, 0), ("labels", nothing, IGNORE)):
+        rows = [*batch[name], row[0]]                                       # B + 1 of any length
+        samples[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    return {**batch, **samples, "image_names": [None],
+            "images": blank_image(image_size)[None]}                        # (1, 3, R, R)
