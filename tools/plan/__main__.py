@@ -15,7 +15,7 @@ from plumbing.flags import parse_config
 from plumbing.sets import count_steps
 from teachers import Teachers
 from tools.plan.memory import RULES, activations, memory, memory_table, samples_that_fit
-from tools.plan.models import count, forward_flops, meta_models, step_flops
+from tools.plan.models import count, forward_flops, meta_models, step_flops, trained
 
 ROWS = {1: 558_128, 2: 665_298}             # LLaVA's captions and conversations
 # tokens of text per sample, on average: an assumption, for time only; memory is for --max-length
@@ -105,9 +105,8 @@ def stage_memory(c: Config, stage: int, model: MoVEKD, teachers: Teachers,
     if 0 < use < own:
         fixed = accumulating
 
-    trained = count(p for p in model.parameters() if p.requires_grad)
-    lines = [f"stage {stage}: {trained:,} parameters trained; batch {batch}, {own} samples a GPU",
-             "", *memory_table(fixed, per_sample, max(use, 1)), ""]
+    lines = [f"stage {stage}: {count(trained(model)):,} parameters trained; batch {batch}, {own} "
+             "samples a GPU", "", *memory_table(fixed, per_sample, max(use, 1)), ""]
     if fit > 0:
         lines.append(f"--micro-batch: {fit} fit; with {use} a step is {math.ceil(own / use)} of "
                      "them")

@@ -84,6 +84,11 @@ def run_llm(vlm: VLM, x: torch.Tensor, logits_at: torch.Tensor | None = None) ->
     return vlm.llm.model.get_output_embeddings()(x)                                 # (B, K, V)
 
 
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained in the present stage."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
 def count(parameters: Iterable[nn.Parameter]) -> int:
     """Return how many numbers parameters hold."""
     return sum(p.numel() for p in parameters)
