@@ -13,7 +13,7 @@ import torch
 from data import InputError, conversation_ids, row_name
 from plumbing.build import stage0_encoders
 from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
-from plumbing.launcher import launched, wanted_processes
+from plumbing.processes import launched, wanted_processes
 from plumbing.sets import PREFETCH, image_bytes, llava_layout, training_size
 from teachers import ClipEncoder, VisionEncoder, parse_spec
 

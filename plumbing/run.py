@@ -19,8 +19,7 @@ from plumbing.config import Config
 from plumbing.evaluate import evaluate, print_accuracy, print_result
 from plumbing.files import flop_counter, write_json
 from plumbing.flags import parse_flags
-from plumbing.launcher import launch, wanted_processes
-from plumbing.machine import Machine, Step
+from plumbing.processes import Machine, Step, launch, wanted_processes
 from plumbing.sharding import place_models, refresh_trained, send_from_first
 from plumbing.signals import Stopped
 from teachers import Teachers

@@ -22,10 +22,9 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing import spawn, start_processes
 
 from data import InputError
-from plumbing import checks, launcher
+from plumbing import checks, processes
 from plumbing.checks import check_shared_memory
-from plumbing.launcher import launch
-from plumbing.machine import Machine
+from plumbing.processes import Machine, launch
 from plumbing.sets import loader_options, make_loader
 from plumbing.sharding import (
     cast_vlm,
@@ -85,7 +84,7 @@ def test_a_signal_before_the_processes_listen(start_two, monkeypatch, capfd):
         os.kill(os.getpid(), signal.SIGTERM)
         return context
 
-    monkeypatch.setattr(launcher, "start_processes", start_and_signal)
+    monkeypatch.setattr(processes, "start_processes", start_and_signal)
     assert start_two(time.sleep, 1000) == 3
     assert capfd.readouterr().err == "stopped by SIGTERM before the first step: nothing is lost\n"
 

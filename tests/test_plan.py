@@ -15,7 +15,7 @@ from model import Student
 from plumbing.config import TINY
 from plumbing.files import flop_counter
 from plumbing.flags import parse_config
-from plumbing.machine import Step
+from plumbing.processes import Step
 from plumbing.sets import build_datasets, build_tokenizer, load_sets
 from teachers import VisionEncoder, parse_spec
 from tests.common import MOLE
