@@ -23,7 +23,7 @@ from plumbing.cli import Parser, run
 from plumbing.config import TINY
 from teachers import ClipEncoder
 from tools.differences import differences
-from tools.direction import direction_table
+from tools.lesson import direction
 from tools.measuring import (DEVICE, SHAPES, Row, Shape, backward, count_flops, kd_tensors,
                              peak_bytes, saved_bytes, seconds, uint8_images)
 from tools.plain_forms import (LoopMoLE, LoopReleasedMoLE, eager_blocks, pil_views, stacked_kd_loss,
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.profile:
         print(profile_tiny())
     elif args.direction:
-        print(direction_table())
+        direction()
     else:
         print_table(args.shapes)
 

@@ -1,7 +1,7 @@
 """explain.html from its template, page.html: one self-contained file, with the pictures inside it.
 
-Nothing is fetched. Without a script both moments, before and after training, are shown one after
-the other; with it two tabs choose.
+Nothing is fetched and no script runs. Two tabs, which are radio buttons, choose between the moments
+before and after training; a browser without CSS's :has shows both.
 """
 
 import base64
