@@ -22,7 +22,7 @@ from tests.common import MOLE
 from tiny.llm import TinyLLM
 from tools.plan import __main__ as program
 from tools.plan.memory import PeakMemory, activations, fused_attention, memory
-from tools.plan.models import count, forward_flops, meta_models, random_models, step_flops
+from tools.plan.models import count, forward_flops, meta_models, random_models
 from train import forward_backward
 
 
@@ -69,7 +69,8 @@ def test_plan_counts_experts_and_flops_by_hand(full_meta):
 
 def test_plan_predicts_a_measured_step():
     """FLOPs to 5 %, memory to 15 %, of a real step of stage 2 on this machine."""
-    c = dataclasses.replace(TINY, n_pretrain=64, n_train=64, n_described=0, n_text=0)
+    c = dataclasses.replace(TINY, n_pretrain=64, n_train=64, n_described=0, n_text=0,
+                            stage2_batch=8)
     sets = load_sets(c)
     tokenizer = build_tokenizer(c, sets)
     dataset = build_datasets(c, sets, tokenizer, 36)[2]
@@ -87,8 +88,8 @@ def test_plan_predicts_a_measured_step():
     model, teachers = meta_models(c)
     model.set_stage(2)
     tokens = batch["input_ids"].shape[1]
-    per_step = step_flops(c, 2, forward_flops(c, model, teachers, tokens))
-    assert 2 * 8 * sum(per_step.values()) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    flops = program.step_flops(c, 2, forward_flops(c, model, teachers, tokens), tokens)
+    assert 2 * sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=0.05)
     fixed = memory(c, model, teachers, gpus=1, accumulate=False)
     planned = sum(fixed.values()) - fixed["CUDA's context"]
     planned += 8 * activations(c, model, teachers, tokens)

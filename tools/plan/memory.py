@@ -122,10 +122,11 @@ class PeakMemory(TorchDispatchMode):
     It is for the CPU and the meta device; CUDA has its own counter.
     """
 
+    now = 0
+    peak = 0
+
     def __init__(self):
         super().__init__()
-        self.now = 0
-        self.peak = 0
         self.known = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
