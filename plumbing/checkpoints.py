@@ -54,7 +54,7 @@ class Writer(HuggingFaceStorageWriter):
         self.keep = keep
 
     def finish(self, **_) -> None:
-        """Add progress.json, give the folder its name, drop old ones: the first process does."""
+        """Complete the checkpoint and drop old ones. DCP calls it in the first process only."""
         content = {"progress": self.progress, "files": checksums(self.path)}
         content["crc32"] = zlib.crc32(json.dumps(content).encode())
         write_json(self.path / "progress.json", content)
@@ -183,18 +183,18 @@ def examine(path: Path) -> tuple[str | None, dict]:
     """Return what is wrong with a checkpoint, or None; and its progress."""
     try:
         content = read_json(path / "progress.json")
-        crc = content.pop("crc32")
-        if crc != zlib.crc32(json.dumps(content).encode()):
-            return "progress.json has changed since it was written", {}
-        progress, files = content["progress"], content["files"]
-        log_bytes, log_crc = Progress(**progress).log
-    except (InputError, ValueError, KeyError, TypeError, AttributeError) as e:
-        return f"progress.json cannot be read ({type(e).__name__})", {}
+        unchanged = content.pop("crc32") == zlib.crc32(json.dumps(content).encode())
+    except (InputError, KeyError, TypeError, AttributeError):  # missing, or other JSON
+        unchanged = False
+    if not unchanged:
+        return "progress.json is missing, or has changed since it was written", {}
+    progress, files = content["progress"], content["files"]
     found = checksums(path)
     for name in sorted({*files, *found}):
         if files.get(name) != found.get(name):
             return f"{name} is missing, has changed since it was written, or was put there", {}
     log = path.parent.parent / "log.jsonl"  # resumed with it
+    log_bytes, log_crc = progress["log"]
     if not log.is_file() or crc_of_start(log, log_bytes) != log_crc:
         return "log.jsonl, up to where the checkpoint was made, is missing or has changed", {}
     return None, progress

@@ -22,12 +22,18 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing import spawn, start_processes
 
 from data import InputError
-from plumbing import checks, launcher
+from plumbing import checks, processes
 from plumbing.checks import check_shared_memory
-from plumbing.launcher import launch
-from plumbing.machine import Machine
+from plumbing.processes import Machine, launch
 from plumbing.sets import loader_options, make_loader
-from plumbing.sharding import cast_vlm, gather_full, refresh_trained, send_from_first, shard
+from plumbing.sharding import (
+    cast_vlm,
+    gather_full,
+    place_models,
+    refresh_trained,
+    send_from_first,
+    shard,
+)
 from plumbing.signals import SIGNALS
 from tests import launched
 from tests.common import HERE, SHORT, C, small_vlm, some_conversations, total_loss, whole_method
@@ -78,7 +84,7 @@ def test_a_signal_before_the_processes_listen(start_two, monkeypatch, capfd):
         os.kill(os.getpid(), signal.SIGTERM)
         return context
 
-    monkeypatch.setattr(launcher, "start_processes", start_and_signal)
+    monkeypatch.setattr(processes, "start_processes", start_and_signal)
     assert start_two(time.sleep, 1000) == 3
     assert capfd.readouterr().err == "stopped by SIGTERM before the first step: nothing is lost\n"
 
@@ -140,13 +146,14 @@ def test_small_shared_memory_is_one_line(monkeypatch):
 
 def test_a_stage_unfreezes_in_bf16():
     """What is frozen in stage 1 gets gradients in stage 2, in fp32 from bf16 arithmetic."""
-    machine = Machine(dataclasses.replace(C, precision="bf16"))
+    c = dataclasses.replace(C, precision="bf16")
+    machine = Machine(c)
     model, teachers, batch = whole_method()
     for stage in (1, 2):
         model.set_stage(stage)
         if stage == 1:
-            machine.place(model, teachers)
-        machine.begin_stage(model)
+            place_models(model, teachers, c, machine.world)
+        refresh_trained(model)
         total_loss(model(batch, teachers)).backward()
     machine.leave()
     for name, p in model.named_parameters():

@@ -16,7 +16,7 @@ from mole import mole_layers
 from plumbing import sharding
 from plumbing.config import Config
 from plumbing.flags import load_config
-from plumbing.machine import Machine, Step, Weights
+from plumbing.processes import Machine, Step, Weights
 from plumbing.run_folder import read_log
 from plumbing.sets import build_datasets, build_tokenizer, load_sets, make_loader
 from tests import common

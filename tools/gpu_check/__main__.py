@@ -34,10 +34,10 @@ CHECKS = {
     "dtypes": correctness.check_dtypes,
     "recompute": correctness.check_recompute,
     "attention": correctness.check_attention,
-    "fp32-run": runs.check_fp32_run,
-    "resume": runs.check_resume,
     "memory": cost.check_memory,
     "fragments": cost.check_fragments,
+    "fp32-run": runs.check_fp32_run,
+    "resume": runs.check_resume,
     "time": cost.check_time,
     "recompilations": runs.check_recompilations,
 }

@@ -18,7 +18,7 @@ import torch
 from data import IGNORE, InputError
 from model import MoVEKD
 from plumbing.config import FULL, TINY, Config
-from plumbing.machine import Machine, Step
+from plumbing.processes import Machine, Step
 from plumbing.sharding import place_models, refresh_trained
 from real.pretrained_llm import require_transformers
 from teachers import Teachers

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from plumbing.build import build_encoder, build_student
 from plumbing.config import Config
-from plumbing.machine import Machine
+from plumbing.processes import Machine
 from plumbing.sharding import recompute
 from tools.gpu_check.common import Row, Setup, full_config, llama_shape, training, training_batch
 from tools.plan.models import random_models

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from plumbing.config import Config
+from plumbing.files import flop_counter
 from tools.gpu_check.common import Row, Setup, full_config, llama_shape, training, training_batch
 from tools.plan.memory import CONTEXT, FRAGMENTS, activations, memory, samples_that_fit
-from tools.plan.models import forward_flops, meta_models, step_flops
+from tools.plan.models import meta_models
 
 LLM_LAYERS = 32     # of Vicuna-7B
 SLOWEST = 0.2       # of a matrix product's speed; tools.plan assumes 0.4 of the data sheet's
@@ -84,14 +85,14 @@ def check_time(setup: Setup) -> Iterator[Row]:
     setup.require_seconds(60)
     c = full_config(setup)
     layers, samples, _ = fitting(setup, c, 8, 2, c.max_length)
-    forward = forward_flops(c, *meta_models(c, llama_shape(setup, layers)), c.max_length)
-    flops = samples * sum(step_flops(c, 2, forward).values())
     with training(setup, c, layers, stage=2) as trainer:
         batch = training_batch(c, trainer.model, samples, c.max_length)
+        with flop_counter() as counter:
+            trainer.step(batch)
         seconds = median_seconds(trainer.step, batch)
     a = torch.randn(8192, 8192, device=setup.device, dtype=torch.bfloat16)
     peak = 2 * 8192 ** 3 / median_seconds(torch.mm, a, a)                           # FLOP/s
-    reached = flops / seconds / peak
+    reached = counter.get_total_flops() / seconds / peak
     yield Row(f"a step of stage 2, {layers} layers, micro-batch {samples}, T = {c.max_length}",
               f">= {100 * SLOWEST:g} % of a matrix product's {peak / 1e12:.0f} TFLOP/s",
               f"{100 * reached:.0f} %, {1e3 * seconds:.0f} ms", reached >= SLOWEST)

@@ -15,7 +15,7 @@ from plumbing.flags import parse_config
 from plumbing.sets import count_steps
 from teachers import Teachers
 from tools.plan.memory import RULES, activations, memory, memory_table, samples_that_fit
-from tools.plan.models import count, forward_flops, meta_models, step_flops
+from tools.plan.models import count, forward_flops, meta_models, trained
 
 ROWS = {1: 558_128, 2: 665_298}             # LLaVA's captions and conversations
 # tokens of text per sample, on average: an assumption, for time only; memory is for --max-length
@@ -30,7 +30,7 @@ def plan(c: Config, machine: argparse.Namespace) -> str:
     for stage in (1, 2):
         tokens = model.vlm.student.num_tokens + TEXT[stage]
         forward = forward_flops(c, model, teachers, tokens)
-        flops[stage] = batch_flops(c, stage, forward, tokens)
+        flops[stage] = step_flops(c, stage, forward, tokens)
         memory_lines[stage], fits[stage] = stage_memory(c, stage, model, teachers, machine)
 
     lines = [f"{machine.gpus} GPU(s) of {machine.gpu_memory:g} GB; time at "
@@ -50,12 +50,24 @@ def plan(c: Config, machine: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def batch_flops(c: Config, stage: int, forward: dict[str, float],
-                tokens: int) -> dict[str, float]:
-    """Return the FLOPs of each model in a step with a whole batch."""
+def step_flops(c: Config, stage: int, forward: dict[str, float], tokens: int) -> dict[str, float]:
+    """Return the FLOPs of each model in a training step with a whole batch.
+
+    Forward once; backward to the inputs as much again (the student's inputs are the images, but in
+    stage 1 the experts of its first block need the gradient); to the weights as much again where
+    they are trained; blocks that are recomputed, once more.
+    """
+    blocks = 3 if stage == 2 else 2
+    if c.recompute:
+        blocks += 1
+    times = {"teacher": 1, "adapter": 3, "projector": 3, "student": blocks, "LLM": blocks}
     samples = getattr(c, f"stage{stage}_batch")
     images = samples * (IMAGES[stage] if c.llm else 1)
-    flops = {name: images * once for name, once in step_flops(c, stage, forward).items()}
+    flops = {}
+    for name, once in forward.items():
+        kind = name.split()[0]
+        if c.lambda_kd or kind not in ("teacher", "adapter"):
+            flops[name] = images * times[kind] * once
     # the samples without an image have their text alone
     flops["LLM"] *= 1 + (samples / images - 1) * TEXT[stage] / tokens
     return flops
@@ -105,9 +117,8 @@ def stage_memory(c: Config, stage: int, model: MoVEKD, teachers: Teachers,
     if 0 < use < own:
         fixed = accumulating
 
-    trained = count(p for p in model.parameters() if p.requires_grad)
-    lines = [f"stage {stage}: {trained:,} parameters trained; batch {batch}, {own} samples a GPU",
-             "", *memory_table(fixed, per_sample, max(use, 1)), ""]
+    lines = [f"stage {stage}: {count(trained(model)):,} parameters trained; batch {batch}, {own} "
+             "samples a GPU", "", *memory_table(fixed, per_sample, max(use, 1)), ""]
     if fit > 0:
         lines.append(f"--micro-batch: {fit} fit; with {use} a step is {math.ceil(own / use)} of "
                      "them")

@@ -20,9 +20,9 @@ from kd_loss import kd_loss, token_weights
 from model import MoVEKD, next_tokens, text_loss
 from plumbing.config import Config
 from plumbing.sets import training_size
-from plumbing.sharding import SHARD_TEACHERS_ABOVE, frozen_units, recompute
+from plumbing.sharding import SHARD_TEACHERS_ABOVE, recompute
 from teachers import Teachers
-from tools.plan.models import count, run_llm
+from tools.plan.models import count, run_llm, trained
 
 # Memory that no tensor of ours holds. Assumptions: tools.gpu_check measures the first and the last.
 CONTEXT = 0.8e9     # CUDA's context with torch's kernels, cuBLAS's and cuDNN's workspaces
@@ -53,32 +53,27 @@ def memory(c: Config, model: MoVEKD, teachers: Teachers, gpus: int,
     `accumulate`: a step has several micro-batches.
     """
     width = 2 if c.precision == "bf16" else 4
-    P, units = sizes(model, trained=False)
-    P_trained, units_trained = sizes(model, trained=True)
+    modules = (model, model.vlm.student, *model.vlm.llm.blocks)
+    P, *units = [count(module.parameters()) for module in modules]
+    P_trained, *units_trained = [count(trained(module)) for module in modules]
+    first, second = sorted(units, reverse=True)[:2]
+    first_trained = max(units_trained)
     outside = P - sum(units)
     outside_trained = P_trained - sum(units_trained)
     parameters = 4 * P / gpus
     gradients = 4 * P_trained / gpus
     buffers = 0.0
     if gpus > 1 or c.precision == "bf16":  # sharded
-        parameters += width * (outside + sum(units[:2]))
-        gradients = (4 * P_trained if accumulate else gradients) + 4 * units_trained[0]
-        buffers = (width * (outside_trained + units_trained[0])
-                   + 4 * max(outside_trained, units_trained[0]))
+        parameters += width * (outside + first + second)
+        gradients = (4 * P_trained if accumulate else gradients) + 4 * first_trained
+        buffers = (width * (outside_trained + first_trained)
+                   + 4 * max(outside_trained, first_trained))
     if gpus > 1:  # a single GPU copies straight to where it is used
-        buffers += width * (outside + units[0])
+        buffers += width * (outside + first)
     return {"parameters": parameters, "gradients": gradients, "optimizer": 8 * P_trained / gpus,
             "teachers": teacher_bytes(teachers, width, gpus) if c.lambda_kd else 0.0,
             "buffers of gather and reduce": buffers, "CUDA's context": CONTEXT,
             "NCCL": NCCL if gpus > 1 else 0.0}
-
-
-def sizes(model: MoVEKD, trained: bool) -> tuple[int, list[int]]:
-    """Count the (trained) parameters of the model, and of each unit of sharding, largest first."""
-    numbers = []
-    for module in (model, model.vlm.student, *model.vlm.llm.blocks):
-        numbers.append(count(p for p in module.parameters() if p.requires_grad or not trained))
-    return numbers[0], sorted(numbers[1:], reverse=True)
 
 
 def teacher_bytes(teachers: Teachers, width: int, gpus: int) -> float:
@@ -87,7 +82,7 @@ def teacher_bytes(teachers: Teachers, width: int, gpus: int) -> float:
     for encoder in teachers.encoders.values():
         P = count(encoder.parameters())
         if gpus > 1 and P > SHARD_TEACHERS_ABOVE:
-            units = list(frozen_units(encoder)) or [encoder]
+            units = getattr(encoder.net, "stages", getattr(encoder.net, "blocks", [encoder]))
             P = P / gpus + max(count(unit.parameters()) for unit in units)
         total += width * P
     return total
@@ -127,10 +122,11 @@ class PeakMemory(TorchDispatchMode):
     It is for the CPU and the meta device; CUDA has its own counter.
     """
 
+    now = 0
+    peak = 0
+
     def __init__(self):
         super().__init__()
-        self.now = 0
-        self.peak = 0
         self.known = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -191,9 +187,8 @@ def activations(c: Config, model: MoVEKD, teachers: Teachers, tokens: int) -> in
     teachers = copy.deepcopy(teachers).to(dtype)
     if c.recompute:
         recompute(model.vlm.blocks)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(drop_gradient)
+    for p in trained(model):
+        p.register_post_accumulate_grad_hook(drop_gradient)
     peaks = []
     for batch_size in (1, 2):
         gc.collect()

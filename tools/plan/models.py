@@ -19,16 +19,12 @@ from plumbing.sets import build_tokenizer, load_sets
 from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer, require_transformers
 from teachers import Teachers
 
-LLMS = {  # the hub's config.json of each, so that no hub is needed
-    "lmsys/vicuna-7b-v1.5": dict(),  # LlamaConfig's own defaults
-    "lmsys/vicuna-13b-v1.5": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-                                  num_attention_heads=40, num_key_value_heads=40),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": dict(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
-    "HuggingFaceTB/SmolLM2-360M-Instruct": dict(
-        vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
-        num_attention_heads=15, num_key_value_heads=5, tie_word_embeddings=True),
+LLMS = {  # from the hub's config.json, so that no hub is needed
+    # name                                  V      D     inner  layers heads heads of keys
+    "lmsys/vicuna-7b-v1.5":                (32000, 4096, 11008, 32,    32,   32),
+    "lmsys/vicuna-13b-v1.5":               (32000, 5120, 13824, 40,    40,   40),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (49152, 576,  1536,  30,    9,    3),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": (49152, 960,  2560,  32,    15,   5),
 }
 
 
@@ -58,7 +54,11 @@ def llm_config(name: str):
     """Return the transformers config of an LLM. Raises InputError if there is none."""
     transformers = require_transformers()
     if name in LLMS:
-        return transformers.LlamaConfig(**LLMS[name])
+        V, D, inner, layers, heads, key_heads = LLMS[name]
+        return transformers.LlamaConfig(
+            vocab_size=V, hidden_size=D, intermediate_size=inner, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=key_heads,
+            tie_word_embeddings="SmolLM2" in name)
     try:
         return transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
@@ -82,6 +82,11 @@ def run_llm(vlm: VLM, x: torch.Tensor, logits_at: torch.Tensor | None = None) ->
     if logits_at is not None:
         x = x[:, logits_at]                                                         # (B, K, D)
     return vlm.llm.model.get_output_embeddings()(x)                                 # (B, K, V)
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained in the present stage."""
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def count(parameters: Iterable[nn.Parameter]) -> int:
@@ -115,23 +120,4 @@ def forward_flops(c: Config, model: MoVEKD, teachers: Teachers, tokens: int) -> 
         with flop_counter() as counter:
             function(torch.empty(shape, device="meta"))
         flops[name] = float(counter.get_total_flops())
-    return flops
-
-
-def step_flops(c: Config, stage: int, forward: dict[str, float]) -> dict[str, float]:
-    """Return the FLOPs of each model in a training step with one sample that has an image.
-
-    Forward once; backward to the inputs as much again (the student's inputs are the images, but in
-    stage 1 the experts of its first block need the gradient); to the weights as much again where
-    they are trained; blocks that are recomputed, once more.
-    """
-    blocks = 3 if stage == 2 else 2
-    if c.recompute:
-        blocks += 1
-    times = {"teacher": 1, "adapter": 3, "projector": 3, "student": blocks, "LLM": blocks}
-    flops = {}
-    for name, once in forward.items():
-        kind = name.split()[0]
-        if c.lambda_kd or kind not in ("teacher", "adapter"):
-            flops[name] = times[kind] * once
     return flops

@@ -1,14 +1,17 @@
-"""Many processes, one run: divide each step's work among them, and keep them in step.
+"""Many processes, one run: start them, divide each step's work among them, keep them in step.
 
 train.py is written as if it were alone. With one process most of this does nothing. There is
 nothing of the method here.
 """
 
+import atexit
+import logging
 import math
 import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,18 +21,90 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.elastic.utils.distributed import get_free_port
+from torch.multiprocessing import ProcessExitedException, get_context, start_processes
 from tqdm import tqdm
 
 from data import IGNORE, InputError, blank_image, to_device
 from model import VLM
+from plumbing.cli import run
 from plumbing.config import Config
-from plumbing.launcher import launched
-from plumbing.signals import Stopped, listen
+from plumbing.signals import STOPPED, Stopped, block, listen, listen_while_loading
 
 # one process is meant
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
-A_WEEK = timedelta(days=7)
+# ------------------------------------------------------------------------------------------------
+# Starting processes
+
+
+def launched() -> bool:
+    """Return whether torchrun, or `launch`, started this process."""
+    return "RANK" in os.environ
+
+
+def wanted_processes(c: Config) -> int:
+    """Return how many processes this one should start in its place; 1: none."""
+    if launched():
+        return 1
+    return c.processes or (torch.cuda.device_count() if c.device == "cuda" else 1)
+
+
+def launch(work: Callable, arguments: tuple, processes: int) -> int:
+    """Run `work(*arguments)` in so many processes of this machine; return the exit status.
+
+    Signals are passed on. If a process fails, the others get SIGTERM, and SIGKILL 30 s later.
+    """
+    # libraries read these while they load
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # batches differ in length: without it CUDA's allocator is left with gaps
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    received = []
+    listen(lambda number, _: received.append(number))
+    stopped = get_context("spawn").Event()
+    block(True)  # a process that is started inherits it, and lets signals through when it listens
+    everyone = (work, arguments, processes, get_free_port(), stopped)
+    context = start_processes(run_one, everyone, processes, join=False)
+    block(False)
+    try:
+        while not context.join(timeout=0.1):
+            while received:
+                number = received.pop(0)
+                for process in context.processes:
+                    if process.is_alive() and os.name != "nt":  # there Ctrl-C reaches all
+                        os.kill(process.pid, number)
+    except ProcessExitedException as e:
+        if e.exit_code > 0:
+            return e.exit_code
+        hint = "; the machine's memory may have run out" if e.signal_name == "SIGKILL" else ""
+        print(f"error: process {e.error_index} was ended by {e.signal_name}{hint}", file=sys.stderr)
+        return 1
+    return STOPPED if stopped.is_set() else 0
+
+
+def run_one(rank: int, work: Callable, arguments: tuple, world: int, port: int, stopped) -> None:
+    """Run `work` as one of the processes, which are told who they are as torchrun tells it."""
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}",
+                      LOCAL_WORLD_SIZE=f"{world}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+    if hasattr(os, "setsid"):
+        os.setsid()  # a terminal's Ctrl-C reaches it once, through `launch`
+    listen_while_loading()
+    block(False)
+    status = 0
+    try:
+        run(lambda: work(*arguments))
+    except SystemExit as e:
+        status = e.code
+    if status == STOPPED:
+        stopped.set()
+        status = 0  # another status would end those that still save
+    # the end of the interpreter is left out: a thread of gloo's sometimes aborts it there
+    atexit.register(os._exit, status)
+
+
+# ------------------------------------------------------------------------------------------------
+# One process among them
 
 
 class Weights(NamedTuple):
@@ -81,7 +156,8 @@ class Machine:
         self.first = self.rank == 0
         self.sharded = self.world > 1 or c.precision == "bf16"
         # Rank 0 may work alone for hours, while messages of the training come within minutes.
-        self.patient = dist.new_group(backend="gloo", timeout=A_WEEK) if self.world > 1 else None
+        week = timedelta(days=7)
+        self.patient = dist.new_group(backend="gloo", timeout=week) if self.world > 1 else None
 
     def join(self) -> None:
         """Join the other processes. A single process joins too, for FSDP's mixed precision."""
