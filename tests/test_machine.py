@@ -21,6 +21,7 @@ from plumbing.run_folder import read_log
 from plumbing.sets import build_datasets, build_tokenizer, load_sets, make_loader
 from tests import common
 from tests.common import SHARED, SHORT, C, assert_same_run, run_here, run_script, whole_method
+from tools.plan.memory import PeakMemory
 
 close = torch.testing.assert_close
 BF16 = dataclasses.replace(C, precision="bf16")
@@ -215,7 +216,6 @@ def test_a_recomputed_block_leaves_only_its_input():
 
     MoLE keeps the probabilities of the first run, not those of a graph that never runs backward.
     """
-    from tools.plan.memory import PeakMemory  # the other tests do without the tools
     pictures = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
     peaks = []
     for blocks in (4, 8):
