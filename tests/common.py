@@ -119,10 +119,7 @@ def small_vlm(vocabulary: int = 40) -> VLM:
 
 
 def whole_method(c: Config = C, n_text: int = 0) -> tuple[MoVEKD, Teachers, dict]:
-    """Return model, teachers and a batch: two samples with an image and n_text without.
-
-    The experts are not zero.
-    """
+    """Return model, teachers and a batch of two samples with an image and n_text without."""
     teachers = tiny_teachers()
     records = world_records("train", "chat", 2) + world_records("train", "text", n_text)
     words = world_records("train", "chat", 200) + world_records("train", "text", 200)
@@ -130,7 +127,7 @@ def whole_method(c: Config = C, n_text: int = 0) -> tuple[MoVEKD, Teachers, dict
     dataset = Conversations(records, WorldImages("train", 2), tokenizer, "v1", 36, 999)
     vlm = small_vlm(len(tokenizer.vocabulary))
     model = build_movekd(c, vlm, teachers)
-    for layer in mole_layers(vlm.student):
+    for layer in mole_layers(vlm.student):  # no expert is zero
         nn.init.normal_(layer.lora.up.weight, std=0.1)
     return model, teachers, collate([dataset[i] for i in range(len(dataset))], 0)
 
@@ -228,7 +225,7 @@ REAL = {  # real names at toy sizes
     "sam": "samvit_base_patch16.sa1b img_size=64 embed_dim=32 depth=2 num_heads=2 "
            "global_attn_indexes=(1,) neck_chans=24 window_size=2",
 }
-# EVA's file has another patch size and resolution than its spec, as for the real run
+# EVA's file has another patch size and resolution than its spec, as in the real run
 IN_FILE = {"eva": {"img_size": 84, "patch_size": 14}}
 
 

@@ -74,11 +74,8 @@ def gradients(c: Config, model: MoVEKD, teachers, step: Step) -> dict[str, torch
 
 
 def test_weighted_micro_batches_add_up_to_the_batch():
-    """Micro-batches' gradients and losses, weighted, add up to the batch's, one text-only.
-
-    L_text by answer tokens, all else by images; L_balance only if it is a mean over images.
-    """
-    c = dataclasses.replace(C, balance_form="pooled")
+    """Micro-batches' gradients and losses, weighted, add up to the batch's; one is text only."""
+    c = dataclasses.replace(C, balance_form="pooled")   # a mean over images, as L_kd is
     model, teachers, _ = whole_method(c)
     dataset = common.some_conversations(3, 2)
     machine = Machine(C)
@@ -96,10 +93,7 @@ def test_weighted_micro_batches_add_up_to_the_batch():
 
 @pytest.mark.slow
 def test_our_recipe_on_two_processes_and_resumed(workplace):
-    """`--recipe ours`: two processes have the statistics and the losses of one.
-
-    A resumed run, statistics from its checkpoint, ends as the straight run, bit for bit.
-    """
+    """`--recipe ours`: two processes have one's statistics and losses; so has a resumed run."""
     flags = [*SHORT, *SHARED, "--recipe", "ours", "--save-every", "5", "--keep", "9"]
     for processes in (1, 2):
         train_on(workplace, processes, *flags, "--out", f"runs/ours{processes}")
@@ -112,10 +106,7 @@ def test_our_recipe_on_two_processes_and_resumed(workplace):
 
 
 def test_two_processes_are_one(two_processes):
-    """Two processes with FSDP2 give the losses of one with two micro-batches, in both stages.
-
-    One of them now and then has a text-only sample alone, and some expert no token.
-    """
+    """Two processes with FSDP2 give the losses of one; some step has no image in one of them."""
     run_here(two_processes, *SHORT, *SHARED, "--out", "runs/one", "--micro-batch", "1")
     assert_same_log(two_processes / "runs/one", two_processes / "runs/two")
     log = read_log(two_processes / "runs/two")
@@ -212,10 +203,7 @@ def recomputed_student(blocks: int) -> Student:
 
 
 def test_a_recomputed_block_leaves_only_its_input():
-    """A further block with experts takes its input and its experts' gradients, nothing else.
-
-    MoLE keeps the probabilities of the first run, not those of a graph that never runs backward.
-    """
+    """A further block with experts takes its input and its experts' gradients, nothing else."""
     pictures = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
     peaks = []
     for blocks in (4, 8):
@@ -224,6 +212,7 @@ def test_a_recomputed_block_leaves_only_its_input():
         layers = mole_layers(student)
         probs = [layer.probs for layer in layers]
         out.sum().backward()
+        # not those of a graph that never runs backward
         assert all(layer.probs is p for layer, p in zip(layers, probs, strict=True))
         student.zero_grad()
         with PeakMemory() as memory:
@@ -235,15 +224,12 @@ def test_a_recomputed_block_leaves_only_its_input():
 
 @pytest.mark.slow
 def test_compiled_is_the_same():
-    """torch.compile leaves the losses and gradients of the whole method as they are.
-
-    Without its code generator, which would need a C++ compiler here.
-    """
+    """torch.compile leaves the losses and gradients of the whole method as they are."""
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
         model, teachers, batch = whole_method()
-        if compiled:
+        if compiled:  # without the code generator, which needs a C++ compiler
             sharding.compile_parts(model, teachers, backend="aot_eager")
         terms = model(batch, teachers)
         loss = common.total_loss(terms)
@@ -256,10 +242,7 @@ def test_compiled_is_the_same():
 
 
 def test_a_last_micro_batch_without_image_loses_no_gradient(sharded_machine):
-    """Sharded, with one text alone last, every gradient and loss is that of the unsharded model.
-
-    A sample with a blank picture stands in, whose image terms have weight 0 and no word is learnt.
-    """
+    """Sharded, with a blank picture beside a lone text, gradients and losses are the plain ones."""
     model, teachers, _ = whole_method()
     dataset = common.some_conversations(2, 1)
     batches = [collate([dataset.sample(i) for i in rows], 0) for rows in ((0, 1), (2,))]
@@ -280,10 +263,7 @@ def test_a_last_micro_batch_without_image_loses_no_gradient(sharded_machine):
 
 
 def test_bf16_has_fp32_masters(sharded_machine):
-    """With bf16, arithmetic alone is bf16; parameters, gradients, optimizer and losses are fp32.
-
-    In stage 1 what is frozen has neither gradient nor optimizer state.
-    """
+    """In bf16 parameters, gradients, optimizer and losses stay fp32; what is frozen has none."""
     model, teachers, batch = whole_method()
     full = common.total_loss(model(batch, teachers))
     model.set_stage(1)

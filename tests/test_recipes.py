@@ -143,10 +143,7 @@ def test_released_mole_and_balance_are_their_formulas():
 
 
 def test_channel_targets_are_standardised_over_images_and_tokens():
-    """target_norm "channel": mean 0 and std 1 of every channel over all images and tokens.
-
-    Each image counts once; a target of one image does not depend on the others.
-    """
+    """target_norm "channel": mean 0 and std 1 of every channel over all images, each once."""
     teachers, images = tiny_teachers(), WorldImages("train", 70)
     records = world_records("train", "caption", 70)
     norms = build_target_norms(teachers, "channel")

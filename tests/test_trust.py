@@ -111,12 +111,9 @@ def grey(mode: str) -> Image.Image:
     """Return a picture in a mode of PIL: the left half dark (1/5), the right light (4/5)."""
     eight = np.full((8, 8), 51, np.uint8)
     eight[:, 4:] = 204
-    if mode == "I;16":
-        return Image.fromarray(eight.astype(np.uint16) * 257)
-    if mode == "I":
-        return Image.fromarray(eight.astype(np.int32) * 257)
-    if mode == "F":
-        return Image.fromarray(eight.astype(np.float32))
+    factors = {"I;16": np.uint16(257), "I": np.int32(257), "F": np.float32(1)}
+    if mode in factors:
+        return Image.fromarray(eight * factors[mode])
     picture = Image.fromarray(eight)
     if mode in ("La", "RGBa"):      # premultiplied; PIL makes them of LA and RGBA only
         return picture.convert(mode.upper()).convert(mode)
