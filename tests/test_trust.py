@@ -377,7 +377,7 @@ def test_a_dead_teacher_is_named():
 
 def test_every_signal_ends_a_run_in_order(workplace):
     """Ctrl-C and a closed terminal save as SIGTERM does; exit status 3, one line, no traceback."""
-    flags = "--stage1-epochs 9 --max-steps 0".split()
+    flags = "--stage1-epochs 500 --max-steps 0".split()
     names = ("SIGINT", "SIGHUP")
     processes = [common.start(workplace, "--out", f"runs/{name}", *flags) for name in names]
     for name, process in zip(names, processes, strict=True):
