@@ -224,6 +224,7 @@ def test_rows_of_a_file_are_those_of_the_list(tmp_path, form):
     assert list(rows) == ODD
     assert [rows[i] for i in range(-len(ODD), len(ODD))] == ODD + ODD
     assert list(rows.select([5, 2])) == [ODD[5], ODD[2]]
+    assert list(rows[1:4]) == ODD[1:4]
     with pytest.raises(IndexError):
         rows[len(ODD)]
     expected = hashlib.sha256(json.dumps(ODD, sort_keys=True).encode()).hexdigest()
