@@ -9,11 +9,13 @@ taken out of their files; its tokenizer is sentencepiece itself.
 
 import ast
 import copy
+import dataclasses
 import os
 import random
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,16 +61,15 @@ def llava() -> types.SimpleNamespace:
     return types.SimpleNamespace(**names)
 
 
+@dataclasses.dataclass
 class SentencePieceTokenizer:
     """The slow tokenizer of transformers' day, as far as LLaVA's functions use it."""
 
-    pad_token_id = 0  # LLaVA pads with <unk>
-    model_max_length = FULL.max_length
-
-    def __init__(self, file: Path, legacy: bool, bos: int, eos: int):
-        self.read = reading_of_sentencepiece(file, legacy, eos)
-        self.legacy = legacy
-        self.bos_token_id = bos
+    read: Callable
+    legacy: bool
+    bos_token_id: int
+    pad_token_id: int = 0  # LLaVA pads with <unk>
+    model_max_length: int = FULL.max_length
 
     def __call__(self, text: str | list[str], **options) -> types.SimpleNamespace:
         if isinstance(text, list):  # one, padded to its own length
@@ -80,11 +81,10 @@ class SentencePieceTokenizer:
 def tokenizers(request, tmp_path_factory) -> tuple[PretrainedTokenizer, SentencePieceTokenizer]:
     """Ours and LLaVA's, of one tokenizer.model."""
     folder = folder_of("LLAMA_TOKENIZER")
-    copied = tmp_path_factory.mktemp("tokenizer")
-    shutil.copytree(folder, copied, dirs_exist_ok=True)
+    copied = shutil.copytree(folder, tmp_path_factory.mktemp("tokenizer") / "copied")
     ours = load(copied, request.param)
-    return ours, SentencePieceTokenizer(folder / "tokenizer.model", request.param, ours.bos,
-                                        ours.eos)
+    read = reading_of_sentencepiece(folder / "tokenizer.model", request.param, ours.eos)
+    return ours, SentencePieceTokenizer(read, request.param, ours.bos)
 
 
 def llavas(llava, tokenizer, record: dict, template: str) -> tuple[list, list]:
