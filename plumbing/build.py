@@ -15,12 +15,7 @@ from tiny.llm import TinyLLM, WordTokenizer
 
 
 def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict, float]:
-    """Return where each model's weights are, and the TFLOPs of stage 0.
-
-    A real encoder's are in --weights or on the hub. Stage 0 makes those of a stand-in, and of the
-    tiny LLM, unless they are there already. The LLM learns the language of `records`; the encoders
-    see the tiny world, or with --stage0-pictures data the pictures of `records`.
-    """
+    """Return where each model's weights are, and the TFLOPs of stage 0, which makes them."""
     found = {}
     for name in ("clip", *c.teachers):
         if is_real(getattr(c, name)):
@@ -36,12 +31,9 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict,
         # All images have been checked before, so their places too.
         images = DiskImages(image_folder(c), c.image_size, allow_outside=True)
         makers, pictures = OWN_MAKERS, OwnPictures(records, images)
-    jobs = {}
-    for name in stage0_encoders(c):
-        jobs[name] = (makers[name], (getattr(c, name), pictures))
+    jobs = {name: (makers[name], (getattr(c, name), pictures)) for name in stage0_encoders(c)}
     if not c.llm:
-        # Text alone, if there is any: answers about an image that the LLM does not see would teach
-        # it to guess.
+        # Answers about an image that the LLM does not see would teach it to guess.
         pure = [record for record in records if "image" not in record] or records
         texts = [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]
         jobs["llm"] = (MAKERS["llm"], (llm_shape(c, tokenizer), texts, tokenizer.pad))
@@ -59,18 +51,14 @@ def llm_shape(c: Config, tokenizer: WordTokenizer) -> tuple:
     return len(tokenizer.vocabulary), c.lm_dim, c.lm_depth, c.lm_heads, c.lm_hidden
 
 
-def build_encoder(c: Config, name: str, weights: dict) -> VisionEncoder:
-    """Build an encoder of the config, with its weights if they are given."""
-    kind = ClipEncoder if name == "clip" else VisionEncoder
-    return kind(getattr(c, name), load_encoder(c, name, weights))
-
-
-def load_encoder(c: Config, name: str, weights: dict) -> nn.Module | None:
-    """Load an encoder's timm model with its weights; None if it has none yet."""
-    if name not in weights:
-        return None
-    from real.encoder_weights import load_net
-    return load_net(getattr(c, name), weights[name])
+def build_encoder(c: Config, name: str, weights: dict, kind: type | None = None) -> VisionEncoder:
+    """Build an encoder of the config, a teacher unless `kind` is Student; random if no weights."""
+    kind = kind or (ClipEncoder if name == "clip" else VisionEncoder)
+    net = None
+    if name in weights:
+        from real.encoder_weights import load_net
+        net = load_net(getattr(c, name), weights[name])
+    return kind(getattr(c, name), net)
 
 
 def build_teachers(c: Config, weights: dict) -> Teachers:
@@ -82,7 +70,7 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
     """Build the student, CLIP with experts; or a baseline's vision side."""
     if c.student == "ensemble":
         return Ensemble(build_teachers(c, weights))
-    student = Student(c.clip, load_encoder(c, "clip", weights))
+    student = build_encoder(c, "clip", weights, Student)
     if c.mole_experts:
         student.add_experts(form=c.mole_form, num_experts=c.mole_experts, rank=c.mole_rank,
                             alpha=c.mole_alpha, dropout=c.mole_dropout,
@@ -91,32 +79,23 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
 
 
 def build_llm(c: Config, released: tuple | None = None, first: bool = True) -> nn.Module | None:
-    """Build the real LLM of a run, or return None for a tiny one. Only rank 0 reads its weights.
-
-    `released` is what `released_config` returns for the authors' checkpoint, which has an LLM.
-    """
+    """Build the real LLM of a run; None for a tiny one. `released`: see `released_config`."""
     if not c.llm:
         return None
     from real.pretrained_llm import PretrainedLLM
     if released:
         return PretrainedLLM(c.llm, released[1])
+    # Only rank 0 reads the weights.
     return PretrainedLLM(c.llm) if first else PretrainedLLM.without_weights(Path(c.llm))
 
 
 def build_vlm(c: Config, tokenizer, weights: dict, llm: nn.Module | None = None) -> VLM:
-    """Build the VLM. With weights, the student starts as CLIP and the LLM as pretrained.
-
-    `llm` is a real LLM that has been built already.
-    """
+    """Build the VLM: with weights, a pretrained one. `llm` is a real LLM that is built already."""
     torch.manual_seed(c.seed)
     student = build_student(c, weights)
-    if c.llm:
-        language = llm or build_llm(c)
-    else:
-        language = TinyLLM(*llm_shape(c, tokenizer))
-        if "llm" in weights:
-            remedy = "delete it, and it is made again"
-            language.load_state_dict(read_tensors(weights["llm"], remedy))
+    language = llm or build_llm(c) or TinyLLM(*llm_shape(c, tokenizer))
+    if "llm" in weights:  # of the tiny LLM
+        language.load_state_dict(read_tensors(weights["llm"], "delete it, and it is made again"))
     # Seed again: with experts or without, the projector starts the same.
     torch.manual_seed(c.seed)
     return VLM(student, language, tokenizer.image)

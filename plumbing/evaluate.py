@@ -22,18 +22,14 @@ def normalise(answer: str) -> str:
 
 
 def questions_of(records: list[dict]) -> list[dict]:
-    """Return one row per question: {record (cut after that question), question, answer, type}.
-
-    A later turn keeps the turns before it. The type is the record's, or else the question itself.
-    """
+    """Return one row per question: {record (cut after that question), question, answer, type}."""
     rows = []
     for record in records:
         turns = record["conversations"]
         for i in range(0, len(turns), 2):
             question = turns[i]["value"].replace("<image>", "").strip()
             rows.append({"record": {**record, "conversations": turns[:i + 1]},
-                         "question": question,
-                         "answer": normalise(turns[i + 1]["value"]),
+                         "question": question, "answer": normalise(turns[i + 1]["value"]),
                          "type": record.get("type", question)})
     count = Counter(row["type"] for row in rows)
     for row in rows:
@@ -69,13 +65,8 @@ def accuracy_per_type(rows: list[dict], answers: list[str]) -> dict[str, float]:
     return {name: 100 * sum(hits) / len(hits) for name, hits in sorted(right.items())}
 
 
-def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict],
-             get_image: Callable) -> tuple[dict, list[dict], list[str]]:
-    """Return held-out accuracy per type beside its baselines, in %; the questions; the answers.
-
-    The baselines: the same model on blank images, always the commonest answer of the type, and
-    chance, one over the number of answers of the type.
-    """
+def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image: Callable) -> tuple:
+    """Return held-out accuracy per type beside its baselines, in %; the questions; the answers."""
     rows = questions_of(records)
     questions = [row["record"] for row in rows]
     answers = answer(c, vlm, tokenizer, questions, get_image)
@@ -85,7 +76,6 @@ def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict],
     given = answer(c, vlm, tokenizer, list(different.values()), lambda name: blank)
     blank_answer = dict(zip(different, given, strict=True))
     blank_answers = [blank_answer[str(record["conversations"])] for record in questions]
-
     accuracy = accuracy_per_type(rows, answers)
     truth = {name: Counter() for name in accuracy}
     for row in rows:
@@ -94,6 +84,7 @@ def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict],
         "macro_accuracy": sum(accuracy.values()) / len(accuracy),
         "accuracy": accuracy,
         "blank_accuracy": accuracy_per_type(rows, blank_answers),
+        # always the commonest answer of the type; and one over the number of its answers
         "majority_accuracy": {k: 100 * max(t.values()) / t.total() for k, t in truth.items()},
         "chance_accuracy": {k: 100 / len(t) for k, t in truth.items()},
     }

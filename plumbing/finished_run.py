@@ -10,13 +10,8 @@ from torch import nn
 
 from data import InputError, stack_images
 from model import VLM, Ensemble, MoVEKD, Student
-from plumbing import build
-from plumbing.checks import find_device
+from plumbing import build, checks, files, flags, sets, sharding
 from plumbing.config import FULL, Config, recipe
-from plumbing.files import read_tensors
-from plumbing.flags import load_config
-from plumbing.sets import load_sets, read_words, student_size
-from plumbing.sharding import cast_vlm
 from real.image_files import load_image
 from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from real.released_checkpoint import load_released, read_released, released_config
@@ -25,65 +20,56 @@ from tiny.llm import WordTokenizer
 
 
 def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
-    """Return the VLM of a run or of the authors' checkpoint, its tokenizer and its Config.
-
-    Strict: every tensor of the file must find its place. Raises InputError.
-    """
-    device = find_device(device)
+    """Return VLM, tokenizer and Config of a run or the authors' checkpoint. Raises InputError."""
+    device = checks.find_device(device)
     released = released_config(folder)
     if released:
-        fields, llm_config = released
-        c = dataclasses.replace(FULL, llm=str(folder), **{**recipe("released"), **fields})
+        c = dataclasses.replace(FULL, llm=str(folder), **{**recipe("released"), **released[0]})
         tokenizer = PretrainedTokenizer(c.llm)
-        vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM(c.llm, llm_config))
+        vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM(c.llm, released[1]))
         load_released(vlm, folder)
     else:
-        c = load_config(folder / "config.json")
+        c = flags.load_config(folder / "config.json")
         if c.llm:
             tokenizer = PretrainedTokenizer(str(folder / "llm"))
             vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM.without_weights(folder / "llm"))
         else:
-            tokenizer = WordTokenizer(read_words(folder))
+            tokenizer = WordTokenizer(sets.read_words(folder))
             vlm = build.build_vlm(c, tokenizer, {})
         load_vlm(vlm, folder)
     c.device = device
     bf16 = c.precision == "bf16" and device == "cuda"
-    cast_vlm(vlm, torch.bfloat16 if bf16 else torch.float32)
+    sharding.cast_vlm(vlm, torch.bfloat16 if bf16 else torch.float32)
     return vlm.to(device).eval(), tokenizer, c
 
 
 def load_vlm(vlm: VLM, folder: Path) -> None:
     """Fill student, projector and LLM from a run of ours. Raises InputError."""
-    weights = tensors_below(read_run_tensors(folder), "vlm.")
+    tensors = read_run_tensors(folder)
     own = vlm.state_dict()
     for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
-        if name in weights and len(own.get(name, ())) > len(weights[name]):
+        known = tensors.get(f"vlm.{name}", ())
+        rows = own.get(name, ())
+        if 0 < len(known) < len(rows):
             # the words that the run did not know come after its own, with new weights
-            weights[name] = torch.cat([weights[name], own[name][len(weights[name]):]])
-    fill_module(vlm, weights, folder)
+            tensors[f"vlm.{name}"] = torch.cat([known, rows[len(known):]])
+    fill_module(vlm, tensors, "vlm.", folder)
 
 
 def load_student(run: str | Path) -> tuple[Student, Callable]:
-    """Return the distilled encoder of a run or of the authors' checkpoint, and a reader of photos.
-
-        student, read_photo = load_student("runs/tiny")
-        V_s = student(read_photo("photo.png"))              # (1, n, d)
-
-    read_photo(path) gives what the student was trained on, as a batch of one. Raises InputError.
-    """
+    """Return the student of a run or the authors' checkpoint, and read_photo(path), its input."""
     run = Path(run)
     released = released_config(run)
     if released:
         c = dataclasses.replace(FULL, mole_form="fc1_fc2", **released[0])
     else:
-        c = load_config(run / "config.json")
+        c = flags.load_config(run / "config.json")
     student = build.build_student(c, {})
     if isinstance(student, Ensemble):
         raise InputError(f"{run}: is the baseline that sees with all encoders, not one student")
     tensors = read_released(student, run) if released else read_run_tensors(run)
-    prefix = "student." if released else "vlm.student."
-    fill_module(student, tensors_below(tensors, prefix), run)
-    student.loader_size = student_size(c)
+    fill_module(student, tensors, "student." if released else "vlm.student.", run)
+    student.loader_size = sets.student_size(c)
 
     def read_photo(path: str | Path) -> torch.Tensor | dict:
         return stack_images([load_image(Path(path), student.loader_size)])
@@ -93,28 +79,19 @@ def load_student(run: str | Path) -> tuple[Student, Callable]:
 
 def read_run_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of a run. Raises InputError."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise InputError(f"{folder}: holds no model.safetensors; the run has not finished")
     tensors = {}
-    for file in files:
-        tensors.update(read_tensors(file, "copy it again, or train again"))
+    for path in sorted(folder.glob("model*.safetensors")):
+        tensors.update(files.read_tensors(path, "copy it again, or train again"))
+    if not tensors:
+        raise InputError(f"{folder}: holds no model.safetensors; the run has not finished")
     return tensors
 
 
-def tensors_below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Return the tensors whose names begin with the prefix, by the rest of their names."""
-    chosen = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            chosen[name.removeprefix(prefix)] = tensor
-    return chosen
-
-
-def fill_module(module: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Load weights strictly. Raises InputError, which names the folder, if they do not fit."""
+def fill_module(module: nn.Module, tensors: dict, prefix: str, folder: Path) -> None:
+    """Load the tensors whose names begin with the prefix, strictly. Raises InputError."""
+    names = [name for name in tensors if name.startswith(prefix)]
     try:
-        module.load_state_dict(weights)
+        module.load_state_dict({name.removeprefix(prefix): tensors[name] for name in names})
     except RuntimeError as e:
         fault = str(e).splitlines()[1].strip()[:200]
         raise InputError(f"{folder}: its weights do not fit its config.json: {fault}") from None
@@ -131,11 +108,7 @@ class WholeRun(NamedTuple):
 
 
 def load_whole_run(folder: Path, device: str = "auto", weights: str = "") -> WholeRun:
-    """Return a run with its adapters, its teachers and its start.
-
-    `weights`: a folder of the encoders' files, used in place of the run's own. Stage 0 makes its
-    models again if they are gone. Raises InputError.
-    """
+    """Return a run with its adapters, teachers and start; `weights` replaces its --weights."""
     vlm, tokenizer, c = load_run(folder, device)
     if isinstance(vlm.student, Ensemble):
         raise InputError(f"{folder}: is the baseline that sees with all encoders; it has no "
@@ -146,35 +119,21 @@ def load_whole_run(folder: Path, device: str = "auto", weights: str = "") -> Who
         return WholeRun(c, tokenizer, model.to(c.device).eval(), None, None)
     names = c.teachers if c.lambda_kd else ("clip",)
     c = dataclasses.replace(c, teachers=names, weights=weights or c.weights)
-    records = [] if c.llm else load_sets(c)["train"][0]
+    records = [] if c.llm else sets.load_sets(c)["train"][0]
     sources, _ = build.pretrained_weights(c, records, tokenizer)
     teachers = build.build_teachers(c, sources).to(c.device)
     model = build.build_movekd(c, vlm, teachers)
-    load_adapters(model, folder)
-    start = build.build_movekd(c, start_vlm(c, tokenizer, sources, vlm), teachers)
+    tensors = read_run_tensors(folder)
+    for name in model.adapters:     # fewer than the run has if it did not distil
+        fill_module(model.adapters[name], tensors, f"adapters.{name}.", folder)
+        fill_module(model.target_norms[name], tensors, f"target_norms.{name}.", folder)
+    # Step 0: the pretrained weights, or the run that it was started from. A real LLM is not loaded
+    # twice: the trained one stands in its place.
+    start_vlm = build.build_vlm(c, tokenizer, sources, vlm.llm if c.llm else None)
+    if c.init_from and not c.llm:
+        load_vlm(start_vlm, Path(c.init_from))
+    elif c.init_from:
+        start_vlm.student = load_student(c.init_from)[0]
+    start = build.build_movekd(c, start_vlm, teachers)
     start.target_norms.load_state_dict(model.target_norms.state_dict())
     return WholeRun(c, tokenizer, model.to(c.device).eval(), start.to(c.device).eval(), teachers)
-
-
-def load_adapters(model: MoVEKD, folder: Path) -> None:
-    """Fill the encoder adapters, and the statistics of their targets, from a run of ours."""
-    tensors = read_run_tensors(folder)
-    for prefix, module in (("adapters.", model.adapters), ("target_norms.", model.target_norms)):
-        weights = {}
-        for name, tensor in tensors_below(tensors, prefix).items():
-            if name.split(".")[0] in module:
-                weights[name] = tensor
-        fill_module(module, weights, folder)
-
-
-def start_vlm(c: Config, tokenizer, sources: dict, trained: VLM) -> VLM:
-    """Return the VLM at step 0: the pretrained weights, or the run that it was started from.
-
-    A real LLM is not loaded twice: the trained one stands in its place.
-    """
-    vlm = build.build_vlm(c, tokenizer, sources, trained.llm if c.llm else None)
-    if c.init_from and not c.llm:
-        load_vlm(vlm, Path(c.init_from))
-    elif c.init_from:
-        vlm.student = load_student(c.init_from)[0]
-    return vlm

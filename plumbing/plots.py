@@ -1,7 +1,6 @@
 """The pictures of a run: its curves and its held-out samples."""
 
-import functools
-import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from plumbing.evaluate import normalise
-from plumbing.files import read_json
+from plumbing.files import read_json, replacing
 from plumbing.run_folder import read_log
 
 BOX = "\u25a1"
@@ -40,13 +39,18 @@ def plot_curves(folder: Path) -> None:
         axis.set(title=title, yscale=scale)
         if prefix == "kd_":  # CLIP's starts at 0, which would squeeze the others
             axis.set_ylim(bottom=max(0.01, axis.get_ylim()[0]))
-        if axis.lines:
+        if axis.lines:  # without distillation there is no teacher
             axis.legend(fontsize=8)
-        else:
-            write_across(axis, "none")  # without distillation there is no teacher
     plot_experts(axes[4], figure, lines, offset)
-    plot_held_out(axes[5], folder, offset)
+    axes[5].set(title="held-out accuracy, %", ylim=(0, 100))
+    held_out = folder / "held_out.json"
+    points = read_json(held_out) if held_out.exists() else []
+    if points:
+        axes[5].plot(steps_of(points, offset), [point["accuracy"] for point in points], marker="o")
     for axis in axes:
+        if not axis.has_data():
+            text = "none before the end: result.json" if axis is axes[5] else "none"
+            axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
         axis.axvline(offset, color="grey", linewidth=0.5)
         axis.set(xlabel="step (stage 1 | stage 2)")
     save_figure(figure, folder / "curves.png")
@@ -57,17 +61,11 @@ def steps_of(lines: list[dict], offset: int) -> list[int]:
     return [line["step"] + offset * (line["stage"] - 1) for line in lines]
 
 
-def write_across(axis: Axes, text: str) -> None:
-    """Write a text into a panel that has nothing to draw."""
-    axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
-
-
 def plot_experts(axis: Axes, figure: Figure, lines: list[dict], offset: int) -> None:
     """Draw a stripe per expert, layer under layer: its fraction of the tokens at each step."""
     drawn = [line for line in lines if "experts" in line]
     axis.set(title="each expert's fraction of the tokens, one stripe per expert")
     if not drawn:
-        write_across(axis, "none")
         return
     fractions = torch.tensor([line["experts"] for line in drawn])       # (lines, layers, E)
     _, layers, count = fractions.shape
@@ -82,26 +80,16 @@ def plot_experts(axis: Axes, figure: Figure, lines: list[dict], offset: int) -> 
     figure.colorbar(mesh, ax=axis)
 
 
-def plot_held_out(axis: Axes, folder: Path, offset: int) -> None:
-    """Draw held-out accuracy at the points of held_out.json."""
-    axis.set(title="held-out accuracy, %", ylim=(0, 100))
-    file = folder / "held_out.json"
-    points = read_json(file) if file.exists() else []
-    if points:
-        axis.plot(steps_of(points, offset), [point["accuracy"] for point in points], marker="o")
-    else:
-        write_across(axis, "none before the end: result.json")
-
-
 def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image: Callable) -> None:
     """Draw images with question, answer and the model's answer (green right, red wrong)."""
     pictured = [i for i, row in enumerate(rows) if "image" in row["record"]]
-    random.Random(0).shuffle(pictured)
+    # torch's generator, not Python's: it chose those of docs/samples.png
+    order = torch.randperm(len(pictured), generator=torch.Generator().manual_seed(0)).tolist()
     figure = Figure(figsize=(17.5, 10), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.12)  # titles must not touch other pictures
     axes = figure.subplots(3, 7, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
-    for axis, i in zip(axes.flat, pictured, strict=False):    # as many as there are
-        row, given = rows[i], answers[i]
+    for axis, k in zip(axes.flat, order, strict=False):    # as many as there are
+        row, given = rows[pictured[k]], answers[pictured[k]]
         image = get_image(row["record"]["image"])
         if isinstance(image, dict):
             image = image[max(image)]
@@ -116,19 +104,18 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image: Ca
 
 def drawable(text: str) -> str:
     """Return a text in one line, a box in place of each character that the font cannot draw."""
-    known = known_characters()
-    return "".join(c if ord(c) in known else BOX for c in " ".join(text.split()))
-
-
-@functools.cache
-def known_characters() -> set[int]:
-    """Return the code points that the plots' font can draw."""
-    file = font_manager.findfont(font_manager.FontProperties())
-    return set(font_manager.get_font(file).get_charmap())
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+    return "".join(c if font.get_char_index(ord(c)) else BOX for c in " ".join(text.split()))
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, which appears under its name when it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=80, format="png")
-    temporary.replace(path)
+    """Write a PNG atomically. One that another program holds open (Windows) stays as it is."""
+    drawn = False
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=80, format="png")
+            drawn = True
+    except PermissionError:  # a viewer must not end a run
+        if not drawn:
+            raise
+        print(f"note: {path}: is open in another program, and was not drawn anew", file=sys.stderr)

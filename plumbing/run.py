@@ -19,18 +19,14 @@ from plumbing.config import Config
 from plumbing.evaluate import evaluate, print_accuracy, print_result
 from plumbing.files import flop_counter, write_json
 from plumbing.flags import parse_flags
-from plumbing.launcher import launch, wanted_processes
-from plumbing.machine import Machine, Step
+from plumbing.processes import Machine, Step, launch, wanted_processes
 from plumbing.sharding import place_models, refresh_trained, send_from_first
 from plumbing.signals import Stopped
 from teachers import Teachers
 
 
 def start(argv: list[str] | None, train: Callable, description: str) -> None:
-    """Read the flags, check them, and run `train(run)` here or in as many processes as asked for.
-
-    With --evaluate a finished run is evaluated instead.
-    """
+    """Read the flags and run `train(run)`, in as many processes as asked for; or --evaluate."""
     begin = time.perf_counter()
     c, mode = parse_flags(sys.argv[1:] if argv is None else argv, description)
     c.device = checks.find_device(c.device)
@@ -40,7 +36,7 @@ def start(argv: list[str] | None, train: Callable, description: str) -> None:
         return
     arguments = (train, c, mode == "resume", begin)
     if wanted_processes(c) > 1:
-        sys.exit(launch(sys.argv[0], sys.argv[1:] if argv is None else argv, wanted_processes(c)))
+        sys.exit(launch(run_here, arguments, wanted_processes(c)))
     run_here(*arguments)
 
 
@@ -72,7 +68,7 @@ class Run:
         self.c, self.machine, self.begin = c, machine, begin
         machine.listen()
 
-        # The folder and the data. Rank 0 looks at them first; what is wrong ends the run here.
+        # The folder and the data: rank 0 checks them first.
         with machine.first_alone():
             opened = run_folder.open_run_folder(c, machine.first, resumed)
             machine.lock, self.checkpoint, self.progress = opened
@@ -167,13 +163,13 @@ class Run:
         if self.machine.sharded:
             refresh_trained(self.model)
         self.log.say(stage_table(stage, self.model, self.teachers))
+        batch_size, epochs, lr = (getattr(c, f"stage{stage}_{name}")
+                                  for name in ("batch", "epochs", "lr"))
         pieces, own = self.machine.micro_batches(stage)
         loader = sets.make_loader(
-            self.datasets[stage], getattr(c, f"stage{stage}_batch"),
-            getattr(c, f"stage{stage}_epochs"), c.seed + stage, self.tokenizer.pad,
+            self.datasets[stage], batch_size, epochs, c.seed + stage, self.tokenizer.pad,
             c.group_batches, pieces, own, self.progress.step, **sets.loader_options(c))
-        return StagePlan(stage, self.stage_steps[stage], getattr(c, f"stage{stage}_lr"), own,
-                         iter(loader))
+        return StagePlan(stage, self.stage_steps[stage], lr, own, iter(loader))
 
     def steps(self, plan: StagePlan, optimizer: torch.optim.Optimizer) -> Iterator[Step]:
         """Yield the steps of a stage that are left. A resumed run fills its optimizer first."""
@@ -247,6 +243,9 @@ class Run:
         plot_curves(out)
         result = {}
         if "eval" in self.sets:
+            if vlm is None:
+                from plumbing.finished_run import load_run
+                vlm, *_ = load_run(out, self.c.device)
             result = evaluate_and_draw(self.c, vlm, self.tokenizer, self.sets["eval"])
         seconds_stage0, tflops_stage0 = self.stage0
         result.update({
@@ -275,12 +274,9 @@ def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
     return "\n".join(rows)
 
 
-def evaluate_and_draw(c: Config, vlm: nn.Module | None, tokenizer, held_out: tuple) -> dict:
-    """Return the held-out accuracies of a VLM, by default the run's own, and draw some answers."""
+def evaluate_and_draw(c: Config, vlm: nn.Module, tokenizer, held_out: tuple) -> dict:
+    """Return the held-out accuracies of a VLM, and draw some of its answers."""
     from plumbing.plots import plot_samples
-    if vlm is None:
-        from plumbing.finished_run import load_run
-        vlm, *_ = load_run(Path(c.out), c.device)
     result, rows, answers = evaluate(c, vlm, tokenizer, *held_out)
     plot_samples(Path(c.out) / "samples.png", rows, answers, held_out[1])
     return result

@@ -1,7 +1,6 @@
 """The folder of a run: one run at a time in it, what is written there, where to go on from."""
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -16,12 +15,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from data import InputError
 from model import MoVEKD
-from plumbing import checkpoints
+from plumbing import checkpoints, files, sets, sharding
 from plumbing.checkpoints import Progress
 from plumbing.config import Config
-from plumbing.files import digest, write_json, write_tensors
-from plumbing.sets import images_of, rows_digest
-from plumbing.sharding import full_state
 
 try:
     import fcntl
@@ -35,23 +31,39 @@ FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves
 
 
 def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
-    """Return the lock of the run folder, the checkpoint to go on from or None, and the Progress.
-
-    The lock is the first process's; another run is let in when it is closed. Raises InputError.
-    """
-    lock = None
+    """Return the lock (rank 0's), the checkpoint to resume or None, and the run's Progress."""
+    out = Path(c.out)
+    lock = None     # closed, it lets another run in
     if first:
         lock = lock_run_folder(c, resumed)
-        check_writable(c)
-    checkpoint, progress = find_start(c, resumed)
-    return lock, checkpoint, progress
+        # what the run will not be able to write ends it now, before any work
+        for path in [out / name for name in FILES]:
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: is no regular file, and the run writes one of that "
+                                 "name; move it away, or name another --out")
+        cache = [Path(c.cache_teachers)] if c.cache_teachers and c.lambda_kd else []
+        for path in (out, *cache):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path) as file:
+                    file.write(b"x")
+            except OSError as e:
+                raise InputError(f"{path}: cannot be written: {e.strerror}") from None
+    folder = out / "checkpoints"
+    if resumed:
+        path, progress = checkpoints.newest_checkpoint(folder, c.skip_damaged)
+        return lock, path, Progress(**progress)
+    if checkpoints.saved_checkpoints(folder):
+        if not c.overwrite:
+            raise InputError(f"--out {c.out}: holds checkpoints of an earlier run; go on with "
+                             f"`python train.py --resume {c.out}`, name another --out, or add "
+                             "--overwrite")
+        shutil.rmtree(folder)
+    return lock, None, Progress()
 
 
 def lock_run_folder(c: Config, resumed: bool):
-    """Return an open file that no other run can hold at the same time.
-
-    Raises InputError if another run is in the folder, or a finished one is not to be overwritten.
-    """
+    """Return an open file that only one run can hold. Raises InputError if the folder is taken."""
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115, it holds the lock
@@ -73,59 +85,18 @@ def lock_run_folder(c: Config, resumed: bool):
     return file
 
 
-def check_writable(c: Config) -> None:
-    """Raise InputError, before any work, for a place where the run will not be able to write."""
-    out = Path(c.out)
-    for name in FILES:
-        path = out / name
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: is no regular file, and the run writes one of that name; "
-                             "move it away, or name another --out")
-    folders = [out]
-    if c.cache_teachers and c.lambda_kd:
-        folders.append(Path(c.cache_teachers))
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(b"x")
-        except OSError as e:
-            raise InputError(f"{folder}: cannot be written: {e.strerror}") from None
-
-
-def find_start(c: Config, resumed: bool) -> tuple[Path | None, Progress]:
-    """Return the checkpoint to go on from, if any, and the Progress of the run.
-
-    Raises InputError if there is none to resume from, or one that a new run would overwrite.
-    """
-    folder = Path(c.out) / "checkpoints"
-    if resumed:
-        path, progress = checkpoints.newest_checkpoint(folder, c.skip_damaged)
-        return path, Progress(**progress)
-    if checkpoints.saved_checkpoints(folder):
-        if not c.overwrite:
-            raise InputError(f"--out {c.out}: holds checkpoints of an earlier run; go on with "
-                             f"`python train.py --resume {c.out}`, name another --out, or add "
-                             "--overwrite")
-        shutil.rmtree(folder)
-    return None, Progress()
-
-
-def check_data(c: Config, sets: dict, tokenizer, progress: Progress, resumed: bool) -> None:
-    """Note a fingerprint of the data in a new run's progress, or compare it with a checkpoint's.
-
-    Raises InputError, which names the file, if rows, words or images have changed since.
-    """
-    files = {"pretrain": c.pretrain_data or c.data or c.data_root, "train": c.data or c.data_root}
+def check_data(c: Config, data: dict, tokenizer, progress: Progress, resumed: bool) -> None:
+    """Note a new run's fingerprint of its data; raise InputError if a resumed run's has changed."""
+    sources = {"pretrain": c.pretrain_data or c.data or c.data_root, "train": c.data or c.data_root}
     found = {}
-    for name, file in files.items():
-        records, get_image = sets[name]
-        found[f"{file or 'the tiny world'} ({name} rows)"] = rows_digest(records)
+    for name, file in sources.items():
+        records, get_image = data[name]
+        found[f"{file or 'the tiny world'} ({name} rows)"] = sets.rows_digest(records)
         if not c.data_root:  # half a million files are too many to look at
-            images = list(images_of([sets[name]]))
+            images = list(sets.images_of([data[name]]))
             found[f"{get_image.source} ({name} images)"] = get_image.fingerprint(images)
     if not c.llm:
-        found["the words of the data"] = digest(*tokenizer.vocabulary)
+        found["the words of the data"] = files.digest(*tokenizer.vocabulary)
     if not resumed:
         progress.data = found
         return
@@ -136,69 +107,55 @@ def check_data(c: Config, sets: dict, tokenizer, progress: Progress, resumed: bo
 
 
 def start_run_folder(c: Config, tokenizer, resumed: bool) -> None:
-    """Write config, versions and words, which the folder holds from the first minute on.
-
-    Delete what an earlier run left; of a resumed run, only its results and weights.
-    """
+    """Delete an earlier run, or a resumed one's results; write config, versions and words."""
     out = Path(c.out)
     for name in RESULTS if resumed else FILES:
         (out / name).unlink(missing_ok=True)
     for old in out.glob("model*.safetensors*"):
         old.unlink()
-    write_json(out / "config.json", dataclasses.asdict(c))
-    versions = {"python": platform.python_version()}
-    for library in (torch, torchvision, timm):
-        versions[library.__name__] = library.__version__
+    files.write_json(out / "config.json", dataclasses.asdict(c))
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": torchvision.__version__, "timm": timm.__version__}
     if c.llm:
         versions["transformers"] = sys.modules["transformers"].__version__
     else:
-        write_json(out / "vocabulary.json", tokenizer.vocabulary)
-    write_json(out / "versions.json", versions)
+        files.write_json(out / "vocabulary.json", tokenizer.vocabulary)
+    files.write_json(out / "versions.json", versions)
 
 
 def export(c: Config, first: bool, model: MoVEKD, tokenizer) -> None:
-    """Save the final weights, with a real LLM's config and tokenizer: all that load_run reads.
-
-    All processes gather them, the first one writes. Raises InputError for NaN or infinite weights,
-    and OSError for a folder that refuses them; --resume then starts from the last checkpoint.
-    """
+    """Save the final weights, with a real LLM's config and tokenizer: all that load_run reads."""
     checkpoints.check_parameters(model)
-    state = full_state(model)
+    state = sharding.full_state(model)      # all processes gather, the first one writes
     if not first:
         return
     if c.precision == "bf16":
         for name, tensor in state.items():
             state[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
     out = Path(c.out)
+    about = {} if c.llm else {"words": files.digest(*tokenizer.vocabulary)}
+    # one file; above 5 GB several, and their index
+    shards = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
+    for file, names in shards.filename_to_tensors.items():
+        files.write_tensors(out / file, {name: state[name] for name in names}, **about)
+    if shards.is_sharded:
+        files.write_json(out / "model.safetensors.index.json",
+                         {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
     if c.llm:
-        save_weights(out, state)
         model.vlm.llm.model.config.save_pretrained(out / "llm")
         tokenizer.tokenizer.save_pretrained(out / "llm")
-    else:
-        save_weights(out, state, words=digest(*tokenizer.vocabulary))
-
-
-def save_weights(folder: Path, tensors: dict[str, torch.Tensor], **about: str) -> None:
-    """Write model.safetensors, or above 5 GB several files and their index. Raises OSError."""
-    shards = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB")
-    for file, names in shards.filename_to_tensors.items():
-        write_tensors(folder / file, {name: tensors[name] for name in names}, **about)
-    if shards.is_sharded:
-        write_json(folder / "model.safetensors.index.json",
-                   {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
 
 
 def read_log(folder: Path) -> list[dict]:
     """Return the lines of a run's log.jsonl."""
-    text = (folder / "log.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    lines = files.read_json(folder / "log.jsonl")
+    return lines if isinstance(lines, list) else [lines]    # one line alone is a JSON file
 
 
 def peak_rss_mb() -> float:
     """Return the peak memory in MB of this process or one of stage 0; 0 if it is unknown."""
     if resource is None:
         return 0.0
-    peaks = [resource.getrusage(who).ru_maxrss
-             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    in_bytes = sys.platform == "darwin"
-    return max(peaks) / (2 ** 20 if in_bytes else 1024)
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(who).ru_maxrss for who in processes)
+    return peak / (2 ** 20 if sys.platform == "darwin" else 1024)   # bytes on macOS, else KB

@@ -1,7 +1,4 @@
-"""What a run tells while it trains: log.jsonl, and words, numbers and warnings on the screen.
-
-None of it changes what is computed. log.jsonl has no clock in it: one seed makes one log.
-"""
+"""What a run tells while it trains, in log.jsonl and on the screen. It changes no result."""
 
 import json
 import os
@@ -14,11 +11,9 @@ from tqdm import tqdm
 
 from data import Conversations
 from model import VLM
+from plumbing import evaluate, files, sets
 from plumbing.checkpoints import Progress, crc_of_start
 from plumbing.config import Config, is_real
-from plumbing.evaluate import accuracy_per_type, answer, questions_of
-from plumbing.files import read_json, write_json
-from plumbing.sets import count_steps
 
 HEADING = ("each line: losses, each teacher's own loss (kd_) and weight (w_), then `experts`: one "
            "group per layer, in it the % of the tokens that each of its experts took")
@@ -75,7 +70,7 @@ def count_stage_steps(c: Config, datasets: dict[int, Conversations]) -> dict[int
     counts = {}
     for stage, dataset in datasets.items():
         epochs = getattr(c, f"stage{stage}_epochs")
-        steps = count_steps(len(dataset), getattr(c, f"stage{stage}_batch"), epochs)
+        steps = sets.count_steps(len(dataset), getattr(c, f"stage{stage}_batch"), epochs)
         counts[stage] = min(steps, c.max_steps or steps) if epochs else 0
     return counts
 
@@ -87,7 +82,7 @@ class HeldOut:
         self.c, self.vlm, self.tokenizer = c, vlm, tokenizer
         self.file = Path(c.out) / "held_out.json"
         records, self.get_image = held_out or ([], None)
-        self.rows = [] if c.llm else questions_of(records)[:QUESTIONS]
+        self.rows = [] if c.llm else evaluate.questions_of(records)[:QUESTIONS]
 
     def measure(self, stage: int, step: int, steps: int) -> None:
         """Ask, if a point was passed since the last line; `step` of `steps` are done in a stage."""
@@ -95,14 +90,14 @@ class HeldOut:
         if not self.rows or step * POINTS // steps == earlier * POINTS // steps:
             return
         records = [row["record"] for row in self.rows]
-        answers = answer(self.c, self.vlm, self.tokenizer, records, self.get_image)
+        answers = evaluate.answer(self.c, self.vlm, self.tokenizer, records, self.get_image)
         self.vlm.train()    # it goes on
-        per_type = accuracy_per_type(self.rows, answers)
+        per_type = evaluate.accuracy_per_type(self.rows, answers)
         accuracy = sum(per_type.values()) / len(per_type)
-        points = read_json(self.file) if self.file.exists() else []
+        points = files.read_json(self.file) if self.file.exists() else []
         points = [point for point in points if (point["stage"], point["step"]) < (stage, step)]
         points.append({"stage": stage, "step": step, "accuracy": accuracy})
-        write_json(self.file, points)
+        files.write_json(self.file, points)
         tqdm.write(f"held-out accuracy of {len(records)} questions: {accuracy:.1f} %")
 
 
@@ -116,7 +111,7 @@ class RunLog:
         self.collapsed_steps = {}       # layer: for how many steps one expert has had its tokens
         self.losses = {}                # (stage, teacher): its loss in each of the first steps
         self.next_drawing = time.perf_counter() + DRAW_SECONDS
-        self.file = Path(c.out) / "log.jsonl"
+        self.file = Path(c.out) / "log.jsonl"   # no clock in it: one seed makes one log
         if first:
             with open(self.file, "r+b" if resumed else "wb") as file:
                 file.truncate(progress.log[0])
@@ -229,16 +224,13 @@ class RunLog:
             if not name.startswith("kd_") or name == "kd_clip":
                 continue
             losses = self.losses.setdefault((stage, name), [])
-            if len(losses) < SETTLED_STEPS:
-                losses.append(value.item())
-                if len(losses) == SETTLED_STEPS or (last and len(losses) >= SHORTEST):
-                    self.warn_if_still(stage, name.removeprefix("kd_"), losses)
-
-    def warn_if_still(self, stage: int, teacher: str, losses: list[float]) -> None:
-        """Warn if a teacher's loss is where it was when the stage began."""
-        start = torch.tensor(losses[:20]).mean().item()
-        now = torch.tensor(losses[-20:]).mean().item()
-        if abs(now - start) <= STILL * start:
-            tqdm.write(f"warning: teacher {teacher}: its loss has hardly moved in {len(losses)} "
-                       f"steps of stage {stage}: {start:.3g}, now {now:.3g}; the student learns "
-                       "nothing from it", file=sys.stderr)
+            if len(losses) == SETTLED_STEPS:
+                continue    # judged already
+            losses.append(value.item())
+            start = torch.tensor(losses[:20]).mean().item()
+            now = torch.tensor(losses[-20:]).mean().item()
+            settled = len(losses) == SETTLED_STEPS or (last and len(losses) >= SHORTEST)
+            if settled and abs(now - start) <= STILL * start:
+                tqdm.write(f"warning: teacher {name.removeprefix('kd_')}: its loss has hardly "
+                           f"moved in {len(losses)} steps of stage {stage}: {start:.3g}, now "
+                           f"{now:.3g}; the student learns nothing from it", file=sys.stderr)

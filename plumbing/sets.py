@@ -1,9 +1,7 @@
-"""The data of a run: records and images of each set, the words, the datasets, and their batches.
-
-The records come from the tiny world or from files; a run imports the half of the two it needs.
-"""
+"""The data of a run: records and images of each set, the words, the datasets, and their batches."""
 
 import atexit
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -12,7 +10,7 @@ import json
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,10 +23,9 @@ from plumbing.signals import SIGNALS
 from teachers import parse_spec
 from tiny.llm import WordTokenizer
 
-LLAVA_FILES = {  # set: (JSON file, folder of its images), both below --data-root
-    "pretrain": ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images"),
-    "train": ("llava_v1_5_mix665k.json", "."),
-}
+# set: (JSON file, folder of its images), both below --data-root
+LLAVA_FILES = {"pretrain": ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images"),
+               "train": ("llava_v1_5_mix665k.json", ".")}
 LLAVA_IMAGES = ("LLaVA-Pretrain/images", "coco/train2017", "gqa/images", "ocr_vqa/images",
                 "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
 
@@ -55,8 +52,9 @@ def load_sets(c: Config) -> dict[str, tuple]:
         for name, file in (("pretrain", c.pretrain_data or c.data), ("train", c.data)):
             sets[name] = file_set(c, Path(file), image_folder(c), training_size(c))
     else:
-        sets["pretrain"] = world_set("pretrain", c.n_pretrain)
-        sets["train"] = world_set("train", c.n_train, c.n_described, c.n_text)
+        from tiny.world import tiny_set
+        sets["pretrain"] = tiny_set("pretrain", c.n_pretrain)
+        sets["train"] = tiny_set("train", c.n_train, c.n_described, c.n_text)
     held_out = load_eval_set(c)
     if held_out:
         sets["eval"] = held_out
@@ -64,22 +62,18 @@ def load_sets(c: Config) -> dict[str, tuple]:
 
 
 def image_folder(c: Config) -> Path:
-    """Return the folder of the images of --data."""
-    return Path(c.image_folder or Path(c.data).parent)
+    """Return the folder of the images of --data and --eval-data."""
+    return Path(c.image_folder or Path(c.data or c.eval_data).parent)
 
 
 def load_eval_set(c: Config) -> tuple | None:
     """Return (records, get_image) of the held-out questions, or None if there are none."""
     if c.eval_data:
-        folder = c.image_folder or Path(c.data or c.eval_data).parent
-        return file_set(c, Path(c.eval_data), Path(folder), student_size(c))
-    return None if c.data_root else world_set(c.eval_split, c.n_eval)
-
-
-def world_set(name: str, *counts: int) -> tuple:
-    """Return (records, get_image) of a set of the tiny world."""
+        return file_set(c, Path(c.eval_data), image_folder(c), student_size(c))
+    if c.data_root:
+        return None
     from tiny.world import tiny_set
-    return tiny_set(name, *counts)
+    return tiny_set(c.eval_split, c.n_eval)
 
 
 def file_set(c: Config, file: Path, folder: Path, size: int | tuple[int, ...],
@@ -93,26 +87,20 @@ def file_set(c: Config, file: Path, folder: Path, size: int | tuple[int, ...],
 
 
 def build_tokenizer(c: Config, sets: dict[str, tuple]):
-    """Return the LLM's own tokenizer; for the tiny LLM one of whole words, those of the data.
-
-    The words of a run to start from keep their ids, and new words come after them.
-    """
+    """Return the LLM's own tokenizer; for the tiny LLM one of whole words, those of the data."""
     if c.llm:
         from real.pretrained_llm import PretrainedTokenizer
         return PretrainedTokenizer(c.llm)
     tokenizer = WordTokenizer.from_records(itertools.chain(sets["pretrain"][0], sets["train"][0]))
     if c.init_from:
-        known = read_words(Path(c.init_from))
+        known = read_words(Path(c.init_from))  # they keep their ids
         new = [word for word in tokenizer.vocabulary if word not in set(known)]
         tokenizer = WordTokenizer(known + new)
     return tokenizer
 
 
 def read_words(run: Path) -> list[str]:
-    """Return the words of a run's vocabulary.json, in the order of their ids.
-
-    Raises InputError if it is not the list that the run was trained with.
-    """
+    """Return the words of a run, in the order of their ids. Raises InputError if they changed."""
     file = run / "vocabulary.json"
     words = read_json(file)
     well_formed = isinstance(words, list) and all(isinstance(word, str) for word in words)
@@ -127,11 +115,8 @@ def read_words(run: Path) -> list[str]:
 
 
 def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict:
-    """Return {stage: its Conversations}, with n image tokens for each image.
-
-    Stage 1 has captions, prompt "plain", or the conversations of stage 2 if there are none. All its
-    rows have an image: text alone has nothing to align.
-    """
+    """Return {stage: its Conversations}, with n image tokens for each image."""
+    # Stage 1 has captions, if there are any, and no row without an image: it has nothing to align.
     records, get_image = sets["pretrain"]
     rows = [row for row, record in enumerate(records) if "image" in record]
     # Records of a file are read when they are used: a list of them would hold them all.
@@ -140,8 +125,7 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
     if not rows:
         raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
                          "nothing to align")
-    captions = not c.data or c.pretrain_data
-    template = "plain" if captions else "v1"
+    template = "plain" if c.pretrain_data or not c.data else "v1"
     return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
                              c.caption_end),
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
@@ -161,40 +145,26 @@ def images_of(sets: list[tuple]) -> dict:
     """Return {image name: its get_image} of all images of some sets, sorted by name."""
     source = {}
     for records, get_image in sets:
-        for record in records:
-            if "image" in record:
-                source[record["image"]] = get_image
+        source.update({record["image"]: get_image for record in records if "image" in record})
     return dict(sorted(source.items()))
-
-
-# ------------------------------------------------------------------------------------------------
-# Sizes of the loader's image
 
 
 def student_size(c: Config) -> int | tuple[int, ...]:
     """Return the size of the loader's image, or of its views, if only the student sees it."""
-    return loader_size(c, c.teachers if c.student == "ensemble" else ())
+    return training_size(dataclasses.replace(c, lambda_kd=0.0))
 
 
 def training_size(c: Config) -> int | tuple[int, ...]:
-    """Return the size of the loader's training images; without L_kd no teacher sees them."""
-    return loader_size(c, c.teachers if c.lambda_kd or c.student == "ensemble" else ())
-
-
-def loader_size(c: Config, teachers: tuple[str, ...]) -> int | tuple[int, ...]:
-    """Return the size of the loader's image, or the sizes that CLIP and these teachers need."""
+    """Return the size of a training image, or of its views; without L_kd no teacher sees them."""
     if c.image_views == "one":
         return c.image_size
+    teachers = c.teachers if c.lambda_kd or c.student == "ensemble" else ()
     return tuple(sorted({parse_spec(getattr(c, name))[1] for name in ("clip", *teachers)}))
 
 
 def image_bytes(size: int | tuple[int, ...]) -> int:
     """Return the bytes of the loader's image, or of all of its views."""
     return sum(3 * pixels ** 2 for pixels in (size if isinstance(size, tuple) else (size,)))
-
-
-# ------------------------------------------------------------------------------------------------
-# Batches
 
 
 def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int,
@@ -210,8 +180,7 @@ def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int,
         count = max(1, len(dataset) // batch_size)
         return [order[k * batch_size:(k + 1) * batch_size] for k in range(count)]
     sizes = dataset.sizes()
-    batches = []
-    left_over = []
+    batches, left_over = [], []
     for has_image in (True, False):
         rows = [i for i in order if sizes[i][0] == has_image]
         for k in range(0, len(rows), batch_size * group):
@@ -231,35 +200,19 @@ def count_steps(rows: int, batch_size: int, epochs: float) -> int:
     return max(1, round(epochs * max(1, rows // batch_size)))
 
 
-def micro_batch_rows(dataset: Conversations, batch_size: int, epochs: float, seed: int, group: int,
-                     pieces: int, own_pieces: range, start: int) -> Iterator[list[int]]:
-    """Yield the rows of this process's micro-batches, one after the other."""
-    steps = count_steps(len(dataset), batch_size, epochs)
-    step = 0
-    for epoch in itertools.count():
-        for batch in batch_order(dataset, batch_size, seed, epoch, group):
-            if step >= steps:
-                return
-            if step >= start:
-                for k in own_pieces:
-                    yield batch[k::pieces]
-            step += 1
-
-
 def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: int, pad: int,
                 group: int = 1, pieces: int = 1, own_pieces: range = range(1), start: int = 0,
                 **options) -> DataLoader:
-    """Load shuffled batches once from step `start` on; `options` are those of torch's DataLoader.
-
-    Each batch is divided into `pieces` micro-batches, of which this process gets `own_pieces`.
-    """
-    rows = micro_batch_rows(dataset, batch_size, epochs, seed, group, pieces, own_pieces, start)
+    """Load the micro-batches of this process, from step `start` on; `options` are torch's."""
+    steps = count_steps(len(dataset), batch_size, epochs)
+    # Lazy, epoch after epoch: an order is drawn when its epoch begins.
+    orders = (batch_order(dataset, batch_size, seed, epoch, group) for epoch in itertools.count())
+    batches = itertools.islice(itertools.chain.from_iterable(orders), start, steps)
+    # Each batch is divided into `pieces` micro-batches; this process gets `own_pieces`.
+    rows = (batch[k::pieces] for batch in batches for k in own_pieces)
     return DataLoader(dataset, batch_sampler=rows, collate_fn=functools.partial(collate, pad=pad),
                       **options)
 
-
-# ------------------------------------------------------------------------------------------------
-# The processes that load images
 
 # A forked worker shares the records with its parent, a spawned one gets a pickled copy. But macOS's
 # own libraries may fail after a fork, and Windows has none.
@@ -272,16 +225,12 @@ def loader_options(c: Config) -> dict:
     options = {"num_workers": c.workers, "pin_memory": c.device == "cuda"}
     if c.workers:
         atexit.register(end_workers)
-        options["worker_init_fn"] = begin_worker
-        options["multiprocessing_context"] = START
+        options.update(worker_init_fn=begin_worker, multiprocessing_context=START)
     return options
 
 
 def begin_worker(worker: int) -> None:
-    """Leave signals to the run, which finishes its step and saves, and needs its loader for that.
-
-    Batch systems signal every process.
-    """
+    """Leave signals to the run, which needs its loader to finish a step: all processes get them."""
     gc.freeze()  # a collection writes into every object, and would copy the memory they share
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -42,8 +42,7 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
 def restore_probs(block: nn.Module):
     """Give back to a block's MoLE, after its second run, the router probabilities of its first.
 
-    Those of the second run hold its graph, which never runs backward, and with it the activations
-    of every block so far.
+    Those of the second run would hold its graph, and with it the block's activations.
     """
     probs = router_probs(block)
     try:
@@ -54,10 +53,7 @@ def restore_probs(block: nn.Module):
 
 
 def cast_vlm(vlm: VLM, dtype: torch.dtype) -> None:
-    """Convert a VLM to another precision, all but the LLM's table of rotary angles.
-
-    In bf16, with its three digits, the angle at position 700 would be wrong by 0.86.
-    """
+    """Convert a VLM to another precision, without the LLM's rotary angles: bf16 is too coarse."""
     for p in vlm.parameters():
         p.data = p.data.to(dtype)
 
@@ -66,12 +62,11 @@ def send_from_first(module: nn.Module, device: str) -> None:
     """Move a module to the device, in every process with the numbers of rank 0.
 
     Other ranks may have built it on the meta device, without numbers, so that a machine holds one
-    copy while models are loaded. What is sharded stays as it is.
+    copy while models are loaded. What is sharded already stays as it is.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         module.to(device)
         return
-    first = dist.get_rank() == 0
     sent = {}  # a tensor that two modules share stays one
     for part in module.modules():
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
@@ -79,10 +74,9 @@ def send_from_first(module: nn.Module, device: str) -> None:
             if isinstance(tensor, DTensor):
                 continue
             if tensor not in sent:
-                if first:
-                    whole = tensor.detach().to(device).contiguous()
-                else:
-                    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                if dist.get_rank() == 0:
+                    whole.copy_(tensor.detach())
                 dist.broadcast(whole, src=0)
                 if isinstance(tensor, nn.Parameter):
                     whole = nn.Parameter(whole, tensor.requires_grad)
@@ -144,8 +138,7 @@ def shard(root: nn.Module, units: Iterable[nn.Module], device: str, world: int,
 def refresh_trained(root: nn.Module) -> None:
     """Tell FSDP which parameters train now. Call it at the start of a stage.
 
-    FSDP looks when a unit is gathered for the first time, and torch below 2.14 gives a unit that is
-    frozen then no precision for gradients: stage 2 would fail at its first backward.
+    Below torch 2.14 a unit that was frozen at first would else have no precision for gradients.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -162,10 +155,9 @@ def shard_frozen(encoder: VisionEncoder, device: str, world: int) -> None:
 
 
 def backward(model: nn.Module, loss: torch.Tensor, last: bool) -> None:
-    """Run backward of a micro-batch; `last`: of the step.
+    """Run backward of a micro-batch. Gradients are reduced over the processes after the last one.
 
-    FSDP averages gradients over the processes, so their sum needs the world size as a factor.
-    Gradients of several micro-batches add up locally, and are reduced once, after the last one.
+    The factor is the world size, because FSDP averages gradients.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)

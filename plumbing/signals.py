@@ -27,6 +27,12 @@ def listen(handler: Callable) -> dict:
     return former
 
 
+def block(on: bool) -> None:
+    """Let signals wait, or let them through. A process that is started meanwhile inherits it."""
+    if hasattr(signal, "pthread_sigmask"):  # Windows has none
+        signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, SIGNALS)
+
+
 def listen_while_loading() -> None:
     """End at once on a signal, with one line. Call it before the libraries load: they take seconds.
 

@@ -1,9 +1,7 @@
 """The teachers' outputs for all training images: computed once, kept on disk, and measured.
 
-On disk they are one safetensors file per teacher, (images, ...) in fp16 for each field of its
-output. Reading maps the file into memory, so that a batch takes only its own rows from the disk.
-Writing holds all outputs of one teacher, and a copy of them: 2 x 82 MB for the largest of --tiny.
-Sets whose outputs exceed the memory are for --cache-teachers '', which --small and --full have.
+One safetensors file per teacher has (images, ...) in fp16 for each field of its output. It is read
+by memory mapping, but written from two copies in memory: large sets need --cache-teachers ''.
 
 Letters: B images, R pixels of the loader's square image, n_i tokens and d_i width of teacher i.
 """
@@ -36,13 +34,10 @@ class CachedTeachers(Teachers):
         self.rows = rows            # image name: its row
         self.outputs = outputs      # teacher: {field of TeacherOutput: (images, ...) in fp16}
 
-    def forward(self, images: torch.Tensor | dict[int, torch.Tensor],
-                names: list[str | None]) -> dict[str, TeacherOutput]:
-        """Return the outputs for the images of these names; their pixels are not used.
-
-        A stand-in image, whose name is None, gets those of any image: it counts for nothing.
-        """
+    def forward(self, images: torch.Tensor | dict, names: list) -> dict[str, TeacherOutput]:
+        """Return the outputs for the images of these names; their pixels are not used."""
         pixels = next(iter(images.values())) if isinstance(images, dict) else images
+        # a stand-in image, whose name is None, counts for nothing: any row will do
         rows = [self.rows[name] if name else 0 for name in names]
         found = {}
         for teacher, tensors in self.outputs.items():
@@ -54,12 +49,7 @@ class CachedTeachers(Teachers):
 
 
 def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> CachedTeachers:
-    """Return teachers whose outputs for all images of some (records, get_image) are in `folder`.
-
-    A file is named after the teacher's spec and weights, and the images' source, names and size:
-    teachers that were trained differently have files of their own. A file whose images have changed
-    under the same names, or that is damaged, is made again, and a line on stderr says so.
-    """
+    """Return teachers whose outputs for all images of some (records, get_image) are in `folder`."""
     source = images_of(sets)
     images = list(source)
     origins, prints = [], []
@@ -70,9 +60,11 @@ def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> Cache
     first = source[images[0]](images[0])
     outputs = {}
     for name, encoder in teachers.encoders.items():
-        # a view that is made from the original differs from one of the loader's image
+        # The file's name tells teachers and sets apart. A view that is made from the original
+        # differs from one of the loader's image.
         R = f"own {encoder.image_size}" if isinstance(first, dict) else str(first.shape[-1])
-        key = digest(encoder.spec, weights_digest(encoder), R, *sorted(origins), *images)[:12]
+        weights = [f"{key} {checksum(value)}" for key, value in encoder.state_dict().items()]
+        key = digest(encoder.spec, digest(*weights), R, *sorted(origins), *images)[:12]
         path = folder / f"{name}-{encoder.image_size}px-{key}.safetensors"
         if path.exists():
             try:
@@ -87,17 +79,8 @@ def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> Cache
     return CachedTeachers(teachers, {image: row for row, image in enumerate(images)}, outputs)
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Return a hash of every tensor's name and bytes."""
-    tensors = module.state_dict()
-    return digest(*[f"{name} {checksum(tensor)}" for name, tensor in tensors.items()])
-
-
 def read_outputs(path: Path, fingerprint: str, count: int) -> dict[str, torch.Tensor]:
-    """Return {field: (count, ...) in fp16} of a teacher's file, mapped into memory.
-
-    Raises InputError if it is damaged, or its images had another fingerprint.
-    """
+    """Return {field: (count, ...)} of a teacher's file. Raises InputError if it is not current."""
     tensors = read_tensors(path, "it is replaced")
     about = read_about(path)
     if about.get("images") != fingerprint:
@@ -108,37 +91,27 @@ def read_outputs(path: Path, fingerprint: str, count: int) -> dict[str, torch.Te
 
 
 def run_encoder(name: str, encoder: VisionEncoder, source: dict) -> dict[str, torch.Tensor]:
-    """Return {field: (images, ...) in fp16}, what an encoder gives for {image: its get_image}.
-
-    Raises InputError for an output that is NaN or infinite in fp16.
-    """
+    """Return {field: (images, ...) in fp16} for {image: its get_image}. Raises InputError."""
     device = next(encoder.parameters()).device
-    tensors, row = {}, 0
+    pieces = defaultdict(list)
     for images, outputs in run_teachers(Teachers({name: encoder}), list(source), source, device):
         for field, value in outputs[name]._asdict().items():
             if value is None:
                 continue
-            value = value.half()                                                    # (B, ...)
+            value = value.half().cpu()                                              # (B, ...)
             if not value.isfinite().all():
                 raise InputError(f"teacher {name}: its {field} are NaN or infinite in one of the "
                                  f"images from {images[0]} on; its weights are damaged, or its "
                                  "numbers too large for fp16: then --cache-teachers ''")
-            if field not in tensors:
-                tensors[field] = torch.empty(len(source), *value.shape[1:], dtype=value.dtype)
-            tensors[field][row:row + len(images)] = value
-        row += len(images)
-    return tensors
+            pieces[field].append(value)
+    return {field: torch.cat(values) for field, values in pieces.items()}
 
 
 def run_teachers(teachers: Teachers, names: list[str], source: dict, device: str | torch.device,
                  skip_bad: bool = False) -> Iterator[tuple[list[str], dict[str, TeacherOutput]]]:
-    """Yield (names, their outputs) of one batch of images after another.
-
-    `source` has the get_image of each name. Raises InputError for an image that cannot be read;
-    with skip_bad, such images are left out.
-    """
+    """Yield (names, their outputs) of each batch of images; `source` has each name's get_image."""
     title = f"teachers {' '.join(teachers.encoders)}"
-    for i in tqdm(range(0, len(names), BATCH), desc=title, leave=False):
+    for i in tqdm(range(0, len(names), BATCH), title, leave=False, disable=len(names) <= BATCH):
         batch = names[i:i + BATCH]
         if isinstance(teachers, CachedTeachers):    # no need to read the images
             yield batch, teachers(torch.empty(0), batch)
@@ -158,11 +131,7 @@ def run_teachers(teachers: Teachers, names: list[str], source: dict, device: str
 @torch.no_grad()
 def measure_targets(norms: nn.ModuleDict, teachers: Teachers, sets: list[tuple], first: bool,
                     device: str, skip_bad: bool) -> None:
-    """Fill every ChannelNorm with its teacher's mean and std per channel, over images and tokens.
-
-    `sets` are (records, get_image). The first process measures and sends its numbers to the others,
-    so that all have the same. Raises InputError for an unreadable image, unless they are skipped.
-    """
+    """Fill each ChannelNorm with its teacher's mean and std per channel, over images and tokens."""
     channel_norms = {name: norm for name, norm in norms.items() if isinstance(norm, ChannelNorm)}
     source = images_of(sets) if first and channel_norms else {}
     names = list(source)
@@ -175,6 +144,7 @@ def measure_targets(norms: nn.ModuleDict, teachers: Teachers, sets: list[tuple],
             x = outputs[name].tokens.flatten(0, 1).cpu().double()                   # (B * n_i, d_i)
             sums[name] += torch.stack([x.sum(dim=0), x.square().sum(dim=0)])        # (2, d_i)
             count[name] += len(x)
+    # the first process sends its numbers to the others, so that all have the same
     for name, norm in channel_norms.items():
         if first:
             mean, square = sums[name] / count[name]                                 # (d_i,) each
@@ -187,10 +157,7 @@ def measure_targets(norms: nn.ModuleDict, teachers: Teachers, sets: list[tuple],
 
 
 def check_teachers(teachers: Teachers, sets: list[tuple], device: str) -> None:
-    """Raise InputError for a teacher whose tokens are NaN, infinite, or the same everywhere.
-
-    Its weights are damaged, or not those of its model. A few training images are shown to it.
-    """
+    """Raise InputError for a teacher that gives NaN, infinity or equal tokens for a few images."""
     records, get_image = sets[0]
     names = [record["image"] for record in records[:64] if "image" in record][:4]
     # an image that cannot be read is reported when it is trained on

@@ -1,43 +1,37 @@
 """tools.lesson: the numbers of the answers, on a short run."""
 
-import math
 import re
 
 import pytest
 
 from data import InputError
+from plumbing.finished_run import load_whole_run
+from plumbing.sets import load_eval_set
 from tools import lesson
+from tools.explain.numbers import make_batch, measure
 
 
-def told(capsys, *argv) -> str:
+def printed(capsys, *argv) -> str:
+    """The text that an exercise prints."""
     capsys.readouterr()
     lesson.main([str(arg) for arg in argv])
     return capsys.readouterr().out
 
 
-def test_the_bound_is_met(capsys):
-    """The largest n x largest is n e / (n - 1 + e): below e, and reached by one token."""
-    for n, largest in re.findall(r"n (\d+): n x largest ([\d.]+)", told(capsys, "bound")):
-        assert float(largest) == pytest.approx(int(n) * math.e / (int(n) - 1 + math.e), abs=1e-3)
-        assert float(largest) < math.e
-
-
-def test_an_adapter_is_counted(capsys):
-    """The parameters of the DINOv2 adapter are those of its two Linears, written out."""
-    built, written = re.findall(r"([\d,]+)(?: parameters|$)", told(capsys, "dinov2").strip())
-    assert built == written == "1,838,720"
-
-
-def test_one_token(capsys):
-    """1/n leaves (n - 1)/n of the loss that W^tok alone would not see."""
-    assert "L_kd 0.9722" in told(capsys, "one-token")
+@pytest.mark.parametrize("exercise,numbers", [
+    ("bound", r"n 36: n x largest 2\.5944, formula 2\.5944, .*\n.*\n.*2\.7102, formula 2\.7102"),
+    ("dinov2", r"576 x 1024: (1,838,720) parameters, .* = \1\n"),
+    ("one-token", r"L_kd 0\.9722 = \(n - 1\)/n; W\^tok alone: 0\.0000\.")])
+def test_numbers_that_need_no_run(exercise, numbers, capsys):
+    """The largest weight is its bound, an adapter has as many parameters as its two Linears."""
+    assert re.search(numbers, printed(capsys, exercise))
 
 
 @pytest.mark.parametrize("exercise", ["router", "fish"])
-def test_shares_of_experts_add_up(exercise, workplace, capsys, monkeypatch):
-    """Each group of three shares is 100 %, but for rounding."""
+def test_percentages_of_experts_add_up(exercise, workplace, capsys, monkeypatch):
+    """Each group of three percentages adds up to 100, apart from rounding."""
     monkeypatch.setattr(lesson, "PICTURES", 60)
-    out = told(capsys, exercise, workplace / "runs/tiny")
+    out = printed(capsys, exercise, workplace / "runs/tiny")
     groups = re.findall(r"(\d+\.\d) / +(\d+\.\d) / +(\d+\.\d)", out)
     assert len(groups) == {"router": 12, "fish": 18}[exercise]
     for group in groups:
@@ -45,12 +39,28 @@ def test_shares_of_experts_add_up(exercise, workplace, capsys, monkeypatch):
 
 
 def test_uniform_weights_double_the_mean_error(workplace, capsys, monkeypatch):
-    """The lines of all three forms; a run of no teachers is one line."""
+    """With uniform weights a teacher's loss = twice the mean of its errors in tools.explain."""
     monkeypatch.chdir(workplace)
-    lines = told(capsys, "uniform", "runs/tiny").splitlines()
+    lines = printed(capsys, "uniform", "runs/tiny").splitlines()
     assert [line.split()[0] for line in lines] == ["paper", "released", "uniform", "1/n"]
+    run = load_whole_run(workplace / "runs/tiny")
+    records, get_image = load_eval_set(run.c)
+    batch = make_batch(run, records[0], get_image(records[0]["image"]), "right")
+    for name, errors in measure(run, run.model, batch).errors.items():
+        loss = float(re.search(rf"{name} ([\d.]+)", lines[2])[1])
+        assert loss == pytest.approx(2 * errors.mean().item(), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_trained_adapters_let_go_of_what_only_the_teacher_sees():
+    """Teacher -> student, its own signal enters and is gone at the minimum; else it stays."""
+    paper, radio = lesson.teacher_signal(True), lesson.teacher_signal(False)
+    assert max(paper.values()) > 0.5
+    assert paper[3000] < 0.05
+    assert radio[3000] > 0.95
 
 
 def test_a_run_that_cannot_answer(released_folder):
+    """A run without teachers is refused in one line."""
     with pytest.raises(InputError, match="no held-out picture"):
         lesson.main(["uniform", str(released_folder)])

@@ -17,7 +17,7 @@ from data import InputError, collate
 from model import MoVEKD
 from plumbing.sets import make_loader
 from plumbing.flags import load_config
-from plumbing.machine import Machine, Step, Weights
+from plumbing.processes import Machine, Step, Weights
 from plumbing.run_folder import read_log
 from plumbing.sets import build_datasets, build_tokenizer, load_sets
 from plumbing.sharding import compile_parts, gather_full, place_models, shard, shard_frozen

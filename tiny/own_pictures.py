@@ -4,8 +4,7 @@
     EVA       self-supervised: sees a picture with cells hidden, rebuilds its pixels at every token
     ConvNeXt  the same, on its coarser grid
 
-Letters: N pictures, B of a batch, Q questions about them, C answers to choose from, S sentences,
-n_i tokens of an encoder, R pixels of the loader's square image.
+Letters: those of tiny/pretrain.py, Q questions, C answers to choose from, R pixels of an image.
 """
 
 import itertools
@@ -39,14 +38,17 @@ class OwnPictures:
     def __init__(self, records: Iterable[dict], get_image: Callable):
         turns = {}
         for record in records:
-            if "image" in record:
-                turns.setdefault(record["image"], []).extend(answered(record["conversations"]))
+            if "image" not in record:
+                continue
+            answered = turns.setdefault(record["image"], [])
+            for turn, reply in itertools.pairwise(record["conversations"]):
+                if turn["from"] == "human" and reply["from"] == "gpt":
+                    question = turn["value"].replace("<image>", "").strip()
+                    answered.append((question, reply["value"].strip()))
         if not turns:
-            raise InputError("--stage0-pictures data: no record of --data has an image to learn "
-                             "from")
-        self.names = sorted(turns)
-        if len(turns) > IMAGES:
-            self.names = sorted(random.Random(SEED).sample(self.names, IMAGES))
+            raise InputError("--stage0-pictures data: no record of --data has an image")
+        count = min(len(turns), IMAGES)
+        self.names = sorted(random.Random(SEED).sample(sorted(turns), count))
         self.turns = [turns[name] for name in self.names]  # (question, answer) pairs of each
         self.get_image = get_image
         pixels = [get_image.source, str(get_image.size), get_image.fingerprint(self.names)]
@@ -56,15 +58,6 @@ class OwnPictures:
         """Return the pictures, uint8 (N, 3, R, R)."""
         names = tqdm(self.names, desc="pictures", leave=False)
         return torch.stack([self.get_image(name) for name in names])
-
-
-def answered(conversation: list[dict]) -> list[tuple[str, str]]:
-    """Return (question, answer) of each human turn that is followed by an answer."""
-    found = []
-    for turn, reply in itertools.pairwise(conversation):
-        if turn["from"] == "human" and reply["from"] == "gpt":
-            found.append((turn["value"].replace("<image>", "").strip(), reply["value"].strip()))
-    return found
 
 
 def choices(right: int, answers: list[int], count: int, chance: random.Random) -> list[int]:

@@ -234,9 +234,8 @@ def stage0(models: dict[str, tuple], scale: float) -> tuple[dict[str, Path], flo
         paths[name] = FOLDER / f"{name}-{digest(made_by)[:12]}.safetensors"
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        print(f"stage 0: training {', '.join(missing)} (once; kept under {FOLDER})",
-              file=sys.stderr)
+        names = ", ".join(missing)
+        print(f"stage 0: training {names} (once; kept under {FOLDER})", file=sys.stderr)
         train_side_by_side([(paths[name], name, scale, *models[name]) for name in missing])
     tflops = 0.0
     for path in paths.values():

@@ -1,9 +1,7 @@
 """The scenes of the tiny world: one object, seven attributes.
 
 One object, because a tiny LLM does not learn in minutes to pick among several; many attributes, so
-that the vision encoder is the bottleneck and not the language.
-
-Letters: N scenes, x, y places in a picture.
+that the vision encoder is the bottleneck and not the language. N is the number of scenes.
 """
 
 import math

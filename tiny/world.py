@@ -87,8 +87,7 @@ def dialogue(questions: list[tuple[str, str]], before: str) -> list[dict]:
     """Return (question, answer) pairs as LLaVA's turns, with `before` as a first line."""
     turns = []
     for question, answer in questions:
-        turns.append({"from": "human", "value": question})
-        turns.append({"from": "gpt", "value": answer})
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     if before:
         turns[0]["value"] = f"{before}\n{turns[0]['value']}"
     return turns
@@ -110,7 +109,6 @@ class WorldImages:
         return self.images[int(Path(name).stem)]
 
     def fingerprint(self, names: list[str]) -> str:
-        """Changes when the pixels do."""
         return hashlib.sha256(self.images.numpy()).hexdigest()
 
 

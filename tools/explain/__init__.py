@@ -1,0 +1,1 @@
+"""The page that shows one image going through one training step: python -m tools.explain RUN."""
