@@ -12,24 +12,24 @@ from real.records import read_records
 from tests.common import conversation, images, save_png
 from tools import check_data
 
-ASKED = conversation("<image>\nwhat?", "that")
+QUESTIONS = conversation("<image>\nwhat?", "that")
 GOOD = [
-    {"image": "ok.png", "conversations": ASKED},
+    {"image": "ok.png", "conversations": QUESTIONS},
     {"image": None, "conversations": conversation("the tag <image>\nin a text", "<image>")},
 ]
 BAD = {  # what is said of a row: the row. (docs/messages.md has more of them.)
-    "not a readable image": {"image": "corrupt.png", "conversations": ASKED},
-    "a\\x00b.png: not a readable image (ValueError)": {"image": "a\0b.png", "conversations": ASKED},
-    "\\ud83d.png: not a readable image (Unicode": {"image": "\ud83d.png", "conversations": ASKED},
-    "Too many levels of symbolic links": {"image": "loop.png", "conversations": ASKED},
-    "not a regular file": {"image": "pipe.png", "conversations": ASKED},
+    "not a readable image": {"image": "corrupt.png", "conversations": QUESTIONS},
+    "a\\x00b.png: not a readable image": {"image": "a\0b.png", "conversations": QUESTIONS},
+    "\\ud83d.png: not a readable image": {"image": "\ud83d.png", "conversations": QUESTIONS},
+    "Too many levels of symbolic links": {"image": "loop.png", "conversations": QUESTIONS},
+    "not a regular file": {"image": "pipe.png", "conversations": QUESTIONS},
     "File name too long":
-        {"image": "data:image/png;base64," + "A" * 30_000, "conversations": ASKED},
-    '"image" is not a file name': {"image": 3, "conversations": ASKED},
-    "lies outside the image folder": {"image": "../ok.png", "conversations": ASKED},
+        {"image": "data:image/png;base64," + "A" * 30_000, "conversations": QUESTIONS},
+    '"image" is not a file name': {"image": 3, "conversations": QUESTIONS},
+    "lies outside the image folder": {"image": "../ok.png", "conversations": QUESTIONS},
     "0 <image> token": {"image": "ok.png", "conversations": conversation("what?", "that")},
     "not an object": 7,
-    "has an <image> line in a question": {"conversations": ASKED},
+    "has an <image> line in a question": {"conversations": QUESTIONS},
     'an <image> line in a question but no "image" file':
         {"image": None, "conversations": conversation("a?", "b", "what?\r\n <image> \n", "that")},
 }
@@ -57,6 +57,9 @@ def test_check_reports_every_bad_row(folder, capsys):
         assert f"row {row} (counted from 0)" in line
         assert fault in line
         assert len(line) < 600
+    (folder / "set.json").write_text(json.dumps(GOOD), encoding="utf-8")
+    check_data.main([str(folder / "set.json"), str(folder)])  # does not exit
+    assert capsys.readouterr().out.endswith("2 rows, 0 bad\n")
 
 
 def test_training_names_the_first_bad_row_or_skips_all(folder, capsys):
@@ -66,10 +69,3 @@ def test_training_names_the_first_bad_row_or_skips_all(folder, capsys):
         read_records(file, folder, False, get_image)
     assert len(read_records(file, folder, True, get_image)) == len(GOOD)
     assert capsys.readouterr().err.count("skipped: ") == len(BAD)
-
-
-def test_check_passes_a_good_set(folder, capsys):
-    """It says so of a set without a bad row, and does not exit with 2."""
-    (folder / "set.json").write_text(json.dumps(GOOD), encoding="utf-8")
-    check_data.main([str(folder / "set.json"), str(folder)])
-    assert capsys.readouterr().out.endswith("2 rows, 0 bad\n")

@@ -11,15 +11,12 @@ import torch
 from PIL import Image
 
 import data
-from data import Conversations, InputError, blank_image, collate
+from data import InputError, blank_image, collate
 from plumbing.sets import batch_order, make_loader, rows_digest
 from real.image_files import load_image
 from real.records import RecordFile, find_rows, read_list
 from teachers import VisionEncoder
 from tests.common import natural_noise, save_png, some_conversations, tiny_teachers
-
-# ------------------------------------------------------------------------------------------------
-# Pictures
 
 
 def test_padding_to_square_keeps_the_whole_image(tmp_path):
@@ -49,10 +46,7 @@ def llavas_pixels(picture: Image.Image, encoder: VisionEncoder) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", [(640, 480), (100, 250), (31, 400), (900, 47), (48, 48)])
 def test_views_are_llavas_pixels(form):
-    """square_views gives every encoder LLaVA's pixels at its size, from the original.
-
-    One image for all, resized again, is another thing. (tests/test_llava.py has LLaVA's own code.)
-    """
+    """square_views gives every encoder LLaVA's pixels at its size; one image for all does not."""
     picture = natural_noise(*form)
     encoders = tiny_teachers().encoders.values()
     views = data.stack_images([data.square_views(picture, tuple(e.image_size for e in encoders))])
@@ -61,10 +55,6 @@ def test_views_are_llavas_pixels(form):
         expected = llavas_pixels(picture, encoder)
         torch.testing.assert_close(encoder.view(views), expected, atol=1e-5, rtol=0)
         assert (encoder.view(one) - expected).abs().max() > 0.04
-
-
-# ------------------------------------------------------------------------------------------------
-# Batches
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
@@ -80,10 +70,7 @@ def test_batches_are_a_function_of_seed_and_epoch():
 
 
 def test_grouped_batches_hold_every_row_once():
-    """Grouped batches are all rows but the left-over, each once; other epochs, other order.
-
-    They are of one kind and of like lengths, but for the mixed ones.
-    """
+    """Each row is in one batch or left over; all batches but one are of one kind, of like lengths."""
     dataset = some_conversations(40, 25)
     batches = batch_order(dataset, 4, seed=1, epoch=0, group=3)
     rows = [row for batch in batches for row in batch]
@@ -101,10 +88,7 @@ def test_grouped_batches_hold_every_row_once():
 
 
 def test_micro_batches_and_workers_change_nothing():
-    """Two processes with two micro-batches each together have the batches of one process.
-
-    A worker process changes nothing, and a later start gives the batches from there on.
-    """
+    """Two processes with two micro-batches each have the batches of one; so has a later start."""
     dataset = some_conversations()
     batches = list(make_loader(dataset, 8, 2, 5, 0))
     halves = []
@@ -122,15 +106,8 @@ def test_micro_batches_and_workers_change_nothing():
         assert a["input_ids"].tolist() == b["input_ids"].tolist()
 
 
-# ------------------------------------------------------------------------------------------------
-# Rows that cannot be used
-
-
 def test_a_bad_row_is_named_or_skipped():
-    """A bad image is a fault that names the row; with skip_bad the next good row is in its place.
-
-    (tests/test_runs.py has whole runs, with workers.)
-    """
+    """A bad image is a fault that names the row; with skip_bad the next good row replaces it."""
     def get_image(name: str) -> torch.Tensor:
         if name.endswith("/3.png"):
             raise InputError("3.png: not a readable image")
@@ -162,9 +139,6 @@ def test_a_long_conversation_is_cut_and_counted():
         dataset.sample(4)
 
 
-# ------------------------------------------------------------------------------------------------
-# Rows of a file
-
 ODD = [{"id": 1, "text": 'a "]}, {" b \\ é😀\u2028\x85\xa0\x7f'}, [], 12, "a, b]", None,
        {"deep": [[{}]]}, -1.5e-3, {"long": "x" * 3000}, "\ud83d", "\ufeff", 0]
 
@@ -186,10 +160,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_of_a_file_are_those_of_the_list(tmp_path, form):
-    """Row by row a file says what json.loads says of it: one row, some, from the end, in order.
-
-    The hash is that of the whole list's JSON, and a pickled copy, for a worker, is the same.
-    """
+    """Row by row a file says what json.loads says of it; so do its hash and its pickled copy."""
     file = tmp_path / "rows.json"
     file.write_bytes(FORMS[form].encode())
     rows = read_list(file)

@@ -10,13 +10,11 @@ taken out of their files; its tokenizer is sentencepiece itself.
 import ast
 import copy
 import dataclasses
-import os
 import random
 import shutil
 import sys
 import types
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,23 +24,16 @@ from data import IGNORE, conversation_ids, square_views, stack_images
 from plumbing.config import FULL
 from real.pretrained_llm import PretrainedTokenizer
 from teachers import VisionEncoder
+from tests import test_words as words
 from tests.common import conversation, natural_noise
-from tests.test_words import LEGACY, WORDS, load, reading_of_sentencepiece, some_records
 
 pytestmark = pytest.mark.slow
-
-
-def folder_of(variable: str) -> Path:
-    """Return the folder that an environment variable names."""
-    if not os.environ.get(variable):
-        pytest.skip(f"{variable} names no folder")
-    return Path(os.environ[variable])
 
 
 @pytest.fixture(scope="module")
 def llava() -> types.SimpleNamespace:
     """LLaVA's functions of words and pixels, and its `conversation_lib`."""
-    folder = folder_of("LLAVA_REPO") / "llava"
+    folder = words.folder_of("LLAVA_REPO") / "llava"
     talk = types.ModuleType("conversation")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "conversation", talk)  # its dataclass looks there
@@ -77,13 +68,13 @@ class SentencePieceTokenizer:
         return types.SimpleNamespace(input_ids=[self.bos_token_id, *self.read(text)])
 
 
-@pytest.fixture(scope="module", params=LEGACY)
+@pytest.fixture(scope="module", params=words.LEGACY)
 def tokenizers(request, tmp_path_factory) -> tuple[PretrainedTokenizer, SentencePieceTokenizer]:
     """Ours and LLaVA's, of one tokenizer.model."""
-    folder = folder_of("LLAMA_TOKENIZER")
+    folder = words.folder_of("LLAMA_TOKENIZER")
     copied = shutil.copytree(folder, tmp_path_factory.mktemp("tokenizer") / "copied")
-    ours = load(copied, request.param)
-    read = reading_of_sentencepiece(folder / "tokenizer.model", request.param, ours.eos)
+    ours = words.load(copied, request.param)
+    read = words.reading_of_sentencepiece(folder / "tokenizer.model", request.param, ours.eos)
     return ours, SentencePieceTokenizer(read, request.param, ours.bos)
 
 
@@ -107,7 +98,7 @@ def test_ids_and_labels_of_dialogues_are_llavas(llava, tokenizers, capsys):
     """
     ours, theirs = tokenizers
     compared = 0
-    for record in some_records(5000):
+    for record in words.some_records(5000):
         ids, labels = conversation_ids(record, "v1", ours, n=1)
         expected_ids, expected = llavas(llava, theirs, record, "vicuna_v1")
         assert ids == expected_ids, record
@@ -130,7 +121,7 @@ def test_ids_and_labels_of_captions_are_llavas(llava, tokenizers):
     ours, theirs = tokenizers
     draw = random.Random(0)
     for i in range(1000):
-        caption = " ".join(draw.choices(WORDS, k=draw.randint(1, 9)))
+        caption = " ".join(draw.choices(words.WORDS, k=draw.randint(1, 9)))
         human = ("<image>\nsay", "say\n<image>", "<image>")[i % 3]
         record = {"id": str(i), "image": "a.png", "conversations": conversation(human, caption)}
         expected = llavas(llava, theirs, record, "plain")

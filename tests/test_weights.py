@@ -21,11 +21,6 @@ from teachers import ClipEncoder, VisionEncoder, create_net, parse_spec
 from tests.common import REAL, SHORT, C, images, random_file, run_here
 
 close = torch.testing.assert_close
-
-# ------------------------------------------------------------------------------------------------
-# Encoders
-
-
 OPENAI = {  # transformers' name of a part of CLIP: OpenAI's
     "embeddings.class_embedding": "class_embedding", "embeddings.patch_embedding": "conv1",
     "embeddings.position_embedding.weight": "positional_embedding", "pre_layrnorm": "ln_pre",
@@ -67,26 +62,18 @@ def test_clip_is_transformers_clip(tmp_path):
     close(out.cls_scores.softmax(-1), cls_row, atol=1e-5, rtol=1e-5)
 
 
-def from_file(name: str, folder: Path) -> VisionEncoder:
-    """Return an encoder of REAL with the weights found in a folder."""
-    spec = REAL[name]
-    return VisionEncoder(spec, load_net(spec, find_weights(spec, str(folder)))).eval()
-
-
 def test_encoder_files_load_whole(tmp_path):
-    """A file named like the timm model fills the encoder: the tokens are those of the saved model.
-
-    Tables of another resolution are resized.
-    """
-    net = random_file("convnext", tmp_path)
-    encoder = from_file("convnext", tmp_path)
-    features = net.eval().forward_features(encoder.view(images(2)))
-    close(encoder(images(2)).tokens, features.flatten(2).transpose(1, 2))
-    random_file("eva", tmp_path)
-    eva = from_file("eva", tmp_path)
-    saved = load_file(tmp_path / "eva02_tiny_patch14_224.mim_in22k.safetensors")
-    assert eva.net.pos_embed.shape != saved["pos_embed"].shape
-    close(eva.net.pos_embed[:, 0], saved["pos_embed"][:, 0])  # [CLS] has no place to be resized
+    """A file named like the timm model fills the encoder; tables of another size are resized."""
+    saved, loaded = {}, {}
+    for name in ("convnext", "eva"):
+        saved[name] = random_file(name, tmp_path).eval()
+        net = load_net(REAL[name], find_weights(REAL[name], str(tmp_path)))
+        loaded[name] = VisionEncoder(REAL[name], net).eval()
+    features = saved["convnext"].forward_features(loaded["convnext"].view(images(2)))
+    close(loaded["convnext"](images(2)).tokens, features.flatten(2).transpose(1, 2))
+    before, after = saved["eva"].pos_embed, loaded["eva"].net.pos_embed
+    assert before.shape != after.shape
+    close(after[:, 0], before[:, 0])  # [CLS] has no place to be resized
 
 
 def test_a_file_that_does_not_fit_is_one_line(tmp_path):
@@ -130,10 +117,7 @@ def test_hub_out_of_reach_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_presets_name_real_models(name):
-    """Every encoder of --small and --full is known to timm with pretrained weights.
-
-    CLIP is the one with quick-GELU. timm wants bicubic views for all of them.
-    """
+    """timm has weights of each encoder, quick-GELU's of CLIP, and wants bicubic views for all."""
     for c in (TINY, SMALL, FULL):
         spec = getattr(c, name)
         with torch.device("meta"):
@@ -145,10 +129,6 @@ def test_presets_name_real_models(name):
             assert is_real(spec)
             assert timm.get_pretrained_cfg(model).hf_hub_id == repository
             assert ("quickgelu" in model) == (name == "clip")
-
-
-# ------------------------------------------------------------------------------------------------
-# Pretrained LLMs
 
 
 def test_pretrained_llm_is_transformers_own(llama_folder):
@@ -179,10 +159,6 @@ def test_pretrained_llm_is_transformers_own(llama_folder):
     assert given.tolist() == expected.tolist()
     with pytest.raises(InputError, match="--llm nowhere/at-all: cannot be loaded"):
         PretrainedLLM("nowhere/at-all")
-
-
-# ------------------------------------------------------------------------------------------------
-# The authors' checkpoint
 
 
 MLP = "model.vision_tower.vision_tower.vision_model.encoder.layers.1.mlp."

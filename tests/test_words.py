@@ -23,10 +23,16 @@ from plumbing.files import read_json, write_json
 from plumbing.sets import build_datasets
 from real.pretrained_llm import PretrainedTokenizer
 from tests.common import conversation, llama_pieces
-from tiny.llm import WordTokenizer
 
 transformers = pytest.importorskip("transformers")
 LEGACY = (False, True)  # with True a space is put after each </s>; Vicuna's has False
+
+
+def folder_of(variable: str) -> Path:
+    """Return the folder that an environment variable names."""
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} names no folder")
+    return Path(os.environ[variable])
 
 
 def load(folder: Path, legacy: bool) -> PretrainedTokenizer:
@@ -146,13 +152,11 @@ def test_ids_are_those_of_llamas_sentencepiece_model(tmp_path, legacy):
 
     They stay so when the tokenizer is saved in a run's folder and read again.
     """
-    folder = os.environ.get("LLAMA_TOKENIZER")
-    if not folder:
-        pytest.skip("LLAMA_TOKENIZER names no folder")
+    folder = folder_of("LLAMA_TOKENIZER")
     shutil.copytree(folder, tmp_path / "first")
     tokenizer = load(tmp_path / "first", legacy)
     assert tokenizer.anew_after_end == legacy
-    read = reading_of_sentencepiece(Path(folder) / "tokenizer.model", legacy, tokenizer.eos)
+    read = reading_of_sentencepiece(folder / "tokenizer.model", legacy, tokenizer.eos)
     assert_llavas(tokenizer, some_records(2000), read)
     tokenizer.tokenizer.save_pretrained(tmp_path / "again")
     assert_llavas(load(tmp_path / "again", legacy), some_records(200), read)
@@ -198,9 +202,3 @@ def test_a_garbling_tokenizer_is_refused(tmp_path):
     transformers.LlamaTokenizer(words, []).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"its tokenizer reads 'Hello.*transformers>=5.3"):
         PretrainedTokenizer(str(tmp_path))
-
-
-def test_the_tiny_tokenizer_does_not_mind_how_a_text_is_cut():
-    """A word is the same token alone and inside a text: tiny prompts are what they always were."""
-    tokenizer = WordTokenizer.from_texts(["a red heart on grass."])
-    assert tokenizer.encode_after_end("red heart") == tokenizer.encode("a red heart")[1:]
