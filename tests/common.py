@@ -1,6 +1,6 @@
-"""What tests share: small models, batches and runs. Fixtures are in conftest.py.
+"""Small models, batches and runs for all tests. Fixtures are in conftest.py.
 
-Import this before anything that imports a model hub: no test asks one.
+Import this before anything that imports a model hub: no test may ask one.
 """
 
 import os
@@ -9,11 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -26,6 +28,7 @@ from data import Conversations, collate
 from model import VLM, MoVEKD, Student
 from mole import MoLE, mole_layers
 from plumbing.build import build_movekd
+from plumbing.cli import run
 from plumbing.config import TINY, Config
 from plumbing.files import write_json
 from teachers import ClipEncoder, Teachers, VisionEncoder, parse_spec
@@ -42,12 +45,12 @@ C = TINY
 
 
 def images(n: int) -> torch.Tensor:
-    """n pictures of the tiny world, uint8 (n, 3, R, R)."""
+    """Return n pictures of the tiny world, uint8 (n, 3, R, R)."""
     return render(sample_scenes("train", n))
 
 
 def natural_noise(width: int, height: int) -> Image.Image:
-    """Noise whose amplitude falls as 1 / frequency, as in photographs."""
+    """Return noise whose amplitude falls as 1 / frequency, as in photographs."""
     draw = np.random.default_rng(0)
     fx = np.fft.fftfreq(width)[None, :]
     fy = np.fft.fftfreq(height)[:, None]
@@ -64,8 +67,17 @@ def save_png(path: Path, image: torch.Tensor) -> None:
     to_pil_image(image).save(path)
 
 
+def world_on_disk(folder: Path, word: str = "heart", new: str = "heart") -> None:
+    """Write 16 of the tiny world's pictures, in two sizes, and train.json with a word replaced."""
+    folder.mkdir()
+    for i, image in enumerate(WorldImages("train", 16).images):
+        save_png(folder / f"{i}.png", image[:, :90 + 6 * (i % 2)])
+    text = json.dumps(world_records("train", "chat", 16)).replace("train-0/", "")
+    write_json(folder / "train.json", json.loads(text.replace(word, new)))
+
+
 def conversation(*texts: str) -> list[dict]:
-    """Question, answer, question, ... as LLaVA's turns."""
+    """Return question, answer, question, ... as LLaVA's turns."""
     turns = []
     for i, text in enumerate(texts):
         turns.append({"from": ("human", "gpt")[i % 2], "value": text})
@@ -73,7 +85,7 @@ def conversation(*texts: str) -> list[dict]:
 
 
 def some_conversations(n: int = 12, n_text: int = 6, max_length: int = 999) -> Conversations:
-    """n dialogues about a picture, n_text without."""
+    """Return n dialogues about a picture and n_text without one."""
     records = world_records("train", "chat", n) + world_records("train", "text", n_text)
     tokenizer = WordTokenizer.from_records(records)
     return Conversations(records, WorldImages("train", n), tokenizer, "v1", 36, max_length)
@@ -87,7 +99,7 @@ MOLE = {"num_experts": 3, "rank": 2, "alpha": 4.0, "dropout": 0.0,
 
 
 def random_mole(router_grad: str = "straight_through") -> MoLE:
-    """A MoLE layer whose experts are not zero: d = 8, E = 3, r = 2."""
+    """Return a MoLE layer whose experts are not zero: d = 8, E = 3, r = 2."""
     layer = MoLE(nn.Linear(8, 8), 8, **{**MOLE, "router_grad": router_grad})
     nn.init.normal_(layer.lora.up.weight)
     return layer
@@ -99,7 +111,7 @@ def tiny_teachers() -> Teachers:
 
 
 def small_vlm(vocabulary: int = 40) -> VLM:
-    """Experts of rank 4, an LLM of width 32."""
+    """Return a VLM with experts of rank 4 and an LLM of width 32."""
     student = Student(C.clip)
     student.add_experts(form="ffn", **{**MOLE, "rank": 4})
     llm = TinyLLM(vocabulary, dim=32, depth=2, heads=4, hidden=48)
@@ -107,10 +119,7 @@ def small_vlm(vocabulary: int = 40) -> VLM:
 
 
 def whole_method(c: Config = C, n_text: int = 0) -> tuple[MoVEKD, Teachers, dict]:
-    """Model, teachers, and a batch: two samples with an image and n_text without.
-
-    The experts are not zero.
-    """
+    """Return model, teachers and a batch of two samples with an image and n_text without."""
     teachers = tiny_teachers()
     records = world_records("train", "chat", 2) + world_records("train", "text", n_text)
     words = world_records("train", "chat", 200) + world_records("train", "text", 200)
@@ -118,13 +127,13 @@ def whole_method(c: Config = C, n_text: int = 0) -> tuple[MoVEKD, Teachers, dict
     dataset = Conversations(records, WorldImages("train", 2), tokenizer, "v1", 36, 999)
     vlm = small_vlm(len(tokenizer.vocabulary))
     model = build_movekd(c, vlm, teachers)
-    for layer in mole_layers(vlm.student):
+    for layer in mole_layers(vlm.student):  # no expert is zero
         nn.init.normal_(layer.lora.up.weight, std=0.1)
     return model, teachers, collate([dataset[i] for i in range(len(dataset))], 0)
 
 
 def total_loss(terms: dict, c: Config = C) -> torch.Tensor:
-    """L_total of train.py, by default with TINY's weights."""
+    """Return L_total of train.py, by default with TINY's weights."""
     return train.total_loss(c, terms)
 
 
@@ -140,19 +149,48 @@ SHARED = ("--stage1-batch 2 --stage2-batch 2 --max-steps 10 --log-every 1 --save
 
 
 def run_here(folder: Path, *flags: str) -> None:
-    """train.py in this process, as if started in `folder`."""
+    """Run train.py in this process, as if started in `folder`."""
     with contextlib.chdir(folder):
         train.main(list(flags))
 
 
+def error_of(argv: list[str], capsys) -> str:
+    """Return the one error line of `train.py ARGV`, the last on stderr; exit status 2."""
+    with pytest.raises(SystemExit) as end:
+        run(lambda: train.main(argv))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True]
+    return lines[-1]
+
+
 def run_script(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    """`python train.py ...` in a process of its own."""
+    """Run `python train.py ...` in a process of its own."""
     return subprocess.run([sys.executable, str(HERE / "train.py"), *flags], cwd=folder,
                           capture_output=True, encoding="utf-8")
 
 
+def start(folder: Path, *flags: str) -> subprocess.Popen:
+    """Start a short run of train.py in a process group of its own; its output comes in pipes."""
+    return subprocess.Popen([sys.executable, str(HERE / "train.py"), *SHORT, *flags], cwd=folder,
+                            encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)
+
+
+def stop(process: subprocess.Popen, name: str) -> str:
+    """Send a run a signal in the middle of stage 1; return its last words, status 3."""
+    for line in process.stdout:
+        if line.startswith("stage 1 step 3 "):
+            process.send_signal(getattr(signal, name))
+            break
+    _, errors = process.communicate()
+    assert process.returncode == 3, errors
+    assert f"stopped by {name} at stage 1, step " in errors
+    return errors
+
+
 def assert_same_run(a: Path, b: Path, *more: str) -> None:
-    """Two runs have the same log and weights, byte for byte."""
+    """Check that two runs have the same log and weights, byte for byte."""
     for name in ("log.jsonl", "model.safetensors", *more):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
@@ -171,7 +209,7 @@ def damage(path: Path, how: str) -> None:
         path.unlink()
     if how == "a folder":
         path.mkdir()
-    if how == "a pipe":  # which a reader would wait for
+    if how == "a pipe":     # a reader would wait for it
         os.mkfifo(path)
 
 
@@ -187,12 +225,12 @@ REAL = {  # real names at toy sizes
     "sam": "samvit_base_patch16.sa1b img_size=64 embed_dim=32 depth=2 num_heads=2 "
            "global_attn_indexes=(1,) neck_chans=24 window_size=2",
 }
-# EVA's file has another patch size and resolution than its spec, as for the real run
+# EVA's file has another patch size and resolution than its spec, as in the real run
 IN_FILE = {"eva": {"img_size": 84, "patch_size": 14}}
 
 
 def random_file(name: str, folder: Path) -> nn.Module:
-    """The timm model of REAL[name] with random weights, its head on, saved as the hub has it."""
+    """Save the timm model of REAL[name], random, its head on, as the hub has it; return it."""
     model, size, options = parse_spec(REAL[name])
     if not model.startswith("convnext"):
         options["img_size"] = size
@@ -205,10 +243,9 @@ def random_file(name: str, folder: Path) -> nn.Module:
 
 
 def llama_pieces(tokenizers, size: int = 700) -> tuple[dict[str, int], list]:
-    """(vocabulary, merges) of a tokenizer with Llama's settings, made of the tiny world's words.
+    """Return (vocabulary, merges) for LlamaTokenizer, made of the tiny world's words.
 
-    As a sentencepiece model of byte-pair encoding: pieces that begin with a space, and a byte each
-    for what is no piece. LlamaTokenizer(vocabulary, merges) reads with it.
+    As in sentencepiece: pieces that begin with a space, and a byte each for what is no piece.
     """
     texts = ["A chat between a curious user and an artificial intelligence assistant. USER: "]
     for record in world_records("train", "chat", 50) + world_records("train", "caption", 50):
@@ -224,7 +261,7 @@ def llama_pieces(tokenizers, size: int = 700) -> tuple[dict[str, int], list]:
 
 
 def full_flags(real_folder: Path, llama_folder: Path) -> list[str]:
-    """`--full`, with files in place of downloads, at toy sizes."""
+    """Return the flags of `--full` with files in place of downloads, at toy sizes."""
     flags = ["--full", "--device", "cpu", "--precision", "fp32", "--data-root", str(real_folder),
              "--weights", str(real_folder), "--llm", str(llama_folder)]
     for name, spec in REAL.items():
@@ -235,7 +272,7 @@ def full_flags(real_folder: Path, llama_folder: Path) -> list[str]:
 
 
 def released_tensors(llama: nn.Module, vision: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of the authors' layout: 2 experts of rank 4 in each of 3 blocks of width 128."""
+    """Return the authors' layout: 2 experts of rank 4 in each of 3 blocks of width 128."""
     prefix = "model.vision_tower.vision_tower.vision_model."
     tensors = {}
     for name, tensor in vision.state_dict().items():
@@ -247,10 +284,9 @@ def released_tensors(llama: nn.Module, vision: nn.Module) -> dict[str, torch.Ten
         tensors[mlp + "router.bias"] = torch.randn(2)
         for part, d_in, d_out in (("moe_down", 128, 512), ("moe_up", 512, 128)):
             for e in range(2):
-                tensors[f"{mlp}{part}.{e}.lora_A.weight"] = torch.randn(4, d_in)
-                tensors[f"{mlp}{part}.{e}.lora_A.bias"] = torch.randn(4)
-                tensors[f"{mlp}{part}.{e}.lora_B.weight"] = torch.randn(d_out, 4)
-                tensors[f"{mlp}{part}.{e}.lora_B.bias"] = torch.randn(d_out)
+                for name, shape in (("lora_A", (4, d_in)), ("lora_B", (d_out, 4))):
+                    tensors[f"{mlp}{part}.{e}.{name}.weight"] = torch.randn(shape)
+                    tensors[f"{mlp}{part}.{e}.{name}.bias"] = torch.randn(shape[0])
     for i, d_in in ((0, 128), (2, 32)):
         tensors[f"model.mm_projector.{i}.weight"] = torch.randn(32, d_in)
         tensors[f"model.mm_projector.{i}.bias"] = torch.randn(32)
@@ -259,7 +295,7 @@ def released_tensors(llama: nn.Module, vision: nn.Module) -> dict[str, torch.Ten
 
 
 def released_json(llama_folder: Path, folder: Path) -> None:
-    """config.json and tokenizer of a checkpoint in the authors' layout."""
+    """Write config.json and tokenizer of a checkpoint in the authors' layout."""
     for path in llama_folder.iterdir():
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())

@@ -1,18 +1,16 @@
-"""Fixtures of all tests. What is made by a run is made once a session, and only added to."""
-
-import json
+"""Fixtures of all tests. A run is made once per session; tests only add to its folder."""
 
 import pytest
 
 pytest.register_assert_rewrite("tests.common")
 
-import tests.common as common  # first: it keeps the model hubs out
 import torch
 from safetensors.torch import save_file
 
+import tests.common as common  # before what imports timm: it keeps the model hubs out
 from plumbing.files import write_json
 from plumbing.sets import LLAVA_IMAGES
-from tiny.world import WorldImages, world_records
+from tiny.world import world_records
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +22,7 @@ def seeded():
 def workplace(tmp_path_factory):
     """A folder with one short run, runs/tiny, made as a user makes it; output.txt beside it.
 
-    Tests add runs under names of their own, and share its stage 0 and teachers' cache.
+    Tests add runs under other names, and share its stage 0 and teachers' cache.
     """
     folder = tmp_path_factory.mktemp("work")
     done = common.run_script(folder, *common.SHORT)
@@ -90,7 +88,7 @@ def real_folder(tmp_path_factory):
         captions[i]["image"] = f"{i}.png"
         chats[i]["image"] = f"coco/train2017/{i}.png"
     (folder / "coco/train2017/5.png").write_bytes(b"\x89PNG not a picture")
-    # ShareGPT's dialogues may begin so
+    # ShareGPT's dialogues may begin with an answer
     chats[-1]["conversations"].insert(0, {"from": "gpt", "value": "as I said"})
     write_json(folder / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", captions)
     write_json(folder / "llava_v1_5_mix665k.json", chats)
@@ -117,13 +115,7 @@ def two_processes(workplace):
 @pytest.fixture(scope="session")
 def kept(workplace):
     """A run on files, with checkpoints in both stages."""
-    own = workplace / "kept"
-    own.mkdir()
-    pictures = WorldImages("train", 16)
-    for i in range(16):
-        common.save_png(own / f"{i}.png", pictures.images[i])
-    records = json.loads(json.dumps(world_records("train", "chat", 16)).replace("train-0/", ""))
-    write_json(own / "train.json", records)
+    common.world_on_disk(workplace / "kept")
     common.run_here(workplace, *common.SHORT, "--out", "runs/kept", "--data", "kept/train.json",
                     "--eval-data", "kept/train.json", "--save-every", "2", "--keep", "9",
                     "--cache-teachers", "")

@@ -10,9 +10,9 @@ import pytest
 
 HERE = Path(__file__).parent.parent
 PAPER = ("mole", "kd_loss", "teachers", "model", "data", "train")
-FLOORS = ("data mole kd_loss teachers", "model", "plumbing.files plumbing.signals", "tiny", "real",
+LEVELS = ("data mole kd_loss teachers", "model", "plumbing.files plumbing.signals", "tiny", "real",
           "plumbing", "train", "tools")
-FLAT = FLOORS[0].split()  # these import nothing of ours, not each other either
+FLAT = LEVELS[0].split()  # these import nothing of ours, not each other either
 TOP = {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml", "requirements.txt",
        "requirements-full.txt", "requirements-test.txt", ".gitignore", "test_movekd.py",
        *(f"{name}.py" for name in PAPER)}
@@ -23,7 +23,7 @@ BUDGETS = {"mole.py": 190, "kd_loss.py": 140, "teachers.py": 300, "model.py": 29
 
 
 def tracked() -> list[Path]:
-    """The files that git tracks, or would: all but what is ignored."""
+    """Return the files that git tracks, or would: all except what is ignored."""
     done = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=HERE, check=True,
                           capture_output=True, encoding="utf-8")
     paths = [Path(line) for line in done.stdout.splitlines()]
@@ -31,12 +31,11 @@ def tracked() -> list[Path]:
 
 
 def module_files() -> dict[str, Path]:
-    """The .py files of the house that are no tests, by module name."""
+    """Return the .py files of the house that are not tests, by module name."""
     names = {}
     for path in tracked():
         if path.suffix == ".py" and path.parts[0] not in ("tests", "test_movekd.py"):
-            name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-            names[name] = HERE / path
+            names[".".join(path.with_suffix("").parts).removesuffix(".__init__")] = HERE / path
     return names
 
 
@@ -48,7 +47,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of ours that a file imports, at its top or inside a function."""
+    """Return the modules of ours that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -60,22 +59,22 @@ def imports(path: Path) -> set[str]:
     return found & set(FILES)
 
 
-def floor(module: str) -> int:
-    """The number of a module's floor; a folder's own floor is for modules without one."""
+def level(module: str) -> int:
+    """Return the place of a module in LEVELS; a folder's is for modules without their own."""
     for name in (module, module.split(".")[0]):
-        for number, names in enumerate(FLOORS):
+        for number, names in enumerate(LEVELS):
             if name in names.split():
                 return number
-    raise AssertionError(f"{module} has no floor")
+    raise AssertionError(f"{module} stands in no level")
 
 
 @pytest.mark.parametrize("module", FILES)
 def test_imports_go_down(module):
-    """The order of FLOORS: a module imports nothing of a floor above its own."""
+    """A module imports nothing of a level above its own, and `train` is for the tools alone."""
     for other in imports(FILES[module]):
         assert module not in FLAT, f"{module} imports {other}"
-        assert floor(other) <= floor(module), f"{module} imports {other}"
-        assert other != "train" or floor(module) == floor("tools"), f"{module} imports train"
+        assert level(other) <= level(module), f"{module} imports {other}"
+        assert other != "train" or level(module) == level("tools"), f"{module} imports train"
 
 
 def test_no_circle():
@@ -84,20 +83,12 @@ def test_no_circle():
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(FILES)
 
 
-def functions(path: Path) -> dict[str, int]:
-    """The functions of a file and the lines of each, from `def` on."""
-    lines = {}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef):
-            name = f"{path.name}: {node.name}, line {node.lineno}"
-            lines[name] = node.end_lineno - node.lineno + 1
-    return lines
-
-
 def test_functions_are_short():
     """No function has more than 45 lines, nor has MoVEKD.forward, the whole method."""
     for path in FILES.values():
-        assert not {name: n for name, n in functions(path).items() if n > 45}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 45, f"{path}: {node.name}"
 
 
 @pytest.mark.parametrize("room", BUDGETS)
@@ -138,28 +129,16 @@ def test_train_reads_from_top_to_bottom():
     assert sum(line.strip().startswith("L_total = L_text +") for line in everything) == 1
     least = {"train.py": 15, "teachers.py": 8, "model.py": 8, "data.py": 8}
     for name, per_hundred in least.items():
-        assert 100 * comments(name) >= per_hundred * code_lines(name), name
-
-
-def comments(name: str) -> int:
-    """The lines of a file that are a comment."""
-    return sum(line.strip().startswith("#") for line in lines_of(Path(name)))
+        comments = sum(line.strip().startswith("#") for line in lines_of(Path(name)))
+        assert 100 * comments >= per_hundred * code_lines(name), name
 
 
 def code_lines(name: str) -> int:
-    """The lines of a file without blank lines, comments and docstrings."""
-    lines = lines_of(Path(name))
-    for node in ast.walk(ast.parse("\n".join(lines))):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if documented and ast.get_docstring(node):
-            first, last = node.body[0].lineno - 1, node.body[0].end_lineno
-            lines[first:last] = [""] * (last - first)
-    return sum(bool(line.strip()) for line in lines) - comments(name)
-
-
-def test_lines_are_short():
-    """No line of any .py has more than 100 characters."""
-    for path in tracked():
-        if path.suffix == ".py":
-            for i, line in enumerate(lines_of(path), start=1):
-                assert len(line) <= 100, f"{path}: line {i}"
+    """Return how many lines of a file hold code, neither blank, nor comments or docstrings."""
+    numbers = set()
+    for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.stmt) and not is_text:
+            first = node.body[0].lineno if hasattr(node, "body") else node.end_lineno + 1
+            numbers.update(range(node.lineno, first))
+    return len(numbers)

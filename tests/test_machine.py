@@ -3,9 +3,6 @@
 import copy
 import dataclasses
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +11,17 @@ from safetensors.torch import load_file
 
 import train
 from data import InputError, collate
-from model import MoVEKD
-from plumbing.sets import make_loader
+from model import MoVEKD, Student
+from mole import mole_layers
+from plumbing import sharding
+from plumbing.config import Config
 from plumbing.flags import load_config
 from plumbing.processes import Machine, Step, Weights
 from plumbing.run_folder import read_log
-from plumbing.sets import build_datasets, build_tokenizer, load_sets
-from plumbing.sharding import compile_parts, gather_full, place_models, shard, shard_frozen
-from tests.common import (C, HERE, SHARED, SHORT, assert_same_run, images, run_here, run_script,
-                          some_conversations, tiny_teachers, total_loss, whole_method)
+from plumbing.sets import build_datasets, build_tokenizer, load_sets, make_loader
+from tests import common
+from tests.common import SHARED, SHORT, C, assert_same_run, run_here, run_script, whole_method
+from tools.plan.memory import PeakMemory
 
 close = torch.testing.assert_close
 BF16 = dataclasses.replace(C, precision="bf16")
@@ -37,13 +36,37 @@ def sharded_machine():
 
 
 def assert_same_log(a: Path, b: Path) -> None:
-    """The numbers of two runs of twenty steps are equal to 1e-5."""
+    """Check that the numbers of two runs of twenty steps are equal to 1e-5."""
     assert len(read_log(a)) == 20
     for x, y in zip(read_log(a), read_log(b), strict=True):
         assert set(x) == set(y)
         for name in x:
-            place = f"{name} at {x['stage']}, {x['step']}"
-            close(torch.tensor(x[name]), torch.tensor(y[name]), atol=1e-5, rtol=1e-5, msg=place)
+            where = f"{name} at {x['stage']}, {x['step']}"
+            close(torch.tensor(x[name]), torch.tensor(y[name]), atol=1e-5, rtol=1e-5, msg=where)
+
+
+def resume_from(folder: Path, run: str, copy: str, last: str, processes: int = 1) -> Path:
+    """Resume a copy of a run as if it had been stopped just after a checkpoint."""
+    path = shutil.copytree(folder / "runs" / run, folder / "runs" / copy)
+    for checkpoint in (path / "checkpoints").iterdir():
+        if checkpoint.name > last:
+            shutil.rmtree(checkpoint)
+    train_on(folder, processes, "--resume", f"runs/{copy}")
+    return path
+
+
+def train_on(folder: Path, processes: int, *flags: str) -> None:
+    """Run train.py on so many processes, of which one takes micro-batches of one sample."""
+    done = run_script(folder, *flags, "--processes", str(processes), "--micro-batch",
+                      str(2 - processes))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def gradients(c: Config, model: MoVEKD, teachers, step: Step) -> dict[str, torch.Tensor]:
+    """Return the gradients of L_total over a step, gathered, and the sums of its terms."""
+    sums = train.forward_backward(c, model, teachers, step)
+    found = {name: sharding.gather_full(p.grad) for name, p in model.named_parameters()}
+    return {**found, **sums}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -51,57 +74,39 @@ def assert_same_log(a: Path, b: Path) -> None:
 
 
 def test_weighted_micro_batches_add_up_to_the_batch():
-    """Weights.apply: the micro-batches' means, so weighted, add up to the batch's own.
-
-    L_text by answer tokens, all else by images, a text-only micro-batch among them; L_balance and
-    the experts' fractions only if the balance loss is a mean over images.
-    """
-    c = dataclasses.replace(C, balance_form="pooled")
+    """Micro-batches' gradients and losses, weighted, add up to the batch's; one is text only."""
+    c = dataclasses.replace(C, balance_form="pooled")   # a mean over images, as L_kd is
     model, teachers, _ = whole_method(c)
-    dataset = some_conversations(3, 2)
+    dataset = common.some_conversations(3, 2)
     machine = Machine(C)
     batches = [collate([dataset.sample(i) for i in rows], 0) for rows in ((0, 1), (2, 3), (4,))]
     step = machine.make_step(0, batches, model.vlm)
     assert (step.counts["images"], step.counts["stop"]) == (3, 0)
     assert sum(weights.text for _, weights in step.micro_batches) == pytest.approx(1)
     assert [weights.images for _, weights in step.micro_batches] == [2 / 3, 1 / 3, 0]
-    divided = train.forward_backward(c, model, teachers, step)
     batch = collate([dataset.sample(i) for i in range(5)], 0)
     undivided = machine.make_step(0, [batch], model.vlm)
     assert undivided.micro_batches[0][1] == Weights(1, 1) == Step.of(batch).micro_batches[0][1]
-    for name, term in train.forward_backward(c, model, teachers, undivided).items():
-        close(divided[name], term)
+    expected = gradients(c, copy.deepcopy(model), teachers, undivided)
+    close(gradients(c, model, teachers, step), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_our_recipe_on_two_processes_and_resumed(workplace):
-    """`--recipe ours`: two processes have the statistics and the losses of one.
-
-    A resumed run takes the statistics from its checkpoint, whatever is measured, and ends as the
-    straight run: same log, same weights, the statistics among them.
-    """
+    """`--recipe ours`: two processes have one's statistics and losses; so has a resumed run."""
     flags = [*SHORT, *SHARED, "--recipe", "ours", "--save-every", "5", "--keep", "9"]
-    done = run_script(workplace, *flags, "--out", "runs/ours2", "--processes", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    run_here(workplace, *flags, "--out", "runs/ours1", "--micro-batch", "1")
+    for processes in (1, 2):
+        train_on(workplace, processes, *flags, "--out", f"runs/ours{processes}")
     assert_same_log(workplace / "runs/ours1", workplace / "runs/ours2")
     one, two = (load_file(workplace / f"runs/ours{k}/model.safetensors") for k in (1, 2))
     for name in ("target_norms.eva.mean", "target_norms.convnext.std"):
         assert torch.equal(one[name], two[name]) and one[name].abs().max() > 0
-    shutil.copytree(workplace / "runs/ours1", workplace / "runs/ours1b")
-    for path in (workplace / "runs/ours1b/checkpoints").iterdir():
-        if path.name > "stage1-00000005":
-            shutil.rmtree(path)
-    run_here(workplace, "--resume", "runs/ours1b")
-    assert_same_run(workplace / "runs/ours1", workplace / "runs/ours1b")
+    resumed = resume_from(workplace, "ours1", "ours1b", "stage1-00000005")
+    assert_same_run(workplace / "runs/ours1", resumed)
 
 
 def test_two_processes_are_one(two_processes):
-    """Two processes with FSDP2 give the losses of one process with the same batch, both stages.
-
-    One micro-batch of each here, two micro-batches one after the other there; with a text-only
-    sample as all that one of them has, and an expert that gets no token.
-    """
+    """Two processes with FSDP2 give the losses of one; some step has no image in one of them."""
     run_here(two_processes, *SHORT, *SHARED, "--out", "runs/one", "--micro-batch", "1")
     assert_same_log(two_processes / "runs/one", two_processes / "runs/two")
     log = read_log(two_processes / "runs/two")
@@ -110,17 +115,7 @@ def test_two_processes_are_one(two_processes):
     sets = load_sets(c)
     dataset = build_datasets(c, sets, build_tokenizer(c, sets), 36)[2]
     loader = make_loader(dataset, 2, c.stage2_epochs, c.seed + 2, 0)
-    pictured = [len(batch["image_names"]) for batch in list(loader)[:10]]
-    assert set(pictured) <= {0, 1, 2}
-    assert 1 in pictured
-
-
-def test_micro_batches_are_the_undivided_batch(two_processes):
-    """With a balance loss that is a mean over images, dividing a batch changes no number."""
-    pooled = [*SHORT, *SHARED, "--balance-form", "pooled"]
-    run_here(two_processes, *pooled, "--out", "runs/undivided")
-    run_here(two_processes, *pooled, "--out", "runs/divided", "--micro-batch", "1")
-    assert_same_log(two_processes / "runs/undivided", two_processes / "runs/divided")
+    assert 1 in [len(batch["image_names"]) for batch in list(loader)[:10]]
 
 
 @pytest.mark.slow
@@ -138,22 +133,6 @@ def test_bad_input_of_many_processes_is_one_line(workplace):
 # Checkpoints
 
 
-def copy_until(folder: Path, source: str, run: str, last: str) -> None:
-    """A copy of a run that looks as if it had been stopped just after a checkpoint."""
-    shutil.copytree(folder / "runs" / source, folder / "runs" / run)
-    for path in (folder / "runs" / run / "checkpoints").iterdir():
-        if path.name > last:
-            shutil.rmtree(path)
-
-
-@pytest.fixture(scope="module")
-def one_of_two(two_processes):
-    """runs/b: two processes to the middle of stage 1, then one."""
-    copy_until(two_processes, "two", "b", "stage1-00000004")
-    run_here(two_processes, "--resume", "runs/b", "--micro-batch", "1", "--processes", "1")
-    return two_processes / "runs/b"
-
-
 def test_checkpoints_are_saved_every_so_many_steps_and_after_stage_1(two_processes):
     """--save-every 4 of 10 steps a stage; --keep 9 keeps them all."""
     found = sorted(path.name for path in (two_processes / "runs/two/checkpoints").iterdir())
@@ -161,66 +140,46 @@ def test_checkpoints_are_saved_every_so_many_steps_and_after_stage_1(two_process
     assert found == [f"stage{stage}-{step:08}" for stage, step in steps]
 
 
-def test_two_processes_go_on_as_one(one_of_two, two_processes):
+def test_resumed_on_as_many_processes_it_is_the_straight_run(two_processes):
+    """Bit for bit, log and weights."""
+    resumed = resume_from(two_processes, "two", "c", "stage2-00000008", processes=2)
+    assert_same_run(resumed, two_processes / "runs/two")
+
+
+def test_two_processes_go_on_as_one(two_processes):
     """A checkpoint of two processes goes on in one, mid stage 1, with the same losses."""
-    assert_same_log(two_processes / "runs/two", one_of_two)
+    resumed = resume_from(two_processes, "two", "b", "stage1-00000004")
+    assert_same_log(two_processes / "runs/two", resumed)
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_as_two(one_of_two, two_processes):
+def test_one_process_goes_on_as_two(two_processes):
     """A checkpoint of one process goes on in two, mid stage 2, with the same losses."""
-    copy_until(two_processes, "b", "d", "stage2-00000004")  # written by one process
-    done = run_script(two_processes, "--resume", "runs/d", "--micro-batch", "0",
-                      "--processes", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_log(two_processes / "runs/two", two_processes / "runs/d")
-
-
-def test_resumed_on_as_many_processes_it_is_the_straight_run(two_processes):
-    """Bit for bit, log and weights."""
-    copy_until(two_processes, "two", "c", "stage2-00000008")
-    done = run_script(two_processes, "--resume", "runs/c", "--processes", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(two_processes / "runs/c", two_processes / "runs/two")
+    train_on(two_processes, 1, *SHORT, *SHARED, "--out", "runs/alone")
+    resumed = resume_from(two_processes, "alone", "d", "stage2-00000004", processes=2)
+    assert_same_log(two_processes / "runs/two", resumed)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_cleanly(workplace):
-    """SIGTERM in the middle of a step: the step is finished, saved, exit status 3.
-
-    --resume ends as the run that was never stopped; only the last --keep checkpoints stay.
-    """
-    flags = [*SHORT, *"--stage1-epochs 3 --stage2-epochs 0.25 --max-steps 0".split()]
+    """SIGTERM in a step: it is finished and saved, and --resume ends as the run never stopped."""
+    flags = "--stage1-epochs 3 --stage2-epochs 0.25 --max-steps 0".split()
     saving = "--save-every 1 --keep 2 --out runs/stopped".split()
-    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *flags, *saving],
-                               cwd=workplace, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, encoding="utf-8")
-    for line in process.stdout:
-        if line.startswith("stage 1 step 3 "):
-            process.send_signal(signal.SIGTERM)
-            break
-    _, errors = process.communicate()
-    assert process.returncode == 3
-    assert "stopped by SIGTERM at stage 1, step " in errors
+    errors = common.stop(common.start(workplace, *flags, *saving), "SIGTERM")
     assert "--resume runs/stopped" in errors
     assert len(list((workplace / "runs/stopped/checkpoints").iterdir())) == 2
     assert not (workplace / "runs/stopped/result.json").exists()
     run_here(workplace, "--resume", "runs/stopped", "--save-every", "0")
-    run_here(workplace, *flags, "--out", "runs/straight")
+    run_here(workplace, *SHORT, *flags, "--out", "runs/straight")
     assert_same_run(workplace / "runs/stopped", workplace / "runs/straight")
 
 
 def test_resume_refuses_other_settings(two_processes):
-    """A resumed run keeps its config: a flag that would change what is computed is refused.
-
-    So is a run without a checkpoint, and a new run whose folder holds a finished one.
-    """
+    """A flag that would change what is computed is refused; so is a run without a checkpoint."""
     with pytest.raises(InputError, match="--stage2-lr: with --resume a run keeps"):
         run_here(two_processes, "--resume", "runs/two", "--stage2-lr", "1")
     with pytest.raises(InputError, match="runs/tiny/checkpoints: holds no checkpoint"):
         run_here(two_processes, "--resume", "runs/tiny")
-    with pytest.raises(InputError, match="--out runs/two: holds a finished run"):
-        run_here(two_processes, *SHORT, "--out", "runs/two")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -233,21 +192,47 @@ def test_recomputing_changes_nothing(workplace):
     assert_same_run(workplace / "runs/recomputed", workplace / "runs/tiny")
 
 
+def recomputed_student(blocks: int) -> Student:
+    """Return a student of so many blocks, recomputed, whose experts alone are trained."""
+    student = Student("vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=64 "
+                      f"depth={blocks + 1} num_heads=4")
+    student.requires_grad_(False)
+    student.add_experts(form="ffn", **common.MOLE)
+    sharding.recompute(student.net.blocks)
+    return student
+
+
+def test_a_recomputed_block_leaves_only_its_input():
+    """A further block with experts takes its input and its experts' gradients, nothing else."""
+    pictures = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
+    peaks = []
+    for blocks in (4, 8):
+        student = recomputed_student(blocks)
+        out = student(pictures)
+        layers = mole_layers(student)
+        probs = [layer.probs for layer in layers]
+        out.sum().backward()
+        # not those of a graph that never runs backward
+        assert all(layer.probs is p for layer, p in zip(layers, probs, strict=True))
+        student.zero_grad()
+        with PeakMemory() as memory:
+            student(pictures).sum().backward()
+        peaks.append(memory.peak)
+    trained = [p.numel() for p in student.net.blocks[0].mlp.parameters() if p.requires_grad]
+    assert (peaks[1] - peaks[0]) / 4 < 1.1 * 4 * (4 * 37 * 64 + sum(trained))
+
+
 @pytest.mark.slow
 def test_compiled_is_the_same():
-    """torch.compile leaves the losses and gradients of the whole method as they are.
-
-    It is traced by dynamo and AOT autograd, without its code generator, which would need a C++
-    compiler here.
-    """
+    """torch.compile leaves the losses and gradients of the whole method as they are."""
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
         model, teachers, batch = whole_method()
-        if compiled:
-            compile_parts(model, teachers, backend="aot_eager")
+        if compiled:  # without the code generator, which needs a C++ compiler
+            sharding.compile_parts(model, teachers, backend="aot_eager")
         terms = model(batch, teachers)
-        loss = total_loss(terms)
+        loss = common.total_loss(terms)
         loss.backward()
         router = model.vlm.student.net.blocks[0].mlp.router
         norm = model.vlm.llm.layers[0].input_layernorm
@@ -256,21 +241,10 @@ def test_compiled_is_the_same():
         close(eager, traced)
 
 
-def gradients(machine: Machine, model: MoVEKD, teachers, batches: list[dict]) -> tuple:
-    """The gradients of L_total over some micro-batches, gathered, and the sums of the terms."""
-    step = machine.make_step(0, batches, model.vlm)
-    sums = train.forward_backward(C, model, teachers, step)
-    return {name: gather_full(p.grad) for name, p in model.named_parameters()}, sums
-
-
 def test_a_last_micro_batch_without_image_loses_no_gradient(sharded_machine):
-    """Sharded, with gradients reduced after the last micro-batch only, and that one text alone.
-
-    Every gradient and loss is that of the plain run. A sample with a blank picture stands in,
-    whose image terms have weight 0 and whose words are not learnt.
-    """
+    """Sharded, with a blank picture beside a lone text, gradients and losses are the plain ones."""
     model, teachers, _ = whole_method()
-    dataset = some_conversations(2, 1)
+    dataset = common.some_conversations(2, 1)
     batches = [collate([dataset.sample(i) for i in rows], 0) for rows in ((0, 1), (2,))]
     step = sharded_machine.make_step(0, batches, model.vlm)
     assert step.counts["images"] == 2
@@ -279,34 +253,26 @@ def test_a_last_micro_batch_without_image_loses_no_gradient(sharded_machine):
     assert len(batch["input_ids"]) == len(batches[1]["input_ids"]) + 1
     assert weights.images == 0
     sharded = copy.deepcopy(model)
-    shard(sharded, sharded.vlm.blocks, "cpu", 1, bf16=False)
-    found, found_sums = gradients(sharded_machine, sharded, teachers, batches)
+    sharding.shard(sharded, sharded.vlm.blocks, "cpu", 1, bf16=False)
     plain = copy.copy(sharded_machine)
     plain.sharded = False  # a plain model needs no stand-in
-    step = plain.make_step(0, batches, model.vlm)
-    assert [batch["images"] is None for batch, _ in step.micro_batches] == [False, True]
-    expected, expected_sums = gradients(plain, model, teachers, batches)
-    for name, gradient in expected.items():
-        close(found[name], gradient, atol=1e-5, rtol=1e-5)
-    for name, value in expected_sums.items():
-        close(found_sums[name], value, atol=1e-5, rtol=1e-5)
+    plain_step = plain.make_step(0, batches, model.vlm)
+    assert [batch["images"] is None for batch, _ in plain_step.micro_batches] == [False, True]
+    expected = gradients(C, model, teachers, plain_step)
+    close(gradients(C, sharded, teachers, step), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_bf16_has_fp32_masters(sharded_machine):
-    """With bf16, parameters, gradients and optimizer state are fp32, arithmetic is bf16.
-
-    Losses are fp32 and close to fp32's; in stage 1 what is frozen has neither gradient nor
-    optimizer state.
-    """
+    """In bf16 parameters, gradients, optimizer and losses stay fp32; what is frozen has none."""
     model, teachers, batch = whole_method()
-    full = total_loss(model(batch, teachers))
+    full = common.total_loss(model(batch, teachers))
     model.set_stage(1)
-    place_models(model, teachers, BF16, sharded_machine.world)
+    sharding.place_models(model, teachers, BF16, sharded_machine.world)
     seen = []
     ffn = model.vlm.student.blocks[0].mlp.ffn
     ffn.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     terms = model(batch, teachers)
-    loss = total_loss(terms)
+    loss = common.total_loss(terms)
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
@@ -324,12 +290,12 @@ def test_bf16_has_fp32_masters(sharded_machine):
 
 
 def test_a_sharded_teacher_is_the_teacher(sharded_machine):
-    """A teacher that is too large to be held whole, gathered stage by stage, gives its tokens."""
-    teachers = tiny_teachers()
-    expected = teachers(images(2), [])
+    """A teacher too large to be held whole, gathered stage by stage, gives the same tokens."""
+    teachers = common.tiny_teachers()
+    expected = teachers(common.images(2), [])
     for name in ("eva", "convnext"):
-        shard_frozen(teachers.encoders[name], "cpu", 1)
-    for name, output in teachers(images(2), []).items():
+        sharding.shard_frozen(teachers.encoders[name], "cpu", 1)
+    for name, output in teachers(common.images(2), []).items():
         close(output.tokens, expected[name].tokens)
     stages = teachers.encoders["convnext"].net.stages
     assert all(hasattr(p, "full_tensor") for p in stages.parameters())

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import train
-from plumbing.cli import run
 from plumbing.files import write_json
-from tests.common import HERE, conversation, images, save_png
+from tests.common import HERE, conversation, error_of, images, save_png
 
 PAGE = HERE / "docs/messages.md"
 
 
 def rows_of(title: str) -> list[tuple[str, str]]:
-    """(what is given, the line) of the table below a title of the page."""
+    """Return (what is given, the line) of each row of the table below a title of the page."""
     section = PAGE.read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
     found = re.findall(r"^\| `(.*)` \| `(.*)` \|$", section, flags=re.MULTILINE)
     return [(html.unescape(given), html.unescape(line)) for given, line in found]
@@ -45,21 +43,12 @@ def place(tmp_path, monkeypatch):
     return folder
 
 
-def end_of(argv: list[str], capsys) -> tuple[int, str]:
-    """Exit status and last line on stderr of `train.py ARGV`."""
-    with pytest.raises(SystemExit) as status:
-        run(lambda: train.main(argv))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert sum(line.startswith("error: ") for line in lines) == 1, lines
-    return status.value.code, lines[-1]
-
-
 @pytest.mark.parametrize("given, line", rows_of("Flags"))
 def test_flags(place, capsys, given, line):
     """`python train.py --tiny FLAGS`: exit status 2 and this line, before anything is trained."""
     argv = shlex.split(given)
     own_start = argv[0] in ("--config", "--resume", "--evaluate", "--full", "--small")
-    assert end_of(argv if own_start else ["--tiny", *argv], capsys) == (2, line)
+    assert error_of(argv if own_start else ["--tiny", *argv], capsys) == line
     assert not list(place.rglob("log.jsonl"))
 
 
@@ -68,14 +57,14 @@ def test_rows_and_images(place, capsys, given, line):
     """`--data train.json --eval-data eval.json`, where train.json holds this."""
     Path("train.json").write_text(given, encoding="utf-8")
     argv = "--tiny --data train.json --eval-data eval.json".split()
-    assert end_of(argv, capsys) == (2, line)
+    assert error_of(argv, capsys) == line
 
 
 @pytest.mark.parametrize("given, line", rows_of("config.json"))
 def test_config_json(place, capsys, given, line):
     """`--config config.json`, where config.json holds this."""
     Path("config.json").write_text(given, encoding="utf-8")
-    assert end_of(["--config", "config.json"], capsys) == (2, line)
+    assert error_of(["--config", "config.json"], capsys) == line
 
 
 def test_the_page_has_at_least_eighty_rows():

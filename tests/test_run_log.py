@@ -24,10 +24,7 @@ def new_log(folder, steps: int = 100, **fields) -> RunLog:
 
 
 def test_the_output_explains_itself(workplace):
-    """One line per stage in plain words, the heading of the log, and at the end what to try.
-
-    Only if it is the whole method in the tiny world.
-    """
+    """A line per stage, the log's heading, what to try next, if it is the whole tiny method."""
     out = (workplace / "output.txt").read_text(encoding="utf-8")
     c = dataclasses.replace(C, n_pretrain=128, n_train=64, n_described=32, n_text=32)
     for stage in (0, 1, 2):

@@ -1,36 +1,29 @@
-"""train.py as a user runs it, and what a run leaves behind.
-
-`workplace` holds one short run, made by a process of its own. The others are made in this process.
-"""
+"""train.py as a user runs it, and what a run leaves behind."""
 
 import json
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from data import InputError
-from plumbing.evaluate import accuracy_per_type, answer, questions_of
-from plumbing.files import read_json, write_json
-from plumbing.finished_run import load_run
+from plumbing.evaluate import accuracy_per_type, questions_of
+from plumbing.files import read_json
 from plumbing.flags import load_config
 from plumbing.run_folder import read_log
-from tests import common
 from tests.common import SHORT, C, assert_same_run, conversation, full_flags, run_here
 from tiny import world
-from tiny.llm import WordTokenizer
 from tiny.scenes import QUESTIONS
 
 RESULT = {"macro_accuracy", "accuracy", "blank_accuracy", "majority_accuracy", "chance_accuracy",
           "seconds", "seconds_stage0", "tflops", "tflops_stage0", "peak_rss_mb", "seed"}
-FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "model.safetensors",
-         "curves.png", "samples.png", "result.json")
-LOGGED = ("L_text", "L_kd", "L_balance", "L_total", "kd_clip", "kd_eva", "kd_convnext", "w_clip",
-          "w_eva", "w_convnext", "experts", "lr", "grad_norm")
+FILES = ("config.json versions.json vocabulary.json log.jsonl model.safetensors curves.png "
+         "samples.png result.json").split()
+LOGGED = ("L_text L_kd L_balance L_total kd_clip kd_eva kd_convnext w_clip w_eva w_convnext "
+          "experts lr grad_norm").split()
 
 
 def assert_total_is_the_sum(line: dict, c) -> None:
-    """L_total of a line of the log is L_text + lambda_kd L_kd + balance_weight L_balance."""
+    """Check L_total = L_text + lambda_kd L_kd + balance_weight L_balance in a line of the log."""
     expected = line["L_text"] + c.lambda_kd * line["L_kd"] + c.balance_weight * line["L_balance"]
     assert line["L_total"] == pytest.approx(expected, rel=1e-5)
 
@@ -62,10 +55,18 @@ def test_the_log_has_one_line_per_step(workplace):
     assert log[0]["kd_clip"] < 1e-6  # the student starts as CLIP; the cache rounds to fp16
 
 
-def test_one_seed_one_run(workplace):
-    """The same command gives the same log and weights, whether stage 0 was trained or found."""
-    run_here(workplace, *SHORT, "--out", "runs/again")
-    assert_same_run(workplace / "runs/again", workplace / "runs/tiny", "vocabulary.json")
+def test_no_kd_one_stage_and_no_clipping(workplace):
+    """--lambda-kd 0 distils nothing, 0 epochs leave a stage out, --grad-clip 0 does not clip."""
+    flags = "--lambda-kd 0 --stage1-epochs 0 --grad-clip 0 --out runs/plain".split()
+    run_here(workplace, *SHORT, *flags)
+    c = load_config(workplace / "runs/plain/config.json")
+    log = read_log(workplace / "runs/plain")
+    assert [line["stage"] for line in log] == [2] * 4
+    for line in log:
+        assert line["L_kd"] == 0
+        assert "kd_eva" not in line
+        assert_total_is_the_sum(line, c)
+    assert log[-1]["L_total"] < log[0]["L_total"]
 
 
 def test_exported_world_trains_bit_for_bit_as_the_built_in(workplace):
@@ -75,39 +76,7 @@ def test_exported_world_trains_bit_for_bit_as_the_built_in(workplace):
     run_here(workplace, *SHORT, "--out", "runs/disk", "--data", "world/train.json",
              "--eval-data", "world/test.json", "--pretrain-data", "world/pretrain.json",
              "--image-folder", "world")
-    assert_same_run(workplace / "runs/disk", workplace / "runs/tiny")
-
-
-def test_own_words_and_no_captions(workplace):
-    """A user's own set: other words and signs, no captions, two sizes of image.
-
-    Stage 1 then asks the conversations' questions, and the vocabulary is the data's.
-    """
-    (workplace / "own").mkdir()
-    question = "Hell $_{$ oder dunkel?"
-    rows = []
-    for i in range(16):
-        shape = ((3, 40, 60), (3, 80, 50))[i % 2]
-        picture = torch.full(shape, 100 + 60 * (i % 2), dtype=torch.uint8)
-        common.save_png(workplace / f"own/{i}.png", picture)
-        turns = conversation(f"<image>\n{question}", ("dunkel", "hell")[i % 2])
-        rows.append({"id": i, "image": f"{i}.png", "conversations": turns})
-    write_json(workplace / "own/train.json", rows)
-    run_here(workplace, *SHORT, "--out", "runs/own", "--data", "own/train.json",
-             "--eval-data", "own/train.json")
-    words = read_json(workplace / "runs/own/vocabulary.json")
-    assert words == WordTokenizer.SPECIAL + ["$", "?", "_", "dunkel", "hell", "oder", "{"]
-    assert set(read_json(workplace / "runs/own/result.json")["accuracy"]) == {question}
-
-
-def test_no_kd_is_one_flag(workplace):
-    """--lambda-kd 0 trains without distillation."""
-    run_here(workplace, *SHORT, "--out", "runs/nokd", "--lambda-kd", "0")
-    c = load_config(workplace / "runs/nokd/config.json")
-    for line in read_log(workplace / "runs/nokd"):
-        assert line["L_kd"] == 0
-        assert "kd_eva" not in line
-        assert_total_is_the_sum(line, c)
+    assert_same_run(workplace / "runs/disk", workplace / "runs/tiny", "vocabulary.json")
 
 
 @pytest.mark.slow
@@ -139,10 +108,7 @@ def test_full_names_a_bad_row(real_folder, llama_folder):
 
 
 def test_full_runs_on_llavas_layout(full_run):
-    """`--full` with files in place of downloads, four teachers, no held-out set.
-
-    Both stages run in micro-batches; with --skip-bad a bad row is counted and logged.
-    """
+    """`--full`, four teachers, micro-batches, no held-out set; --skip-bad counts a bad row."""
     log = read_log(full_run)
     steps = [(line["stage"], line["step"]) for line in log]
     assert steps == [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)]
@@ -157,24 +123,13 @@ def test_full_runs_on_llavas_layout(full_run):
     assert not list(full_run.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("preset", ["--full", "--small"])
-def test_full_and_small_run_with_our_recipe(real_folder, llama_folder, preset):
-    """`--recipe ours` runs on real encoders' files and LLaVA's layout, from their channels on."""
-    flags = [preset, *full_flags(real_folder, llama_folder)[1:], "--recipe", "ours", "--skip-bad",
-             "--max-steps", "1", "--out", f"runs/ours{preset}"]
-    run_here(real_folder, *flags)
-    first, second = read_log(real_folder / f"runs/ours{preset}")
+def test_small_runs_with_our_recipe(real_folder, llama_folder):
+    """`--small --recipe ours` runs on real encoders' files and LLaVA's layout."""
+    flags = "--small --recipe ours --skip-bad --max-steps 1 --out runs/ours".split()
+    run_here(real_folder, *full_flags(real_folder, llama_folder)[1:], *flags)
+    first, second = read_log(real_folder / "runs/ours")
     for name in ("eva", "convnext", "sam"):
-        assert 0.5 < first[f"kd_{name}"] < 8  # standardised targets, heads that know nothing yet
+        assert 0.5 < first[f"kd_{name}"] < 8  # standardised targets, untrained heads
         assert first[f"w_{name}"] == pytest.approx(0.3)
-    tensors = load_file(real_folder / f"runs/ours{preset}/model.safetensors")
+    tensors = load_file(real_folder / "runs/ours/model.safetensors")
     assert tensors["target_norms.sam.std"].min() > 0
-
-
-def test_a_run_folder_stands_alone(full_run, monkeypatch):
-    """Loading a run reads neither the encoders' files nor the LLM's: all is in its folder."""
-    monkeypatch.setattr("real.encoder_weights.fill_net", None)
-    monkeypatch.setattr("real.encoder_weights.ask_hub", None)
-    vlm, tokenizer, c = load_run(full_run)
-    record = {"image": "any", "conversations": conversation("<image>\nwhat shape?")}
-    assert len(answer(c, vlm, tokenizer, [record], lambda name: common.images(1)[0])) == 1

@@ -28,12 +28,20 @@ def eva():
     return Teachers({"eva": tiny_teachers().encoders["eva"]})
 
 
+@pytest.fixture
+def file(tmp_path, eva, pictures):
+    """The cache's file of EVA's outputs."""
+    cache(eva, pictures, tmp_path)
+    path, = tmp_path.iterdir()
+    return path
+
+
 def cache(teachers: Teachers, pictures: WorldImages, folder) -> CachedTeachers:
     return cache_teachers(teachers, folder, [(world_records("train", "caption", 5), pictures)])
 
 
 def assert_outputs(cached: CachedTeachers, teachers: Teachers, pictures: WorldImages) -> None:
-    """From the cache come the teachers' own outputs, rounded to fp16, in any order."""
+    """Check that the cache gives the teachers' own outputs, rounded to fp16, in any order."""
     plain = teachers(torch.stack([pictures(NAMES[i]) for i in (3, 0)]), [])
     outputs = cached(torch.zeros(2, 3, 96, 96), [NAMES[3], NAMES[0]])
     for name, output in plain.items():
@@ -46,9 +54,7 @@ def assert_outputs(cached: CachedTeachers, teachers: Teachers, pictures: WorldIm
 
 
 def test_cached_teachers_are_the_teachers_in_fp16(tmp_path, pictures, capsys):
-    """--cache-teachers gives the teachers' outputs without running them; one file each, made once.
-
-    """
+    """--cache-teachers gives the teachers' outputs; one file each, made once."""
     teachers = tiny_teachers()
     cache(teachers, pictures, tmp_path)
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
@@ -59,36 +65,33 @@ def test_cached_teachers_are_the_teachers_in_fp16(tmp_path, pictures, capsys):
     assert "made again" not in capsys.readouterr().err
 
 
-def test_a_stale_cache_is_made_again(tmp_path, eva, pictures, capsys):
+def test_a_stale_cache_is_made_again(tmp_path, file, eva, pictures, capsys):
     """Images that have changed under the same names: a line, and the outputs of the new images."""
-    cache(eva, pictures, tmp_path)
     pictures.images[0] //= 2
     assert_outputs(cache(eva, pictures, tmp_path), eva, pictures)
     line = "note: the outputs of teacher eva are made again: the images have changed\n"
     assert line in capsys.readouterr().err
-    assert len(list(tmp_path.iterdir())) == 1
+    assert [*tmp_path.iterdir()] == [file]
 
 
-def test_other_weights_have_a_cache_of_their_own(tmp_path, eva, pictures, capsys):
+def test_other_weights_have_a_cache_of_their_own(tmp_path, file, eva, pictures, capsys):
     """The first file stays, for the runs that share the first weights."""
-    cache(eva, pictures, tmp_path)
-    first, = tmp_path.iterdir()
-    before = first.read_bytes()
+    before = file.read_bytes()
     next(eva.parameters()).data += 1
     assert_outputs(cache(eva, pictures, tmp_path), eva, pictures)
     assert len(list(tmp_path.iterdir())) == 2
-    assert first.read_bytes() == before
+    assert file.read_bytes() == before
     assert "made again" not in capsys.readouterr().err
 
 
 def spoil(path, how: str) -> None:
     """Damage a cache file as `damage` does, or in one of the ways below."""
-    tensors = load_file(path)
+    tokens = load_file(path)["tokens"]
     about = read_about(path)
     if how == "zeroed":
-        save_file({"tokens": 0 * tensors["tokens"]}, path, {"about": json.dumps(about)})
+        save_file({"tokens": 0 * tokens}, path, {"about": json.dumps(about)})
     elif how == "fewer rows":
-        write_tensors(path, {"tokens": tensors["tokens"][:2]}, images=about["images"])
+        write_tensors(path, {"tokens": tokens[:2]}, images=about["images"])
     elif how in ('"tokens":{', "crc32"):    # one letter of the header
         before, after = how.encode(), how.replace("n", "m").replace("2", "3").encode()
         path.write_bytes(path.read_bytes().replace(before, after))
@@ -98,23 +101,18 @@ def spoil(path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["flipped", "halved", "empty", "a folder", "a pipe", "zeroed",
                                  "fewer rows", '"tokens":{', "crc32"])
-def test_a_damaged_cache_is_made_again(tmp_path, eva, pictures, capsys, how):
+def test_a_damaged_cache_is_made_again(tmp_path, file, eva, pictures, capsys, how):
     """One line names the file and says so; the outputs are those of the teacher."""
-    cache(eva, pictures, tmp_path)
-    file, = tmp_path.iterdir()
     before = file.read_bytes()
     spoil(file, how)
     assert_outputs(cache(eva, pictures, tmp_path), eva, pictures)
     assert file.read_bytes() == before
-    lines = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
-    assert len(lines) == 1
-    assert "the outputs of teacher eva are made again: " in lines[0] and str(file) in lines[0]
+    line, = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
+    assert "the outputs of teacher eva are made again: " in line and str(file) in line
 
 
-def test_a_folder_that_is_in_use_is_not_deleted(tmp_path, eva, pictures):
+def test_a_folder_that_is_in_use_is_not_deleted(tmp_path, file, eva, pictures):
     """A folder in the file's place that holds something is an error that names it."""
-    cache(eva, pictures, tmp_path)
-    file, = tmp_path.iterdir()
     damage(file, "a folder")
     (file / "own.txt").touch()
     with pytest.raises(OSError, match=file.name):
