@@ -9,6 +9,9 @@ and d width of the student, m teachers with n_i tokens and d_i width, E experts,
 student, D width of the LLM, V vocabulary.
 """
 
+import dataclasses
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,7 +33,7 @@ class Student(ClipEncoder):
     """
 
     def add_experts(self, **options) -> "Student":
-        """Put MoLE around every FFN; options as `mole.add_mole` takes them."""
+        """Put MoLE around every FFN; the options are those of `mole.add_mole`."""
         add_mole(self.net, **options)
         return self
 
@@ -43,7 +46,7 @@ class Student(ClipEncoder):
 
 
 class Ensemble(nn.Module):
-    """The multi-encoder VLM's eyes, which distillation wants to replace: every encoder runs.
+    """All encoders side by side: the expensive vision side that distillation wants to replace.
 
     Their tokens are brought to one scale and to CLIP's grid, and joined by channel.
     uint8 (B, 3, R, R) -> (B, n, d_1 + ... + d_m)
@@ -73,7 +76,7 @@ class Ensemble(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """LLaVA-1.5's two-layer MLP from the student's tokens to words.  (B, n, d) -> (B, n, D)"""
+    """LLaVA-1.5's two-layer MLP from visual tokens to the LLM's width.  (B, n, d) -> (B, n, D)"""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__(nn.Linear(dim_in, dim_out), nn.GELU(), nn.Linear(dim_out, dim_out))
@@ -82,8 +85,7 @@ class Projector(nn.Sequential):
 class VLM(nn.Module):
     """Student, projector and LLM: images and text in, next-token logits out.
 
-    The LLM is any module with `dim`, `blocks`, `embed(ids)`, `forward(inputs_embeds,
-    attention_mask, cache, logits_at)` and `new_cache()`: tiny/llm.py or real/pretrained_llm.py.
+    The LLM is tiny/llm.py's, or any module with the same methods (real/pretrained_llm.py).
     """
 
     def __init__(self, student: Student | Ensemble, llm: nn.Module, image_token: int):
@@ -95,23 +97,23 @@ class VLM(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The equal blocks of student and LLM, which are sharded and recomputed one by one."""
+        """Return the blocks of student and LLM, which may be recomputed one by one in backward."""
         return [*self.student.blocks, *self.llm.blocks]
 
     def splice(self, input_ids: torch.Tensor, visual: torch.Tensor | None) -> torch.Tensor:
-        """Word embeddings, the projected visual tokens in the places of the image token.
+        """Return word embeddings, with the projected visual tokens in place of the image tokens.
 
         input_ids (B, T), visual (B_img, n, d) of the batch's images in order -> (B, T, D)
-        A text-only sample simply has no such place. Raises InputError if the numbers differ.
+        A text-only sample simply has no image token. Raises InputError if the numbers differ.
         """
-        places = input_ids == self.image_token                                              # (B, T)
-        # the image token need not be a word of the LLM
-        x = self.llm.embed(input_ids.masked_fill(places, 0))                             # (B, T, D)
-        rows, columns = places.nonzero(as_tuple=True)                         # 2 x (B_img * n,)
-        given = 0 if visual is None else visual.shape[0] * visual.shape[1]
-        if given != len(rows):
-            raise InputError(f"{len(rows)} image tokens in the text, but {given} visual tokens: "
-                            "each <image> needs one image, and each image one <image>")
+        is_image = input_ids == self.image_token                                            # (B, T)
+        # The image token need not be a word of the LLM: word 0 stands in for it for a moment.
+        x = self.llm.embed(input_ids.masked_fill(is_image, 0))                           # (B, T, D)
+        rows, columns = is_image.nonzero(as_tuple=True)                       # 2 x (B_img * n,)
+        visual_tokens = 0 if visual is None else visual.shape[0] * visual.shape[1]
+        if visual_tokens != len(rows):
+            raise InputError(f"{len(rows)} image tokens in the text, but {visual_tokens} visual "
+                             "tokens: each <image> needs one image, and each image one <image>")
         if visual is None:
             return x                                                                     # (B, T, D)
         projected = self.projector(visual).to(x.dtype)                               # (B_img, n, D)
@@ -122,7 +124,7 @@ class VLM(nn.Module):
                 logits_at: torch.Tensor | None = None) -> torch.Tensor:
         """visual (B_img, n, d), input_ids and attention_mask (B, T) -> logits (B, T, V)
 
-        Without a mask every token sees all tokens before it: right where padding stands last. With
+        Without a mask every token sees all tokens before it: right if padding is on the right. With
         logits_at (K,) the logits are those of these positions alone, (B, K, V).
         """
         x = self.splice(input_ids, visual)                                               # (B, T, D)
@@ -131,16 +133,17 @@ class VLM(nn.Module):
     @torch.no_grad()
     def generate(self, visual: torch.Tensor | None, input_ids: torch.Tensor,
                  attention_mask: torch.Tensor, eos: int, max_new_tokens: int) -> torch.Tensor:
-        """Greedy answers to left-padded prompts (B, T): new ids (B, <= max_new_tokens).
+        """Answer left-padded prompts (B, T) by greedy decoding: new ids (B, <= max_new_tokens).
 
-        A sample that has ended goes on with eos. The cache keeps each layer's keys and values, so
-        that a new token costs one token's work.
+        After its end a sample repeats eos. The cache keeps each layer's keys and values, so that a
+        new token costs one token's work.
         """
         cache = self.llm.new_cache()
         x = self.splice(input_ids, visual)                                               # (B, T, D)
         answer = []
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)         # (B,)
+        done = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)                            # (B,)
         for _ in range(max_new_tokens):
+            # The likeliest next token of each sample, from the last position alone.
             token = self.llm(x, attention_mask, cache)[:, -1].argmax(dim=-1)                  # (B,)
             token = token.masked_fill(done, eos)                                              # (B,)
             answer.append(token)
@@ -153,15 +156,12 @@ class VLM(nn.Module):
 
 
 def next_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """What each token should predict, its follower's label; nothing follows the last: (B, T)"""
+    """Shift the labels left by one: each position predicts the token after it.  (B, T) -> (B, T)"""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)                                       # (B, T)
 
 
 def text_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """L_text, the mean next-token cross-entropy over the answer tokens: (B, K, V), (B, K) -> ()
-
-    All other targets are IGNORE.
-    """
+    """Return L_text, the mean cross-entropy where target is not IGNORE: (B, K, V), (B, K) -> ()"""
     predicted = logits.flatten(0, 1).float()                                            # (B * K, V)
     return F.cross_entropy(predicted, targets.flatten(), ignore_index=IGNORE)                 # ()
 
@@ -170,99 +170,101 @@ def text_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 # The whole method
 
 
+@dataclasses.dataclass
+class MethodOptions:
+    """The switches of the method; their values are explained in kd_loss.py, mole.py, teachers.py"""
+
+    distil: bool                    # False leaves L_kd out: no teacher runs
+    student_learns: Literal["all", "experts", "nothing"]   # in stage 2; "nothing": baselines
+    clip_share: float               # CLIP's fixed share of the teacher weights
+    token_weight: TokenWeight
+    teacher_weight: TeacherWeight
+    detach: bool
+    collapse: bool
+    direction: AdapterDirection
+    balance_form: BalanceForm
+
+
 class MoVEKD(nn.Module):
-    """VLM and encoder adapters: all that is trained, and the whole method in one forward.
+    """The VLM and the encoder adapters: all that is trained, and the whole method in one forward"""
 
-    distil             False leaves L_kd out: no teacher runs
-    student            what of it learns: "trained" all of it (its backbone in stage 2), "experts"
-                       MoLE only, else nothing (the baselines)
-    clip_share         CLIP's fixed share of the teacher weights
-    the others         the switches of kd_loss.py, teachers.py and mole.py
-    """
-
-    def __init__(self, vlm: VLM, adapters: nn.ModuleDict, target_norms: nn.ModuleDict, *,
-                 distil: bool, student: str, clip_share: float, token_weight: TokenWeight,
-                 teacher_weight: TeacherWeight, detach: bool, collapse: bool,
-                 direction: AdapterDirection, balance_form: BalanceForm):
+    def __init__(self, vlm: VLM, adapters: nn.ModuleDict, target_norms: nn.ModuleDict,
+                 options: MethodOptions):
         super().__init__()
         self.vlm = vlm
         self.adapters = adapters
         self.target_norms = target_norms
-        self.distil = distil
-        self.student = student
-        self.clip_share = clip_share
-        self.token_weight = token_weight
-        self.teacher_weight = teacher_weight
-        self.detach = detach
-        self.collapse = collapse
-        self.direction = direction
-        self.balance_form = balance_form
+        self.options = options
 
     def forward(self, batch: dict, teachers: Teachers) -> dict[str, torch.Tensor]:
-        """One batch of `data.collate` through the whole method.
+        """Run one batch of `data.collate` through the whole method; return its losses.
 
-        Returns L_text, L_kd and L_balance, means over the batch's answer tokens, images and images
-        (0 without an image), then for the log: "experts" (L, E) the experts' shares of the tokens,
-        "kd_NAME" each teacher's own loss, "w_NAME" its mean weight. Weighing is the loop's part.
+        L_text is a mean over the answer tokens, L_kd and L_balance over the images (0 if there are
+        none); train.py adds them up. The rest is for the log: "experts" (L, E) the fraction of the
+        tokens that each expert got, "kd_NAME" each teacher's own loss, "w_NAME" its mean weight.
         """
-        images, outputs = batch["images"], {}
-        # the teachers first: what they need while they run is gone before the student keeps its own
-        if self.distil and images is not None:
+        # Run the teachers first: their memory is freed before the student keeps its activations.
+        images = batch["images"]
+        outputs = {}
+        if self.options.distil and images is not None:
             outputs = teachers(images, batch["image_names"])                        # m x (B_img, .)
         V_s = None if images is None else self.vlm.student(images)                   # (B_img, n, d)
 
-        # L_text: no mask, for padding stands on the right, and logits only where a sample answers.
-        # A stand-in picture (plumbing/machine.py) runs, but stands in no text
-        shown = V_s[:0] if batch.get("stand_in") else V_s                            # (B_img, n, d)
+        # L_text: the LLM reads V^s and the words, and predicts the answers. Right padding needs no
+        # mask under causal attention. Positions without an answer in any sample get no logits.
         answers = next_tokens(batch["labels"])                                              # (B, T)
-        places = (answers != IGNORE).any(dim=0).nonzero().flatten()                           # (K,)
-        logits = self.vlm(shown, batch["input_ids"], None, places)                       # (B, K, V)
-        L_text = text_loss(logits, answers[:, places])                                          # ()
+        logits_at = (answers != IGNORE).any(dim=0).nonzero().flatten()                        # (K,)
+        logits = self.vlm(V_s, batch["input_ids"], None, logits_at)                      # (B, K, V)
+        L_text = text_loss(logits, answers[:, logits_at])                                       # ()
         terms = {"L_text": L_text, "L_kd": L_text.new_zeros(()), "L_balance": L_text.new_zeros(())}
         if images is None:
             return terms
 
-        # L_balance: is every expert in use? MoLE keeps p of the forward that has just run
+        # L_balance: is every expert in use? MoLE holds the p of the forward that has just run.
         probs = router_probs(self.vlm.student)                              # L x (B_img, 1 + n, E)
         if probs:
-            terms["L_balance"] = balance_loss(probs, self.balance_form)                         # ()
+            terms["L_balance"] = balance_loss(probs, self.options.balance_form)                 # ()
             terms["experts"] = torch.stack([expert_fractions(p) for p in probs])            # (L, E)
 
-        # L_kd: teachers' tokens, brought into one space with V^s, compared token by token
-        if self.distil:
-            student, targets, w_tea = self.match_tokens(V_s, outputs)       # m x (B_img, n, d) each
-            w_tok = token_weights(outputs["clip"].cls_scores, self.token_weight)        # (B_img, n)
-            terms["L_kd"], per_teacher = kd_loss(student, targets, w_tok, w_tea)                # ()
+        # L_kd: the student's and the teachers' tokens, in one space, compared token by token.
+        if self.options.distil:
+            student_tokens, targets, w_tea = self.match_tokens(V_s, outputs)
+            cls_scores = outputs["clip"].cls_scores                              # (B_img, h, 1 + n)
+            w_tok = token_weights(cls_scores, self.options.token_weight)                # (B_img, n)
+            terms["L_kd"], per_teacher = kd_loss(student_tokens, targets, w_tok, w_tea)         # ()
             for name, loss in per_teacher.items():
                 terms[f"kd_{name}"] = loss                                                      # ()
-            for name, weight in zip(targets, w_tea.detach().mean(dim=0)):
+            for name, weight in zip(targets, w_tea.detach().mean(dim=0), strict=True):
                 terms[f"w_{name}"] = weight                                                     # ()
         return terms
 
     def match_tokens(self, V_s: torch.Tensor, outputs: dict) -> tuple[dict, dict, torch.Tensor]:
-        """What is compared with what: the student's side, the teachers' side, and W^tea (B, m).
+        """Bring V^s and the teachers' tokens into common spaces; return both, and W^tea (B, m).
 
         Both sides are m x (B, n, d) in the paper's direction, m x (B, n_i, d_i) in AM-RADIO's.
         """
-        if self.direction == "teacher_to_student":
+        options = self.options
+        weight_form = options.teacher_weight
+        if options.direction == "teacher_to_student":
+            # The adapters bring every teacher to the student's space: V^s is compared with each.
             targets = adapt(outputs, self.adapters)                                  # m x (B, n, d)
-            student = dict.fromkeys(targets, V_s)                                    # m x (B, n, d)
-            form = self.teacher_weight
+            student_tokens = dict.fromkeys(targets, V_s)                             # m x (B, n, d)
         else:
-            student, targets = adapt_student(V_s, outputs, self.adapters,
-                                             self.target_norms)                  # m x (B, n_i, d_i)
-            form = "uniform"  # V^cls has no product with the tokens of another space
-        w_tea = teacher_weights(outputs["clip"].cls, targets, self.clip_share, form, self.detach,
-                                self.collapse)                                              # (B, m)
-        return student, targets, w_tea
+            # The adapters are heads: they bring V^s to each teacher's space. V^cls and a teacher's
+            # tokens then differ in width, so they have no dot product: equal weights.
+            student_tokens, targets = adapt_student(V_s, outputs, self.adapters, self.target_norms)
+            weight_form = "uniform"
+        w_tea = teacher_weights(outputs["clip"].cls, targets, options.clip_share, weight_form,
+                                detach=options.detach, collapse=options.collapse)           # (B, m)
+        return student_tokens, targets, w_tea
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every parameter, by the part of the method that it belongs to."""
-        student = list(self.vlm.student.parameters())
+        """Return every parameter, by the part of the method that it belongs to."""
         experts = set()
         for layer in mole_layers(self.vlm.student):
             for module in layer.new_modules():
                 experts.update(module.parameters())
+        student = list(self.vlm.student.parameters())
         groups = {
             "student backbone": [p for p in student if p not in experts],
             "student MoLE": [p for p in student if p in experts],
@@ -274,16 +276,14 @@ class MoVEKD(nn.Module):
         return groups
 
     def set_stage(self, stage: int) -> None:
-        """Freeze and unfreeze for a stage.
-
-        Stage 1 trains the experts, the adapters and the projector, stage 2 everything here.
-        """
+        """Freeze and unfreeze: stage 1 trains experts, adapters and projector, stage 2 all."""
+        # CLIP and the LLM are pretrained: in stage 1 only what is new learns.
         frozen = {"student backbone", "LLM"} if stage == 1 else set()
-        if self.student != "trained":
+        # An ablation trains the experts alone; baselines have no trained student.
+        if self.options.student_learns != "all":
             frozen.add("student backbone")
-        if self.student not in ("trained", "experts"):
+        if self.options.student_learns == "nothing":
             frozen.add("student MoLE")
         for name, parameters in self.parameter_groups().items():
-            trained = name not in frozen
             for p in parameters:
-                p.requires_grad_(trained)
+                p.requires_grad_(name not in frozen)

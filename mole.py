@@ -8,8 +8,6 @@ teach in different weights, while F keeps what CLIP knew.
 
 Letters (the README has all of them): B images, 1 + n student tokens ([CLS] first), d width,
 d_ffn width inside the FFN, E experts, r rank of one expert, L layers.
-
-Two forms of one idea, and the plain loop beside the fused product, make the file as long as it is.
 """
 
 from typing import Literal
@@ -65,7 +63,7 @@ class ExpertLoRA(nn.Module):
 
     def forward(self, x: torch.Tensor, route: torch.Tensor) -> torch.Tensor:
         """x (B, 1 + n, dim_in), route (B, 1 + n, E) -> (B, 1 + n, dim_out)"""
-        # alpha/r goes on the gate: it is the smallest tensor there is
+        # alpha/r goes on the gate, the smallest tensor here.
         gate = route * self.scale                                               # (B, 1+n, E)
         low = self.down(self.dropout(x)).unflatten(-1, (-1, self.rank))         # (B, 1+n, E, r)
         out = self.up((low * gate[..., None]).flatten(-2))                      # (B, 1+n, dim_out)
@@ -75,14 +73,14 @@ class ExpertLoRA(nn.Module):
 
 
 class RoutedFFN(nn.Module):
-    """What both forms of MoLE share: the FFN, the router, and the choice of an expert a token.
+    """The base of both forms of MoLE: the FFN, the router, and the choice of one expert per token.
 
-    router_grad: argmax is flat, so by the paper's formula (and in the released code) the router has
-    no gradient from L_text or L_kd; only a balance loss trains it ("none"). "straight_through"
-    leaves every value as it is and sends the gradient through p, as if the route had been p.
+    router_grad: argmax has no gradient, so by the paper's formula (and in the released code) the
+    router learns nothing from L_text or L_kd; only a balance loss trains it ("none").
+    "straight_through" changes no value and sends the gradient through p, as if the route were p.
 
     After each forward `probs` holds p = softmax(f(x)), (B, 1 + n, E). `router_probs` reads it as
-    soon as the student has run: a timm block hands on the output of its FFN and nothing else.
+    soon as the student has run: a timm block passes on the output of its FFN and nothing else.
     """
 
     def __init__(self, ffn: nn.Module, dim: int, *, num_experts: int, router_grad: RouterGrad):
@@ -93,11 +91,11 @@ class RoutedFFN(nn.Module):
         self.probs = None
 
     def new_modules(self) -> list[nn.Module]:
-        """All that MoLE adds to the FFN: the router and the experts."""
+        """Return the modules that MoLE adds to the FFN: the router and the experts."""
         return [module for name, module in self.named_children() if name != "ffn"]
 
     def route(self, x: torch.Tensor) -> torch.Tensor:
-        """The chosen expert of each token, one-hot: (B, 1 + n, d) -> (B, 1 + n, E)"""
+        """Choose an expert for each token, one-hot: (B, 1 + n, d) -> (B, 1 + n, E)"""
         # i = argmax_e softmax(f(x))_e
         p = self.router(x).float().softmax(dim=-1)                              # (B, 1+n, E)
         route = F.one_hot(p.argmax(dim=-1), p.shape[-1]).to(p.dtype)            # (B, 1+n, E)
@@ -127,7 +125,7 @@ class ReleasedMoLE(RoutedFFN):
 
         F*(x) = fc2'(act(fc1'(x))),    fc'(x) = fc(x) + E_i(x)       (B, 1 + n, d) -> (B, 1 + n, d)
 
-    This is no parallel low-rank map, for the LoRA in fc1 goes through the activation.
+    This is not a parallel low-rank map: the LoRA in fc1 goes through the activation.
     """
 
     def __init__(self, ffn: nn.Module, dim: int, *, num_experts: int, router_grad: RouterGrad,
@@ -145,42 +143,43 @@ class ReleasedMoLE(RoutedFFN):
 
 
 def add_mole(vit: nn.Module, form: MoleForm, **options) -> None:
-    """Put MoLE around the FFN of every block of a timm ViT, in place; options as MoLE's."""
+    """Put MoLE around the FFN of every block of a timm ViT; the options are those of MoLE."""
     mole = {"ffn": MoLE, "fc1_fc2": ReleasedMoLE}[form]
     for block in vit.blocks:
         block.mlp = mole(block.mlp, vit.embed_dim, **options)
 
 
 def mole_layers(model: nn.Module) -> list[RoutedFFN]:
-    """The MoLE layers of a model, first to last."""
+    """Return the MoLE layers of a model, first to last."""
     return [module for module in model.modules() if isinstance(module, RoutedFFN)]
 
 
 def router_probs(student: nn.Module) -> list[torch.Tensor]:
-    """p of each MoLE layer in the student's last forward: L x (B, 1 + n, E)"""
+    """Return p of each MoLE layer from the student's last forward: L x (B, 1 + n, E)"""
     return [layer.probs for layer in mole_layers(student)]
 
 
 def expert_fractions(p: torch.Tensor) -> torch.Tensor:
-    """The share of the tokens that each expert got: (B, 1 + n, E) -> (E,), sums to 1"""
+    """Return the fraction of the tokens that each expert got: (B, 1 + n, E) -> (E,), sums to 1"""
     chosen = F.one_hot(p.argmax(dim=-1), p.shape[-1])                           # (B, 1+n, E)
     return chosen.float().mean(dim=(0, 1))                                      # (E,)
 
 
 def balance_loss(probs: list[torch.Tensor], form: BalanceForm) -> torch.Tensor:
-    """L_balance keeps all experts in use, as in the Switch Transformer: L x (B, 1 + n, E) -> ()
+    """Return L_balance, which keeps all experts in use: L x (B, 1 + n, E) -> ()
 
-        per_layer             mean over layers of   E sum_e share_e mean_tokens(p_e)
-        pooled (released)     mean over images of     sum_e share_e mean_tokens(p_e)
+        per_layer             mean over layers of   E sum_e f_e mean_tokens(p_e)
+        pooled (released)     mean over images of     sum_e f_e mean_tokens(p_e)
                               of the tokens of ALL layers together
 
-    share_e is the share of the tokens sent to expert e (no gradient), p_e its router probability.
-    Per layer it is 1 when balanced and E when collapsed; pooled, 1/E and 1. Pooled, each layer may
-    collapse to another expert and the loss does not see it. The paper's L_total has no such term.
+    As in the Switch Transformer: f_e is the fraction of the tokens sent to expert e (no gradient),
+    p_e its router probability. Per layer it is 1 when balanced and E when collapsed; pooled, 1/E
+    and 1. Pooled, each layer may collapse to another expert and the loss does not see it. The
+    paper's L_total has no such term.
     """
     if form == "per_layer":
         losses = [p.shape[-1] * (expert_fractions(p) * p.mean(dim=(0, 1))).sum() for p in probs]
         return torch.stack(losses).mean()                                       # ()
     p = torch.cat(probs, dim=1)                                                 # (B, L*(1+n), E)
-    share = F.one_hot(p.argmax(dim=-1), p.shape[-1]).float().mean(dim=1)        # (B, E)
-    return (share * p.mean(dim=1)).sum(dim=-1).mean()                           # ()
+    f = F.one_hot(p.argmax(dim=-1), p.shape[-1]).float().mean(dim=1)            # (B, E)
+    return (f * p.mean(dim=1)).sum(dim=-1).mean()                               # ()

@@ -7,8 +7,6 @@ The student is CLIP with experts (model.py), so the class it shares with the CLI
 
 Letters: B images, R pixels of the loader's square image, R_i pixels of encoder i's view, n_i tokens
 and d_i width of teacher i, n tokens and d width of the student (and of CLIP), h heads of CLIP.
-
-Both directions of the adapters, their four forms and their targets' norm make the file long.
 """
 
 import ast
@@ -50,9 +48,10 @@ def parse_spec(spec: str) -> tuple[str, int, dict]:
 
 
 def create_net(spec: str, **more) -> nn.Module:
-    """The timm model of a spec, without a classifier unless `more` asks for one."""
+    """Create the timm model of a spec, without a classifier unless `more` asks for one."""
     name, image_size, options = parse_spec(spec)
-    if not name.startswith("convnext"):  # convolutions take any size and have no such argument
+    # Convolutions take images of any size, so timm's ConvNeXt has no such argument.
+    if not name.startswith("convnext"):
         options["img_size"] = image_size
     options = {"num_classes": 0, **options, **more}
     return timm.create_model(name, **options)
@@ -61,8 +60,8 @@ def create_net(spec: str, **more) -> nn.Module:
 class VisionEncoder(nn.Module):
     """A timm encoder that makes its own view of the loader's image: its resolution, mean and std.
 
-    One image, many views, in a batch on the device; or the loader has made the views of each size
-    from the original. One geometry, so that token (i, j) of two encoders looks at one place.
+    The views are made in a batch on the device, or by the loader from the original. All have one
+    geometry, so that token (i, j) of two encoders is about the same place of the picture.
     `net` is the spec's timm model with its weights; None: random ones.
     """
 
@@ -71,6 +70,7 @@ class VisionEncoder(nn.Module):
         self.spec = spec
         _, self.image_size, _ = parse_spec(spec)
         self.net = create_net(spec) if net is None else net
+        # timm knows what each model was trained with: CLIP's mean and std, or ImageNet's, ...
         preprocessing = resolve_model_data_config(self.net)
         self.interpolation = TF.InterpolationMode(preprocessing["interpolation"])
         self.mean = preprocessing["mean"]
@@ -90,8 +90,9 @@ class VisionEncoder(nn.Module):
         return self.net.num_features
 
     def view(self, images: torch.Tensor | dict[int, torch.Tensor]) -> torch.Tensor:
-        """What it gets to see: uint8 (B, 3, R, R), or {R_i: ...} -> normalised (B, 3, R_i, R_i)"""
+        """Resize and normalise: uint8 (B, 3, R, R), or {R_i: ...} -> (B, 3, R_i, R_i)"""
         if isinstance(images, dict):
+            # The loader has resized the original picture to this encoder's size.
             x = images[self.image_size]                                           # (B, 3, R_i, R_i)
         else:
             size = [self.image_size, self.image_size]
@@ -103,9 +104,10 @@ class VisionEncoder(nn.Module):
     def forward(self, images: torch.Tensor) -> TeacherOutput:
         x = self.net.forward_features(self.view(images))    # (B, prefix + n_i, d_i) or a map
         if x.ndim == 4:
-            # a convolution's map (B, d_i, rows, columns): token by token, row by row
+            # A convolution gives a map (B, d_i, rows, columns); its cells are tokens, row by row.
             x = x.flatten(2).transpose(1, 2)                                         # (B, n_i, d_i)
         else:
+            # A transformer gives tokens already, behind [CLS] or registers.
             x = x[:, self.net.num_prefix_tokens:]                                    # (B, n_i, d_i)
         return TeacherOutput(x, None, None)
 
@@ -113,7 +115,7 @@ class VisionEncoder(nn.Module):
 class ClipEncoder(VisionEncoder):
     """CLIP up to hidden layer -2 (the last-but-one block, no final norm), as in LLaVA-1.5.
 
-    The last block is taken off: it would be 1/24 of the work for a result that nobody reads.
+    The last block is taken off: 1/24 of the work, for a result that nobody reads.
     """
 
     def __init__(self, spec: str, net: nn.Module | None = None):
@@ -125,6 +127,7 @@ class ClipEncoder(VisionEncoder):
         net = self.net
         x = net.patch_embed(self.view(images))                                         # (B, n, d)
         x = net.norm_pre(net._pos_embed(x))                                        # (B, 1 + n, d)
+        # The last block that is left gives the tokens, and its [CLS] row the token weights.
         for block in net.blocks[:-1]:
             x = block(x)                                                           # (B, 1 + n, d)
         scores = cls_scores(net.blocks[-1], x)                                     # (B, h, 1 + n)
@@ -133,16 +136,17 @@ class ClipEncoder(VisionEncoder):
 
 
 def cls_scores(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The [CLS] row of one block's attention before the softmax: (B, 1 + n, d) -> (B, h, 1 + n)
+    """Return the [CLS] row of a block's attention scores: (B, 1 + n, d) -> (B, h, 1 + n)
 
         (V^cls W^Q) (V^res_j W^K)^T / sqrt(d/h)                                  paper, token weight
 
-    One query, so no (1 + n) x (1 + n) map ever exists, and the block keeps its fused attention.
-    x is the block's input: `attentions[-2]` of the released code is the attention of the block that
-    produces `hidden_states[-2]`.
+    Before the softmax. One query, so no (1 + n) x (1 + n) map ever exists, and the block keeps its
+    fused attention. x is the block's input: `attentions[-2]` of the released code is the attention
+    of the block that produces `hidden_states[-2]`.
     """
     attention = block.attn
     heads = attention.num_heads
+    # timm keeps the three projections in one matrix, and normalises before them.
     x = block.norm1(x)                                                             # (B, 1 + n, d)
     w_q, w_k, _ = attention.qkv.weight.chunk(3)                                    # (d, d) each
     b_q, b_k, _ = attention.qkv.bias.chunk(3)                                      # (d,) each
@@ -154,18 +158,19 @@ def cls_scores(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class Teachers(nn.Module):
-    """All teachers. The one place that decides: frozen, always in eval mode, no gradient."""
+    """All teachers, CLIP first. This class decides: frozen, always in eval mode, no gradient."""
 
     def __init__(self, encoders: dict[str, VisionEncoder]):
         super().__init__()
         self.encoders = nn.ModuleDict(encoders).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Teachers":
-        return self  # stays in eval mode whatever the caller trains
+        """Stay in eval mode, whatever the caller trains."""
+        return self
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, names: list[str]) -> dict[str, TeacherOutput]:
-        """Each teacher's tokens of the images. (Only a cache of outputs looks at their names.)"""
+        """Return each teacher's output. Only a cache of outputs needs the images' names."""
         return {name: encoder(images) for name, encoder in self.encoders.items()}
 
 
@@ -181,9 +186,9 @@ class EncoderAdapter(nn.Module):
     Trained by L_kd only. In the paper's direction it maps a teacher's tokens (n_i, d_i) to the
     student's space (n, d); in AM-RADIO's it is a head H_i from the student's to the teacher's.
 
-    form  "token_mixing" is the released code's, behind a parameter-free norm of ours, for teachers'
-          raw features differ in scale: W_1 mixes channels, W_2 mixes tokens. So unequal widths and
-          token counts are both met; every output token sees all tokens; one resolution only.
+    form  "token_mixing" is the released code's, behind a parameter-free norm of ours, because
+          teachers' raw features differ in scale: W_1 mixes channels, W_2 mixes tokens. It bridges
+          unequal widths and token counts; every output token sees all tokens; one resolution only.
           "released" is the same without the norm.
           "per_token" resizes the map to the other grid, then W_1 and W_2 mix the channels of each
           token alone: place stays place.
@@ -195,11 +200,12 @@ class EncoderAdapter(nn.Module):
         self.form = form
         self.side_in = round(n_in ** 0.5)
         self.side_out = round(n_out ** 0.5)
+        self.d_out = d_out
         norm = nn.LayerNorm(d_in, elementwise_affine=False)
         self.norm = nn.Identity() if form == "released" else norm
-        self.d_out = d_out
         if form == "interpolation":
             return
+        # W_1 mixes channels in every form; W_2 mixes channels, or tokens.
         self.channels = nn.Linear(d_in, d_out)                                         # W_1
         second = (d_out, d_out) if form == "per_token" else (n_in, n_out)
         self.out = nn.Linear(*second)                                                  # W_2
@@ -208,6 +214,7 @@ class EncoderAdapter(nn.Module):
         if self.form == "interpolation":
             x = self.on_output_grid(self.norm(x.float()))                        # (B, n_out, d_in)
             return F.interpolate(x, self.d_out, mode="linear")                   # (B, n_out, d_out)
+        # V^t_i = W_2 GELU(W_1 V_i)
         x = self.norm(x.to(self.channels.weight.dtype))                          # (B, n_in, d_in)
         if self.form == "per_token":
             x = self.on_output_grid(x)                                           # (B, n_out, d_in)
@@ -216,7 +223,7 @@ class EncoderAdapter(nn.Module):
         return self.out(x.transpose(1, 2)).transpose(1, 2)                       # (B, n_out, d_out)
 
     def on_output_grid(self, x: torch.Tensor) -> torch.Tensor:
-        """The same map with n_out tokens: (B, n_in, d_in) -> (B, n_out, d_in)"""
+        """Resize the map of tokens to the output's grid: (B, n_in, d_in) -> (B, n_out, d_in)"""
         x = x.transpose(1, 2).unflatten(2, (self.side_in, self.side_in))         # (B, d_in, ., .)
         size = (self.side_out, self.side_out)
         x = F.interpolate(x, size, mode="bilinear", antialias=True)              # (B, d_in, ., .)
@@ -225,9 +232,10 @@ class EncoderAdapter(nn.Module):
 
 def build_adapters(teachers: Teachers, n: int, d: int, form: AdapterForm,
                    direction: AdapterDirection) -> nn.ModuleDict:
-    """One adapter for each teacher but CLIP, whose tokens are in the student's space already."""
+    """Make one adapter for each teacher but CLIP."""
     adapters = nn.ModuleDict()
     for name, teacher in teachers.encoders.items():
+        # CLIP's tokens are in the student's space already: the student started as CLIP.
         if name == "clip":
             continue
         if direction == "teacher_to_student":
@@ -238,7 +246,7 @@ def build_adapters(teachers: Teachers, n: int, d: int, form: AdapterForm,
 
 
 def adapt(outputs: dict[str, TeacherOutput], adapters: nn.ModuleDict) -> dict[str, torch.Tensor]:
-    """The paper's direction: V^t_i of every teacher, CLIP's own tokens first, m x (B, n, d)"""
+    """Return V^t_i of every teacher, CLIP's own tokens first: m x (B, n, d)  (paper's direction)"""
     V_t = {}
     for name, output in outputs.items():
         V_t[name] = adapters[name](output.tokens) if name in adapters else output.tokens
@@ -246,10 +254,11 @@ def adapt(outputs: dict[str, TeacherOutput], adapters: nn.ModuleDict) -> dict[st
 
 
 class ChannelNorm(nn.Module):
-    """Standardises a teacher's tokens channel by channel, with fixed statistics of the data.
+    """Standardises a teacher's tokens per channel, with fixed statistics of the training images.
 
-    (x - mean_c) / std_c over all images and places, so that every channel weighs alike and a target
-    of one image does not depend on the others. (B, n_i, d_i) -> (B, n_i, d_i)
+        (x - mean_c) / std_c                              (B, n_i, d_i) -> (B, n_i, d_i)
+
+    Every channel then weighs alike, and the target of one image does not depend on the others.
     """
 
     def __init__(self, dim: int):
@@ -262,11 +271,12 @@ class ChannelNorm(nn.Module):
 
 
 def build_target_norms(teachers: Teachers, norm: TargetNorm) -> nn.ModuleDict:
-    """What brings each teacher's targets to one scale: per token ("layer") or per channel."""
+    """Make the norm that brings each teacher's targets to one scale, per token or per channel."""
     norms = nn.ModuleDict()
     for name, teacher in teachers.encoders.items():
         if name == "clip":
             continue
+        # "layer": each token by itself. "channel": plumbing/teacher_outputs.py fills mean and std.
         if norm == "layer":
             norms[name] = nn.LayerNorm(teacher.dim, elementwise_affine=False)
         else:
@@ -276,10 +286,7 @@ def build_target_norms(teachers: Teachers, norm: TargetNorm) -> nn.ModuleDict:
 
 def adapt_student(V_s: torch.Tensor, outputs: dict[str, TeacherOutput], heads: nn.ModuleDict,
                   norms: nn.ModuleDict) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """AM-RADIO's direction: H_i(V^s) and the teachers' own normalised tokens, m x (B, n_i, d_i)
-
-    CLIP's tokens are in the student's space, so they are compared with V^s itself.
-    """
+    """Return H_i(V^s) and the teachers' normalised tokens: m x (B, n_i, d_i)  (AM-RADIO)"""
     student = {}
     targets = {}
     for name, output in outputs.items():
@@ -287,6 +294,7 @@ def adapt_student(V_s: torch.Tensor, outputs: dict[str, TeacherOutput], heads: n
             student[name] = heads[name](V_s)                                         # (B, n_i, d_i)
             targets[name] = norms[name](output.tokens)                               # (B, n_i, d_i)
         else:
+            # CLIP's tokens are in the student's space: they are compared with V^s itself.
             student[name] = V_s                                                      # (B, n, d)
             targets[name] = output.tokens                                            # (B, n, d)
     return student, targets

@@ -2,8 +2,6 @@
 
     python -m pytest -q test_movekd.py          # these alone (20 s)
     python -m pytest -q                         # all tests, those of the folders too (4 min)
-
-No network, no GPU.
 """
 
 import math
@@ -14,19 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import train
 from data import IGNORE, InputError, collate, conversation_ids
 from kd_loss import kd_loss, on_grid, teacher_weights, token_weights
 from model import Student, next_tokens, text_loss
 from mole import MoLE, ReleasedMoLE, balance_loss, expert_fractions, mole_layers, router_probs
 from plumbing.build import build_movekd
-from teachers import (ClipEncoder, EncoderAdapter, TeacherOutput, VisionEncoder, adapt,
-                      adapt_student, build_adapters)
-from tests.common import (C, MOLE, REAL, conversation, images, random_mole, small_vlm,
-                          tiny_teachers, total_loss, whole_method)
+from plumbing.run import stage_table
+from teachers import ClipEncoder, EncoderAdapter, TeacherOutput, VisionEncoder, adapt, adapt_student
+from tests import common
+from tests.common import MOLE, REAL, C
 from tiny.llm import WordTokenizer
 
 close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
 
 # ------------------------------------------------------------------------------------------------
 # Mixture of LoRA experts
@@ -34,7 +37,7 @@ close = torch.testing.assert_close
 
 def test_masked_mole_is_a_loop_over_tokens():
     """One masked LoRA of rank E*r gives each token F(x) + alpha/r up_i down_i x, i its expert."""
-    layer, x = random_mole(), torch.randn(2, 5, 8)
+    layer, x = common.random_mole(), torch.randn(2, 5, 8)
     slow = torch.empty_like(x)
     for b in range(2):
         for j in range(5):
@@ -59,7 +62,7 @@ def test_straight_through_changes_no_value_and_reaches_the_router():
 
     "straight_through" gives it one, and the outputs are equal bit for bit.
     """
-    plain, through = random_mole("none"), random_mole("straight_through")
+    plain, through = common.random_mole("none"), common.random_mole("straight_through")
     x = torch.randn(2, 5, 8)
     through.load_state_dict(plain.state_dict())
     assert torch.equal(plain(x), through(x))
@@ -71,7 +74,7 @@ def test_straight_through_changes_no_value_and_reaches_the_router():
 
 def test_straight_through_gradient_is_that_of_a_soft_mixture():
     """The router's gradient is the one of a layer whose experts are all weighted by p."""
-    layer, x, upstream = random_mole(), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    layer, x, upstream = common.random_mole(), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
     layer(x).backward(upstream)
     got = layer.router.weight.grad.clone()
     p = layer.router(x).softmax(-1)
@@ -86,7 +89,7 @@ def test_straight_through_gradient_is_that_of_a_soft_mixture():
 
 def test_an_expert_without_tokens_still_has_a_gradient():
     """An expert that got no token has gradient 0, not None: processes stay in step."""
-    layer = random_mole("none")
+    layer = common.random_mole("none")
     nn.init.zeros_(layer.router.weight)
     layer.router.bias.data = torch.tensor([1.0, 0.0, 0.0])
     layer(torch.randn(2, 5, 8)).sum().backward()
@@ -97,7 +100,7 @@ def test_an_expert_without_tokens_still_has_a_gradient():
 
 def two_layers() -> tuple[nn.ModuleList, list]:
     """Two MoLE layers that have run on (2, 5, 8), and their probabilities 2 x (2, 5, 3)."""
-    layers, x = nn.ModuleList([random_mole(), random_mole()]), torch.randn(2, 5, 8)
+    layers, x = nn.ModuleList([common.random_mole(), common.random_mole()]), torch.randn(2, 5, 8)
     for layer in layers:
         layer(x)
     return layers, router_probs(layers)
@@ -115,7 +118,7 @@ def balance_by_hand(rows: list[list[float]]) -> float:
 def test_balance_loss_is_its_formula_per_layer():
     """Mean over layers of E sum_e share_e mean(p_e); 1 when balanced, E when one gets all."""
     layers, probs = two_layers()
-    for layer, p in zip(layers, probs):
+    for layer, p in zip(layers, probs, strict=True):
         assert p is layer.probs
     slow = sum(3 * balance_by_hand(p.reshape(-1, 3).tolist()) for p in probs) / 2
     close(balance_loss(probs, "per_layer").item(), slow)
@@ -259,7 +262,8 @@ def weights_at_gap(gap: float, detach: bool, collapse: bool) -> tuple[torch.Tens
     for name, value in (("eva", gap), ("convnext", 0.0)):
         teachers[name] = torch.tensor([value, 7.0]).repeat(2, 4, 1).requires_grad_()
     cls = torch.tensor([[1.0, 0.0]] * 2)
-    return teacher_weights(cls, teachers, 0.5, "released", detach, collapse), teachers
+    w = teacher_weights(cls, teachers, 0.5, "released", detach=detach, collapse=collapse)
+    return w, teachers
 
 
 def test_released_teacher_weights():
@@ -268,11 +272,11 @@ def test_released_teacher_weights():
     Undetached, the adapters get a gradient through it.
     """
     cls, teachers = torch.randn(2, 8), random_tokens()
-    w = teacher_weights(cls, teachers, 0.8, "released", True, False)
+    w = teacher_weights(cls, teachers, 0.8, "released", detach=True, collapse=False)
     for b in range(2):
         shares = softmax(mean_products(cls, teachers, b))
         assert w[b].tolist() == pytest.approx([0.8] + [0.2 * s for s in shares], rel=1e-5)
-    uniform = teacher_weights(cls, teachers, 0.8, "uniform", True, False)
+    uniform = teacher_weights(cls, teachers, 0.8, "uniform", detach=True, collapse=False)
     assert uniform.tolist() == [pytest.approx([0.8, 0.1, 0.1])] * 2
     w, near = weights_at_gap(1.0, detach=False, collapse=False)
     w[:, 1].sum().backward()
@@ -289,9 +293,10 @@ def test_the_collapse_branch_jumps_at_0_8():
     teachers = {"clip": torch.zeros(2, 4, 1), "eva": torch.ones(2, 4, 1),
                 "convnext": torch.zeros(2, 4, 1)}
     opposite = torch.tensor([[3.0], [-3.0]])  # rows (0.95, 0.05) and (0.05, 0.95)
-    w = teacher_weights(opposite, teachers, 0.0, "released", True, True)
+    options = {"clip_share": 0.0, "form": "released", "detach": True, "collapse": True}
+    w = teacher_weights(opposite, teachers, **options)
     assert w[:, 1].tolist() == pytest.approx([softmax([3, 0])[0], softmax([-3, 0])[0]], rel=1e-4)
-    alike = teacher_weights(opposite.abs(), teachers, 0.0, "released", True, True)
+    alike = teacher_weights(opposite.abs(), teachers, **options)
     assert alike[0, 1].item() == pytest.approx(softmax(softmax([3, 0]))[0], rel=1e-4)
 
     below = math.log(0.7999 / 0.2001)
@@ -359,10 +364,10 @@ def test_token_weights_on_another_grid():
 def test_cls_row_is_the_row_of_the_full_attention():
     """Softmax of our [CLS] scores = row 0 of the attention matrix of the block of layer -2."""
     clip = ClipEncoder(C.clip).eval()
-    out, attention = clip(images(2)), clip.net.blocks[-1].attn
+    out, attention = clip(common.images(2)), clip.net.blocks[-1].attn
     seen = {}
     hook = attention.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
-    clip(images(2))
+    clip(common.images(2))
     hook.remove()
     qkv = attention.qkv(seen["x"]).reshape(2, 37, 3, attention.num_heads, -1)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)
@@ -378,9 +383,9 @@ def test_clip_tokens_are_hidden_layer_minus_2():
     left = {key: v for key, v in state.items() if not key.startswith(("blocks.3.", "norm."))}
     clip.net.load_state_dict(left)
     (tokens, prefix), = whole.net.forward_intermediates(
-        whole.view(images(2)), indices=[-2], return_prefix_tokens=True, norm=False,
+        whole.view(common.images(2)), indices=[-2], return_prefix_tokens=True, norm=False,
         output_fmt="NLC", intermediates_only=True)
-    out = clip(images(2))
+    out = clip(common.images(2))
     assert torch.equal(out.tokens, tokens)
     assert torch.equal(out.cls, prefix[:, 0])
 
@@ -394,15 +399,15 @@ def test_teachers_differ_and_adapters_bring_them_together():
 
     The declared sizes are the real ones; CLIP's tokens have no adapter.
     """
-    teachers = tiny_teachers()
-    outputs = teachers(images(2), [])
+    teachers = common.tiny_teachers()
+    outputs = teachers(common.images(2), [])
     shapes = {name: tuple(out.tokens.shape[1:]) for name, out in outputs.items()}
     assert len({n for n, _ in shapes.values()}) == 3
     assert len({d for _, d in shapes.values()}) == 3
     assert len({encoder.image_size for encoder in teachers.encoders.values()}) == 3
     for name, encoder in teachers.encoders.items():
         assert shapes[name] == (encoder.num_tokens, encoder.dim)
-    adapters = build_adapters(teachers, *shapes["clip"], C.adapter_form, C.adapter_direction)
+    adapters = build_movekd(C, common.small_vlm(), teachers).adapters
     adapted = adapt(outputs, adapters)
     assert [tuple(V.shape) for V in adapted.values()] == [(2, *shapes["clip"])] * 3
     assert adapted["clip"] is outputs["clip"].tokens
@@ -410,10 +415,10 @@ def test_teachers_differ_and_adapters_bring_them_together():
 
 def test_teachers_are_frozen_whatever_the_caller_does():
     """No parameter wants a gradient, no output carries one, train() leaves them in eval mode."""
-    teachers = nn.ModuleList([tiny_teachers()]).train()[0]
+    teachers = nn.ModuleList([common.tiny_teachers()]).train()[0]
     assert not any(p.requires_grad for p in teachers.parameters())
     assert not any(m.training for m in teachers.encoders.modules())
-    assert not any(out.tokens.requires_grad for out in teachers(images(1), []).values())
+    assert not any(out.tokens.requires_grad for out in teachers(common.images(1), []).values())
 
 
 def test_views_are_one_geometry():
@@ -423,7 +428,7 @@ def test_views_are_one_geometry():
     """
     picture = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
     picture[:, :, :24, 72:] = 255
-    for encoder in tiny_teachers().encoders.values():
+    for encoder in common.tiny_teachers().encoders.values():
         view = encoder.view(picture)[0, 0]
         side = encoder.image_size
         assert view.shape == (side, side)
@@ -438,8 +443,8 @@ def test_tokens_of_a_map_go_row_by_row(spec):
     (The released code mixes the axes of SAM's.)
     """
     encoder = VisionEncoder(spec).eval()
-    features = encoder.net.forward_features(encoder.view(images(2)))
-    tokens = encoder(images(2)).tokens
+    features = encoder.net.forward_features(encoder.view(common.images(2)))
+    tokens = encoder(common.images(2)).tokens
     assert tokens.shape == (2, encoder.num_tokens, encoder.dim) == (2, 16, features.shape[1])
     close(tokens[1, 1 * 4 + 2], features[1, :, 1, 2])
 
@@ -507,7 +512,7 @@ def test_student_starts_as_clip():
     student.load_state_dict(clip.state_dict())
     student.add_experts(form="ffn", **{**MOLE, "rank": 8, "dropout": 0.05}).eval()
     assert len(mole_layers(student)) == len(clip.net.blocks) == 3
-    assert torch.equal(student(images(2)), clip(images(2)).tokens)
+    assert torch.equal(student(common.images(2)), clip(common.images(2)).tokens)
 
 
 def prompts() -> tuple[list[dict], dict]:
@@ -515,7 +520,7 @@ def prompts() -> tuple[list[dict], dict]:
     rows = [[2] + [4] * 36 + [9, 10, 11], [2, 12, 13], [2, 14] + [4] * 36 + [15]]
     samples = []
     for i, ids in enumerate(rows):
-        image = images(3)[i] if 4 in ids else None
+        image = common.images(3)[i] if 4 in ids else None
         samples.append({"input_ids": ids, "labels": ids, "image": image, "name": str(i),
                         "cut": False})
     return samples, collate(samples, 0, side="left")
@@ -526,7 +531,7 @@ def test_splice_puts_tokens_where_image_stands():
 
     All other places hold word embeddings; another number of images is an error.
     """
-    vlm, (_, batch) = small_vlm(), prompts()
+    vlm, (_, batch) = common.small_vlm(), prompts()
     visual = vlm.student(batch["images"])
     x = vlm.splice(batch["input_ids"], visual)
     k = 0
@@ -545,12 +550,12 @@ def test_splice_puts_tokens_where_image_stands():
 
 def test_batched_cached_generation_is_single_uncached_generation():
     """Greedy answers of a left-padded batch with a KV cache = each prompt alone, uncached."""
-    vlm, (samples, batch) = small_vlm(), prompts()
+    vlm, (samples, batch) = common.small_vlm(), prompts()
     for parameter in vlm.llm.parameters():
         nn.init.normal_(parameter, std=0.3)
     fast = vlm.generate(vlm.student(batch["images"]), batch["input_ids"],
                         batch["attention_mask"], eos=3, max_new_tokens=6)
-    for row, sample in zip(fast, samples):
+    for row, sample in zip(fast, samples, strict=True):
         one = collate([sample], 0)
         visual = None if one["images"] is None else vlm.student(one["images"])
         ids = one["input_ids"]
@@ -583,7 +588,7 @@ def test_labels_are_the_answers_and_nothing_else():
 
     plain: the caption and its </s>, and the human's words are gone.
     """
-    turns = conversation("<image>\nwhat shape?", "heart", "what colour?", "dark red")
+    turns = common.conversation("<image>\nwhat shape?", "heart", "what colour?", "dark red")
     record = {"image": "a.png", "conversations": turns}
     tokenizer = WordTokenizer.from_records([record])
     ids, labels = conversation_ids(record, "v1", tokenizer, n=2)
@@ -591,7 +596,7 @@ def test_labels_are_the_answers_and_nothing_else():
                 "USER: what colour ? ASSISTANT: dark red </s>")
     assert [tokenizer.vocabulary[i] for i in ids] == expected.split()
     assert [i for i, label in enumerate(labels) if label != IGNORE] == [8, 9, 15, 16, 17]
-    assert all(label in (IGNORE, i) for i, label in zip(ids, labels))
+    assert all(label in (IGNORE, i) for i, label in zip(ids, labels, strict=True))
     record["conversations"] = turns[:2]
     ids, labels = conversation_ids(record, "plain", tokenizer, n=2)
     assert [tokenizer.vocabulary[i] for i in ids] == "<s> <image> <image> heart </s>".split()
@@ -609,7 +614,7 @@ def rows_of(batch: dict, rows: slice) -> dict:
 
 def test_forward_is_its_parts():
     """MoVEKD.forward is L_text, L_kd and L_balance of its own parts, called one by one."""
-    model, teachers, batch = whole_method()
+    model, teachers, batch = common.whole_method()
     terms = model(batch, teachers)
     V_s = model.vlm.student(batch["images"])
     logits = model.vlm(V_s, batch["input_ids"], batch["attention_mask"])
@@ -617,7 +622,8 @@ def test_forward_is_its_parts():
     outputs = teachers(batch["images"], [])
     targets = adapt(outputs, model.adapters)
     w_tok = token_weights(outputs["clip"].cls_scores, "paper")
-    w_tea = teacher_weights(outputs["clip"].cls, targets, C.clip_share, "paper", True, False)
+    w_tea = teacher_weights(outputs["clip"].cls, targets, C.clip_share, "paper", detach=True,
+                            collapse=False)
     L_kd, per_teacher = kd_loss(dict.fromkeys(targets, V_s), targets, w_tok, w_tea)
     close(terms["L_kd"], L_kd)
     probs = router_probs(model.vlm.student)
@@ -633,7 +639,7 @@ def test_text_only_samples_have_no_kd_term():
 
     A batch of them alone has neither.
     """
-    model, teachers, batch = whole_method(n_text=1)
+    model, teachers, batch = common.whole_method(n_text=1)
     mixed = model(batch, teachers)
     pictured = model({**batch, **rows_of(batch, slice(0, 2))}, teachers)
     assert mixed["L_kd"] == pictured["L_kd"]
@@ -650,15 +656,15 @@ def test_total_loss_and_where_its_gradient_goes():
     Without distillation the teachers do not even run. (That the loop adds the terms so is tested
     on the log of a run, in tests/test_runs.py.)
     """
-    model, teachers, batch = whole_method()
+    model, teachers, batch = common.whole_method()
     terms = model(batch, teachers)
     (terms["L_text"] + terms["L_balance"]).backward(retain_graph=True)
     assert all(p.grad is None for p in model.adapters.parameters())
     model.zero_grad()
-    total_loss(terms).backward()
+    common.total_loss(terms).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert all(p.grad is None for p in teachers.parameters())
-    model.distil = False
+    model.options.distil = False
     without = model(batch, None)
     assert without["L_kd"] == 0
     assert without["L_text"] == terms["L_text"]
@@ -669,8 +675,8 @@ def test_each_stage_trains_what_the_recipe_says():
 
     The printed table says so. No parameter is left out of it, none is in it twice.
     """
-    teachers = tiny_teachers()
-    model = build_movekd(C, small_vlm(), teachers)
+    teachers = common.tiny_teachers()
+    model = build_movekd(C, common.small_vlm(), teachers)
     groups = model.parameter_groups()
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
     for name, teacher in teachers.encoders.items():
@@ -679,7 +685,7 @@ def test_each_stage_trains_what_the_recipe_says():
     moved = {1: new, 2: new | {"student backbone", "LLM"}}
     for stage in (1, 2):
         model.set_stage(stage)
-        table = train.stage_table(stage, model, teachers).splitlines()
+        table = stage_table(stage, model, teachers).splitlines()
         assert len(table) == 1 + len(groups)
         for name, parameters in groups.items():
             trained = name in moved[stage]

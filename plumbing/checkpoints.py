@@ -1,14 +1,12 @@
-"""Checkpoints to resume from, written by all processes at once (DCP).
+"""Checkpoints to resume from: all processes write them at once, in the background (DCP).
 
-Nothing that is read from disk can run code: DCP's index is unpickled by a reader that knows DCP's
-own classes only, all else by torch.load(weights_only=True).
+They hold safetensors and JSON only, so nothing that is read from a checkpoint can run code.
 """
 
-import io
 import json
-import pickle
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,21 +14,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_optimizer_state_dict,
-                                                     set_model_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from data import InputError
 from plumbing.files import read_json, write_json
 
+FILES = 8           # of each process: DCP puts a file together in memory before it writes it
+BLOCK = 1 << 24     # bytes that are read at a time
+
 
 @dataclass
 class Progress:
-    """Where a run stands, and what it has counted: a checkpoint keeps it beside the tensors."""
+    """Where a run stands, and what it has counted: a checkpoint has it beside the tensors."""
 
     stage: int = 1
     step: int = 0               # steps done in the stage
@@ -41,56 +38,70 @@ class Progress:
     data: dict = field(default_factory=dict)    # a fingerprint of what the run is trained on
 
     def advance(self, counts: dict) -> None:
-        """A step is done."""
+        """Count a step that is done."""
         self.step += 1
         self.skipped += counts["skipped"]
         self.cut += counts["cut"]
 
 
+class Writer(HuggingFaceStorageWriter):
+    """DCP's writer of safetensors, which completes the checkpoint when all files are written."""
+
+    def __init__(self, folder: Path, state: dict[str, torch.Tensor], progress: dict, keep: int):
+        numbers = {name: 1 + i % FILES for i, name in enumerate(state)}
+        super().__init__(str(folder), numbers, save_distributed=True)
+        self.progress = progress
+        self.keep = keep
+
+    def finish(self, **_) -> None:
+        """Complete the checkpoint and drop old ones. DCP calls it in the first process only."""
+        content = {"progress": self.progress, "files": checksums(self.path)}
+        content["crc32"] = zlib.crc32(json.dumps(content).encode())
+        write_json(self.path / "progress.json", content)
+        final = self.path.with_suffix("")
+        shutil.rmtree(final, ignore_errors=True)
+        self.path.replace(final)
+        for old in saved_checkpoints(final.parent)[:-self.keep]:
+            shutil.rmtree(old)
+
+
 class Checkpoints:
     """The last `keep` states of a run: folder/stage2-00000500/ and so on.
 
-    A state is what is trained, its optimizer's, and `meta`, a JSON object that says where the run
-    stands. It is written in the background, under another name until it is complete, and can be
-    loaded by another number of processes.
+    A state is what is trained, its optimizer's, and a Progress. It is written in the background,
+    to a folder that ends in .tmp until it is complete, and can be loaded by another number of
+    processes. What a killed run has left there is cleared when the next one locks the run folder.
     """
 
     def __init__(self, folder: Path, keep: int, rank: int, world: int):
         self.folder = folder
         self.keep = keep
         self.rank = rank
-        self.world = world
-        self.pending = None
-        # a group of its own: the files are written while the run goes on, and its messages must
-        # not mix with the run's
+        self.pending = None     # a future, and the folder that is written to
+        # of its own: what is sent while files are written must not mix with what the run sends
         self.group = dist.new_group(backend="gloo") if world > 1 else None
 
     def save(self, name: str, root: nn.Module, optimizer: torch.optim.Optimizer,
-             meta: dict) -> None:
-        """Return when the state is copied; the files follow. Raises InputError for nan or inf."""
+             progress: dict) -> None:
+        """Return when the state is copied; the files follow. All processes call it.
+
+        Raises InputError if a parameter is NaN or infinite, or if the last save has failed.
+        """
         self.finish()
         check_parameters(root)
         temporary = self.folder / (name + ".tmp")
-        if self.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            write_json(temporary / "meta.json", meta)
-        if self.world > 1:
-            dist.barrier(self.group)  # else another process would make the folder first
-        state = state_of(root, optimizer)
-        future = dcp.async_save(state, checkpoint_id=temporary, process_group=self.group,
-                                no_dist=self.world == 1)
+        state = trained_state(root, optimizer)
+        writer = Writer(temporary, state, progress, self.keep)
+        future = dcp.async_save(state, storage_writer=writer, process_group=self.group,
+                                no_dist=self.group is None)
         self.pending = future, temporary
 
     def written(self) -> bool:
-        """Whether this process has written its files of a save that is not finished yet."""
+        """Return whether the last save has ended, and `finish` was not called since."""
         return self.pending is not None and self.pending[0].done()
 
     def finish(self) -> None:
-        """Wait for the files of the last save, give them their name, and drop what is too old.
-
-        All processes call it. meta.json, written last, has a checksum of each file.
-        """
+        """Wait for the last save. Raises InputError, and leaves nothing of it, if it has failed."""
         if self.pending is None:
             return
         future, temporary = self.pending
@@ -101,31 +112,17 @@ class Checkpoints:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free // 2 ** 20
-            fault = str(e).splitlines()[-1] if str(e) else type(e).__name__
-            raise InputError(f"{temporary}: cannot be written ({fault}); {free:,} MB are free there"
-                             ) from None
-        own = checksums(temporary, f"__{self.rank}_*")
-        parts = [own]
-        if self.world > 1:
-            parts = [None] * self.world
-            dist.all_gather_object(parts, own, group=self.group)
-        if self.rank == 0:
-            files = checksums(temporary, ".metadata")
-            for part in parts:
-                files.update(part)
-            meta = read_json(temporary / "meta.json")
-            meta["files"] = files
-            meta["crc32"] = zlib.crc32(json.dumps(meta).encode())
-            write_json(temporary / "meta.json", meta)
-            final = temporary.with_suffix("")
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.replace(final)
-            for old in saved_checkpoints(self.folder)[:-self.keep]:
-                shutil.rmtree(old)
+            raise InputError(f"{temporary}: cannot be written ({last_line(e)}); {free:,} MB are "
+                             "free there") from None
+
+
+def last_line(error: BaseException) -> str:
+    """Return what an error says; DCP's says it in the last line of a traceback."""
+    return str(error).rstrip().rpartition("\n")[2]
 
 
 def check_parameters(root: nn.Module) -> None:
-    """Raise InputError if a parameter is no number: such a state is not worth keeping."""
+    """Raise InputError if a parameter is NaN or infinite: such a state is not worth keeping."""
     for name, p in root.named_parameters():
         local = p.to_local() if hasattr(p, "to_local") else p
         if not local.isfinite().all():
@@ -133,46 +130,49 @@ def check_parameters(root: nn.Module) -> None:
                              "go on from it with a lower learning rate")
 
 
-def checksums(folder: Path, pattern: str) -> dict[str, list[int]]:
-    """{file: [bytes, CRC-32]} of the files that a pattern names."""
-    found = {}
-    for path in sorted(folder.glob(pattern)):
-        size = path.stat().st_size
-        found[path.name] = [size, crc_of_start(path, size)]
-    return found
+def trained_state(root: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the tensors of what is trained, and of its optimizer, by name. None is a copy."""
+    options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+    state, moments = get_state_dict(root, optimizer, options=options)
+    state.update(moments)
+    # The optimizer's settings are numbers: the schedule sets the learning rate at every step, and
+    # the others stand in the code.
+    return {name: value for name, value in state.items() if torch.is_tensor(value)}
+
+
+def checksums(folder: Path) -> dict[str, list[int]]:
+    """Return {file: [bytes, CRC-32]} of the safetensors files in a checkpoint's folder."""
+    paths = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    sizes = [path.stat().st_size for path in paths]
+    with ThreadPoolExecutor() as pool:  # they may be many GB
+        sums = list(pool.map(crc_of_start, paths, sizes))
+    return {path.name: [size, crc] for path, size, crc in zip(paths, sizes, sums, strict=True)}
 
 
 def crc_of_start(path: Path, size: int) -> int:
-    """CRC-32 of the first `size` bytes of a file."""
+    """Return the CRC-32 of the first `size` bytes of a file."""
     crc = 0
     with open(path, "rb") as file:
-        while size > 0:
-            block = file.read(min(size, 1 << 24))
-            if not block:
-                break  # it is shorter
-            crc = zlib.crc32(block, crc)
-            size -= len(block)
+        for start in range(0, size, BLOCK):
+            crc = zlib.crc32(file.read(min(BLOCK, size - start)), crc)
     return crc
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints, oldest first: their names are in the order of the run."""
+    """Return the complete checkpoints, oldest first: their names are in the order of the run."""
     return sorted(path for path in folder.glob("stage*-*") if path.suffix != ".tmp")
 
 
 def newest_checkpoint(folder: Path, skip_damaged: bool) -> tuple[Path, dict]:
-    """The newest checkpoint and its meta. Raises InputError if there is none, or it is damaged.
-
-    With skip_damaged an older one is taken in place of a damaged one.
-    """
+    """Return the newest checkpoint and its progress. Raises InputError if there is none whole."""
     found = saved_checkpoints(folder)
     if not found:
         raise InputError(f"{folder}: holds no checkpoint to go on from; a run saves one every "
                          "--save-every steps and when it is told to stop")
     for path in reversed(found):
-        fault, meta = examine(path)
+        fault, progress = examine(path)
         if fault is None:
-            return path, meta
+            return path, progress
         if not skip_damaged:
             raise InputError(f"{path}: damaged: {fault}; --resume {folder.parent} --skip-damaged "
                              "goes on from an older one, if there is one")
@@ -180,108 +180,33 @@ def newest_checkpoint(folder: Path, skip_damaged: bool) -> tuple[Path, dict]:
 
 
 def examine(path: Path) -> tuple[str | None, dict]:
-    """What is wrong with a checkpoint, or None; and its meta."""
+    """Return what is wrong with a checkpoint, or None; and its progress."""
     try:
-        meta = read_json(path / "meta.json")
-        crc = meta.pop("crc32")
-        files = dict(meta)["files"]
-        if crc != zlib.crc32(json.dumps(meta).encode()):
-            return "meta.json has changed since it was written", {}
-        del meta["files"]
-        log_bytes, log_crc = Progress(**meta).log
-    except (InputError, ValueError, KeyError, TypeError, AttributeError) as e:
-        return f"meta.json cannot be read ({type(e).__name__})", {}
-    for name, (size, crc) in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing", {}
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes in place of {size}", {}
-        if checksums(path, name)[name][1] != crc:
-            return f"{name} has changed since it was written", {}
+        content = read_json(path / "progress.json")
+        unchanged = content.pop("crc32") == zlib.crc32(json.dumps(content).encode())
+    except (InputError, KeyError, TypeError, AttributeError):  # missing, or other JSON
+        unchanged = False
+    if not unchanged:
+        return "progress.json is missing, or has changed since it was written", {}
+    progress, files = content["progress"], content["files"]
+    found = checksums(path)
+    for name in sorted({*files, *found}):
+        if files.get(name) != found.get(name):
+            return f"{name} is missing, has changed since it was written, or was put there", {}
     log = path.parent.parent / "log.jsonl"  # resumed with it
+    log_bytes, log_crc = progress["log"]
     if not log.is_file() or crc_of_start(log, log_bytes) != log_crc:
         return "log.jsonl, up to where the checkpoint was made, is missing or has changed", {}
-    return None, meta
-
-
-def state_of(root: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """The tensors of what is trained, and of its optimizer."""
-    options = StateDictOptions(ignore_frozen_params=True)
-    return {"model": get_model_state_dict(root, options=options),
-            "optimizer": get_optimizer_state_dict(root, optimizer, options=options)}
+    return None, progress
 
 
 def load_checkpoint(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer,
                     world: int) -> None:
-    """Fill what is trained and the optimizer, in place."""
-    reader = SafeReader(path)
-    reader.read_metadata()  # here too, for DCP would wrap what it raises
-    state = state_of(root, optimizer)
+    """Fill what is trained, and its optimizer, from a checkpoint. Raises InputError."""
+    state = trained_state(root, optimizer)
+    reader = HuggingFaceStorageReader(str(path))
     try:
-        dcp.load(state, storage_reader=reader, planner=SafePlanner(), no_dist=world == 1)
-    except CheckpointException as e:  # DCP's wrapper of what happened in each process
-        cause, _ = next(iter(e.failures.values()))
-        if isinstance(cause, InputError):
-            raise cause from None
-        raise InputError(f"{path}: cannot be read: {str(cause).splitlines()[0]}") from None
-    # not strict: the frozen tensors are not in it
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    set_model_state_dict(root, state["model"], options=options)
-    options = StateDictOptions(ignore_frozen_params=True)
-    set_optimizer_state_dict(root, optimizer, state["optimizer"], options=options)
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading without running
-
-_METADATA = "torch.distributed.checkpoint.metadata"
-ADMITTED = {  # what DCP's index is made of
-    _METADATA: ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-                "BytesStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    "torch.serialization": ("_get_layout",),
-    "torch": ("Size", "float32", "float16", "bfloat16", "float64", "int64", "int32", "bool",
-              "uint8", "device"),
-    "collections": ("OrderedDict",),
-    "pathlib": ("PosixPath", "WindowsPath"),
-    "pathlib._local": ("PosixPath", "WindowsPath"),
-}
-
-
-class SafeUnpickler(pickle.Unpickler):
-    """An unpickler of DCP's index, to which no other class or function is known."""
-
-    def find_class(self, module: str, name: str):
-        if name in ADMITTED.get(module, ()):
-            return super().find_class(module, name)
-        raise InputError(f"a checkpoint's .metadata names {module}.{name}, which no checkpoint "
-                         "needs: it was crafted to run code; delete it")
-
-
-class SafeReader(FileSystemReader):
-    """DCP's reader, but for how it reads the index, which all processes share."""
-
-    def read_metadata(self, *_, **__) -> Metadata:
-        """DCP's index. Raises InputError if it names what no index needs."""
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = SafeUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class SafePlanner(DefaultLoadPlanner):
-    """DCP's planner, but for scalars (the optimizer's settings), which it would unpickle."""
-
-    def load_bytes(self, read_item, value: io.BytesIO) -> None:
-        """One scalar. Raises InputError if it is anything that runs code."""
-        try:
-            loaded = torch.load(value, weights_only=True)
-        except pickle.UnpicklingError:
-            raise InputError("a checkpoint holds something that is no number: it was crafted to "
-                             "run code; delete it") from None
-        plain = io.BytesIO()
-        torch.save(loaded, plain)
-        plain.seek(0)
-        super().load_bytes(read_item, plain)
+        reader.read_metadata()  # here too: what fails there DCP logs with its traceback
+        dcp.load(state, storage_reader=reader, no_dist=world == 1)  # in place
+    except (Exception, CheckpointException) as e:
+        raise InputError(f"{path}: cannot be read: {last_line(e)}") from None

@@ -10,18 +10,11 @@ from collections.abc import Callable
 import torch
 
 from data import InputError
-from plumbing.signals import STOPPED, listen
-
-
-class Stopped(Exception):
-    """A signal has ended the program; its text says at what, and what is lost."""
+from plumbing.signals import STOPPED, Stopped, listen
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors are one line like all others.
-
-    The description is a module's docstring, printed as it stands.
-    """
+    """argparse without abbreviations, whose errors are one line; prints a docstring as it stands"""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False,
@@ -31,53 +24,32 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the arguments)")
 
 
-def print_anything() -> None:
-    """Let print() show a character that the console has not as its number, \\u..., on Windows.
-
-    There what is written to a file or a pipe has a code page of 256 characters.
-    """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether the machine or its GPU had no memory left; on a CPU torch has no name for it."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
-
-
 def stop(number: int, _) -> None:
     """End a program that has no handler of its own: raise Stopped, so that it can clean up."""
     raise Stopped(f"stopped by {signal.Signals(number).name}")
 
 
 def run(program: Callable) -> None:
-    """Run a program's main(); bad input becomes its line and exit status 2.
-
-    So does what the operating system refuses: a full disk, a place that may not be written.
-    """
-    print_anything()
+    """Run a program's main(); bad input, or a full disk, becomes one line and exit status 2."""
     former = listen(stop)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if hasattr(sys.stdout, "reconfigure"):  # a Windows console may lack a character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         program()
     except Stopped as e:
-        if int(os.environ.get("RANK", 0)) == 0:  # every process stops; the first says so
+        if rank == 0:  # every process stops; the first says so
             print(e, file=sys.stderr)
         sys.exit(STOPPED)
     except Exception as e:
         if isinstance(e, OSError) and e.strerror:
             e = InputError(f"{e.filename or 'the machine'}: {e.strerror}")
-        if out_of_memory(e):
+        # on a CPU torch has no type for it
+        on_cpu = isinstance(e, RuntimeError) and "allocate memory" in str(e)
+        if on_cpu or isinstance(e, (MemoryError, torch.OutOfMemoryError)):
             e = InputError(f"out of memory: {str(e).splitlines()[0][:200]}; lower --micro-batch, "
                            "then add --recompute; `python -m tools.plan` says what a run wants")
-        if isinstance(e, NotImplementedError) and "MPS" in str(e):
-            operator = str(e).splitlines()[0][:200]
-            e = InputError(f"--device mps: {operator}; a newer torch may have it. Set "
-                           "PYTORCH_ENABLE_MPS_FALLBACK=1 in the environment, or give --device cpu")
         bad_input = isinstance(e, InputError)
-        rank = int(os.environ.get("RANK", 0))
-        world = int(os.environ.get("WORLD_SIZE", 1))
         # another process may know better what is wrong: then the launcher ends this one
         if rank > 0 or (world > 1 and not bad_input):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

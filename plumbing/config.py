@@ -1,52 +1,33 @@
-"""Config: every field is a flag (--lambda-kd 0), is saved with the run, and says why it is so.
-
-The defaults stand here and nowhere else. They are the TINY preset; SMALL and FULL change names and
-numbers, never the code that runs.
-"""
+"""Config: every field is a flag (--lambda-kd 0), is saved with the run, and says why it is so."""
 
 import dataclasses
-import typing
-from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, get_origin
 
 from data import CaptionEnd
 from kd_loss import TeacherWeight, TokenWeight
 from mole import BalanceForm, MoleForm, MoleInit, RouterGrad
 from teachers import AdapterDirection, AdapterForm, TargetNorm
-from tiny.world import COUNTS
+from tiny import COUNTS
 
-
-class Range(NamedTuple):
-    """The values that a number may have, both ends included."""
-
-    low: float
-    high: float
-
-
-Count = Annotated[int, Range(1, 10_000_000)]
-CountOrZero = Annotated[int, Range(0, 10_000_000)]  # 0 has a meaning of its own
-Processes = Annotated[int, Range(0, 1024)]
-Share = Annotated[float, Range(0, 1)]
-Weight = Annotated[float, Range(0, 1e6)]
-Seed = Annotated[int, Range(0, 2 ** 32 - 1)]
-Pixels = Annotated[int, Range(16, 8192)]
-Dropout = Annotated[float, Range(0, 0.95)]  # nothing is learnt where nearly all is dropped
-ImageViews = Literal["one", "each"]
+Count = Annotated[int, (1, 10_000_000)]         # the lowest and the highest value, both included
+CountOrZero = Annotated[int, (0, 10_000_000)]   # 0 switches something off
+Processes = Annotated[int, (0, 1024)]
+Fraction = Annotated[float, (0, 1)]
+Weight = Annotated[float, (0, 1e6)]
+Dropout = Annotated[float, (0, 0.95)]           # above it hardly anything is learnt
 
 
 def encoder(spec: str):
-    """A field that specifies an encoder: a timm name, its resolution, and what shrinks it."""
+    """Make a field that specifies an encoder: a timm name, its resolution, what shrinks it."""
     return dataclasses.field(default=spec, metadata={"encoder": True})
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """One run."""
-
     out: str = "runs/tiny"                  # the run folder
-    seed: Seed = 0                          # sets everything random: weights, order, dropout
+    seed: Annotated[int, (0, 2 ** 32 - 1)] = 0  # sets everything random: weights, order, dropout
     device: Literal["cpu", "cuda", "mps", "auto"] = "cpu"   # "auto": a GPU if any; "mps": Apple's
-
     # --- data: "" means the built-in tiny world
     data: str = ""                          # stage 2, LLaVA-format JSON
     eval_data: str = ""                     # held-out questions of the same format
@@ -56,18 +37,17 @@ class Config:
     skip_bad: bool = False                  # leave unusable rows out; else the first is an error
     allow_outside: bool = False             # images may lie outside of the image folder
     eval_split: Literal["test", "validation"] = "test"  # tune on validation: test stays unread
-    n_pretrain: Count = COUNTS["pretrain"]  # how much of the tiny world; reasons in tiny/world.py
+    n_pretrain: Count = COUNTS["pretrain"]  # of the tiny world; reasons in tiny/__init__.py
     n_train: Count = COUNTS["train"]
     n_described: CountOrZero = COUNTS["described"]
     n_text: CountOrZero = COUNTS["text"]
     n_eval: Count = COUNTS["eval"]
-    image_size: Pixels = 128                # px of the loader's square image, of which views are
-    image_views: ImageViews = "one"         # "each": an encoder's own size, from the original
+    image_size: Annotated[int, (16, 8192)] = 128  # px of the loader's square image, made into views
+    image_views: Literal["one", "each"] = "one"     # "each": each encoder's size, from the original
     caption_end: CaptionEnd = "eos"         # of stage 1's captions; LLaVA's is "newline"
     max_length: Count = 2048                # tokens of a conversation; LLaVA's; longer ones are cut
     group_batches: Count = 1                # batches sorted by length together; 8: little padding
     workers: Processes = 0                  # processes that load images; 0 suits images in memory
-
     # --- encoders, which differ in width, token count and resolution
     teachers: tuple[str, ...] = ("clip", "eva", "convnext")     # names of the fields below
     clip: str = encoder("vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 "
@@ -83,7 +63,6 @@ class Config:
     student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"
     compile: Literal["off", "on"] = "off"   # torch.compile of all models; for CUDA
     cache_teachers: str = "runs/teachers"   # folder that keeps the teachers' outputs; "": none
-
     # --- mixture of LoRA experts; "row" is a row of docs/differences.md
     mole_experts: CountOrZero = 3           # E, the paper's; 0: none
     mole_rank: Count = 8                    # r of one expert; 32 at width 1024
@@ -92,10 +71,9 @@ class Config:
     mole_form: MoleForm = "ffn"             # row 1
     mole_router_grad: RouterGrad = "straight_through"   # row 2; "none" is the paper's formula
     mole_init: MoleInit = "zero"            # row 3; so that the student starts as CLIP
-
     # --- loss
     lambda_kd: Weight = 1.0                 # lambda, the weight of L_kd
-    clip_share: Share = 0.4                 # CLIP's fixed share of the teacher weights
+    clip_share: Fraction = 0.4              # CLIP's fixed share of the teacher weights
     kd_token_weight: TokenWeight = "paper"                          # row 4
     kd_teacher_weight: TeacherWeight = "paper"                      # row 5
     kd_teacher_grad: Literal["detached", "attached"] = "detached"   # row 6
@@ -105,14 +83,12 @@ class Config:
     target_norm: TargetNorm = "layer"       # of the targets of student_to_teacher
     balance_weight: Weight = 0.01           # row 9; the paper's L_total has no such term
     balance_form: BalanceForm = "per_layer"                         # row 9
-
     # --- LLM
     llm: str = ""                           # folder or hub name of a causal LM; "": the tiny one
     lm_dim: Count = 96                      # D of the tiny one
     lm_depth: Count = 3
     lm_heads: Count = 4
     lm_hidden: Count = 256                  # SwiGLU's inner width, 8/3 of D
-
     # --- stages
     stage0_scale: Weight = 1.0              # multiplies stage 0's steps; small for a smoke run
     stage0_pictures: Literal["world", "data"] = "world"  # "data": the toys learn the set's own
@@ -122,13 +98,12 @@ class Config:
     stage2_epochs: Weight = 5.0             # LLaVA's is 1, of 665k; here 2,500. 0: left out
     stage2_batch: Count = 16                # likewise
     stage2_lr: Weight = 1e-3                # a 7B LLM wants 2e-5; at width 96 too little
-    warmup: Share = 0.03                    # share of the steps, LLaVA's
+    warmup: Fraction = 0.03                 # of the steps; LLaVA's
     grad_clip: Weight = 1.0                 # norm, against an odd batch; 0: no clipping
     max_steps: CountOrZero = 0              # stop each stage after so many steps; 0: run it all
-
-    # --- machine: no value changes what is computed, but for bf16's rounding, for L_balance, whose
-    # shares are those of a micro-batch, and for the masks that LoRA dropout draws in a process
-    processes: Processes = 0                # on this machine; 0: one a GPU, on a CPU one
+    # --- machine: no value changes what is computed, except bf16's rounding, L_balance, which
+    # counts the tokens of a micro-batch, and the masks that LoRA dropout draws in each process
+    processes: Processes = 0                # on this machine; 0: one per GPU, one on a CPU
     micro_batch: CountOrZero = 0            # at most so many samples at once in a process; 0: all
     precision: Literal["fp32", "bf16"] = "fp32"     # of arithmetic; no gain on a CPU
     recompute: bool = False                 # activation checkpointing: more time, less memory
@@ -136,24 +111,21 @@ class Config:
     keep: Count = 2                         # checkpoints
     overwrite: bool = False                 # a finished run in the folder may go
     skip_damaged: bool = False              # --resume takes an older checkpoint for a damaged one
-
+    # --- logs and answers
     log_every: Count = 10                   # steps
     tensorboard: str = ""                   # folder for its events, if it is installed; "": none
     max_new_tokens: Count = 16              # of a generated answer; an endless one must end
     eval_batch: Count = 256                 # questions answered at once
 
 
+STAND_INS = ("clip", "eva", "convnext")  # the encoders that stage 0 can make
 ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("encoder"))
-# what a resumed run may change
 MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute", "save_every",
-           "skip_damaged", "tensorboard", "workers")
-# what an evaluation may change
+           "skip_damaged", "tensorboard", "workers")            # what a resumed run may change
 EVALUATION = ("allow_outside", "device", "eval_batch", "eval_data", "eval_split", "image_folder",
-              "max_length", "max_new_tokens", "n_eval")
-RENAMED = {"kd_alpha": "clip_share"}  # keys in the config.json of older runs
+              "max_length", "max_new_tokens", "n_eval")         # what an evaluation may change
 
-# What differs from TINY, side by side. SMALL is for one consumer GPU or a patient laptop; nobody
-# has tuned it. FULL holds the published values.
+# What differs from TINY. SMALL is for one consumer GPU, and untuned; FULL has the published values.
 LARGER = {
     # field             SMALL                                  FULL
     "out":              ("runs/small",                         "runs/full"),
@@ -217,21 +189,24 @@ RECIPE_NAMES = ("paper", "released", "ours")
 
 
 def recipe(name: str) -> dict:
-    """The fields that a recipe sets, and their values."""
+    """Return the fields that a recipe sets, and their values."""
     column = RECIPE_NAMES.index(name)
-    rows = {field: values[column] for field, values in RECIPES.items()}
-    return {field: value for field, value in rows.items() if value is not None}
+    fields = {field: values[column] for field, values in RECIPES.items()}
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def is_real(spec: str) -> bool:
+    """Return whether a spec asks for pretrained weights: its timm name has a tag, after a dot."""
+    return "." in spec.split()[0]
 
 
 def flag(name: str) -> str:
-    """The flag of a field."""
+    """Return the flag of a field."""
     return "--" + name.replace("_", "-")
 
 
 def plain_type(field: dataclasses.Field):
-    """str, bool, int, float, tuple or a Literal: the type of a field without its range."""
-    if typing.get_origin(field.type) is tuple:
-        return tuple
-    if typing.get_origin(field.type) is Annotated:
-        return typing.get_args(field.type)[0]
-    return field.type
+    """Return a field's type without its range: str, bool, int, float, tuple or a Literal."""
+    if get_origin(field.type) is Literal:
+        return field.type
+    return getattr(field.type, "__origin__", field.type)  # int of Annotated[int, (1, 9)]

@@ -1,156 +1,152 @@
-"""Files: JSON, tensors with checksums, names for what is not whole yet; and torch's FLOP counter.
+"""Files: atomic writes, JSON, tensors with checksums; and torch's FLOP counter."""
 
-The lowest floor of the folders: tiny/, real/ and the rest of plumbing/ stand on it.
-"""
-
+import contextlib
 import glob
 import hashlib
 import json
 import os
 import platform
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError
 
-# ------------------------------------------------------------------------------------------------
-# JSON
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write a file to; when the block ends, it replaces `path`.
+
+    A reader sees the old file or the new one, never half of one. If the block fails, the old file
+    stays. Raises OSError that names `path`: a full disk names no file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name that only this process uses, so that two runs may write a file at once.
+
+    Deletes what ended processes of this machine left under such names.
+    """
+    stem = f"{path.name}.{platform.node()}-"
+    for leftover in path.parent.glob(f"{glob.escape(stem)}*.tmp"):
+        process = leftover.name.removeprefix(stem).removesuffix(".tmp")
+        if process.isdigit() and not is_alive(int(process)):
+            leftover.unlink(missing_ok=True)
+    return path.with_name(f"{stem}{os.getpid()}.tmp")
+
+
+def is_alive(process: int) -> bool:
+    """Return whether a process exists; on Windows, where asking would end it, True."""
+    try:
+        if os.name != "nt":
+            os.kill(process, 0)
+    except OSError as e:
+        return isinstance(e, PermissionError)  # another user's process
+    return True
+
+
+def require_file(path: Path, remedy: str = "") -> None:
+    """Raise InputError unless a path is a regular file: reading a pipe would wait forever."""
+    if not path.is_file():
+        fault = "is no regular file" if path.exists() else "no such file"
+        raise InputError(f"{path}: {fault}{remedy}")
+
+
+# --- JSON: UTF-8 whatever the locale
 
 def read_json(path: Path):
-    """The value of a JSON file, or the list of the values of a JSON Lines file.
+    """Return the value of a JSON file, or a list of the values of a JSON Lines file.
 
-    It is UTF-8 whatever the locale, with a byte order mark or without. Raises InputError if it is
-    missing, unreadable or not JSON.
+    It may begin with a byte order mark. Raises InputError if it is missing or not JSON.
     """
     path = Path(path)
-    if not path.is_file():  # a pipe would be waited for
-        fault = "is no regular file" if path.exists() else "no such file"
-        raise InputError(f"{path}: {fault}")
+    require_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text)
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: not valid JSON: not UTF-8: {e}") from None
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror}") from None
-    try:
-        return json.loads(text)
     except RecursionError:
         raise InputError(f"{path}: not valid JSON: nested too deep") from None
     except json.JSONDecodeError as e:
         fault = e
     try:
-        lines = [line for line in text.splitlines() if line.strip()]
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
     except (json.JSONDecodeError, RecursionError):
         raise InputError(f"{path}: not valid JSON: {fault}") from None
 
 
 def write_json(path: Path, value) -> None:
-    """Write a JSON file atomically: a reader sees the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a JSON file atomically. Raises OSError."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise OSError(e.errno, e.strerror, str(path)) from None  # a full disk names no file
-    temporary.replace(path)
 
 
 def digest(*texts: str) -> str:
-    """A hash of texts."""
+    """Return a hash of texts."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------
-# Tensors on disk: written whole, and read only if they are as they were written. Every tensor's
-# checksum stands in the file's own header, so it moves and is copied with the file.
-
+# --- tensors: each one's checksum stands in the header of its file, and is copied with it
 
 def checksum(tensor: torch.Tensor) -> int:
-    """CRC-32 of a tensor's bytes."""
+    """Return the CRC-32 of a tensor's bytes."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return zlib.crc32(flat.view(torch.uint8).numpy())
 
 
-def temporary_name(path: Path) -> Path:
-    """A name of this process's own for a file that is not whole yet: two runs may write it at once.
-
-    What a process of this machine has left under such a name, and is dead, is deleted.
-    """
-    stem = f"{path.name}.{platform.node()}-"
-    for left in path.parent.glob(f"{glob.escape(stem)}*.tmp"):
-        process = left.name.removeprefix(stem).removesuffix(".tmp")
-        if process.isdigit() and not is_alive(int(process)):
-            left.unlink(missing_ok=True)
-    return path.with_name(f"{stem}{os.getpid()}.tmp")
-
-
-def is_alive(process: int) -> bool:
-    """Whether there is such a process; on Windows, where asking would end it, yes."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
-
-
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about: str | float) -> None:
-    """A safetensors file, which appears under its name when it is whole. Raises OSError.
-
-    `about`, what is to be known of it, stands in its header beside the checksums: one text, for
-    safetensors keeps no order of several.
-    """
+    """Write a safetensors file atomically, with `about` in its header. Raises OSError."""
     copies = {}
     for name, tensor in tensors.items():  # tied weights share memory, which no file can hold
         copies[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     about["crc32"] = {name: checksum(tensor) for name, tensor in copies.items()}
-    temporary = temporary_name(path)
-    try:
-        save_file(copies, temporary, metadata={"about": json.dumps(about)})
-    except SafetensorError as e:
-        temporary.unlink(missing_ok=True)
-        raise OSError(0, f"cannot be written: {e}", str(path)) from None
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)  # as any other file: the library makes it private
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # any other file's: safetensors makes its own private
+        try:  # one text, because safetensors keeps no order of several
+            save_file(copies, temporary, metadata={"about": json.dumps(about)})
+        except SafetensorError as e:
+            raise OSError(0, f"cannot be written: {e}") from None
+        temporary.chmod(mode)
 
 
 def read_about(path: Path) -> dict:
-    """What the header of a file says of it; nothing if there is none to read."""
-    if not path.is_file():  # a pipe would be waited for
-        return {}
+    """Return what write_tensors was told about a file; {} if it has no such header."""
     try:
+        require_file(path)
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("about", "{}"))
-    except (SafetensorError, ValueError, OSError):
+            return json.loads(file.metadata()["about"])
+    except (SafetensorError, ValueError, OSError, TypeError, KeyError):
         return {}
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file.
+    """Return the tensors of a file.
 
-    Raises InputError, which ends with the remedy, if it is no regular file, is cut, is not what was
-    written (a file of an older version has no checksums to tell), or holds nan or inf.
+    Raises InputError, which ends with the remedy, if it is missing, is cut, has changed since it
+    was written, or holds a value that is NaN or infinite.
     """
-    if not path.is_file():
-        fault = "is no regular file" if path.exists() else "no such file"
-        raise InputError(f"{path}: {fault}; {remedy}")
+    require_file(path, f"; {remedy}")
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError, OSError) as e:
         raise InputError(f"{path}: damaged: {str(e).splitlines()[0]}; {remedy}") from None
     sums = read_about(path).get("crc32", {})
@@ -162,32 +158,27 @@ def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# ------------------------------------------------------------------------------------------------
-# FLOPs: torch's counter takes the CPU's fused attention for 0, and before torch 2.14 it fails where
-# keys have fewer heads than queries.
-
-FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
-
-
-def _as_many_heads(shape, q) -> tuple:
-    """The shape of keys or values, (B, heads, T, width), with the heads of the queries."""
-    return shape[0], q[1], *shape[2:]
-
+# --- FLOPs: torch's counter takes the CPU's fused attention for 0, and before torch 2.14 it fails
+# if keys have fewer heads than queries. Shapes: (B, h, T, d), of keys and values (B, h', T', d).
 
 def _forward(q, k, v, *_, **__) -> int:
-    return sdpa_flop_count(q, _as_many_heads(k, q), _as_many_heads(v, q))
+    """Return the FLOPs of q k^T and of its product with v."""
+    B, h, T, d = q
+    return 2 * B * h * T * k[2] * (d + v[3])
 
 
 def _backward(grad, q, k, v, *_, **__) -> int:
-    return sdpa_backward_flop_count(grad, q, _as_many_heads(k, q), _as_many_heads(v, q))
+    """Return the FLOPs of q k^T again, of its gradient, and of those of q, k and v."""
+    B, h, T, d = q
+    return 2 * B * h * T * k[2] * (3 * d + 2 * v[3])
 
 
 def flop_counter() -> FlopCounterMode:
-    """A context that counts the FLOPs of what runs inside it: `counter.get_total_flops()`."""
-    aten = torch.ops.aten
+    """Return a context that counts what runs inside it: `counter.get_total_flops()`."""
     mapping = {}
-    for name in FUSED:
-        mapping[getattr(aten, f"_scaled_dot_product_{name}")] = _forward
-        mapping[getattr(aten, f"_scaled_dot_product_{name}_backward")] = _backward
-    mapping[aten._scaled_dot_product_attention_math_for_mps] = _forward  # Apple's, without backward
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention",
+                 "cudnn_attention"):
+        name = f"_scaled_dot_product_{kind}"
+        mapping[getattr(torch.ops.aten, name)] = _forward
+        mapping[getattr(torch.ops.aten, f"{name}_backward")] = _backward
     return FlopCounterMode(display=False, custom_mapping=mapping)

@@ -2,40 +2,24 @@
 
 import argparse
 import dataclasses
-import typing
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 from data import InputError
+from plumbing import config
 from plumbing.checks import check_config, check_value
 from plumbing.cli import Parser
-from plumbing.config import (EVALUATION, MACHINE, PRESETS, RECIPE_NAMES, RENAMED, Config, flag,
-                             plain_type, recipe)
+from plumbing.config import EVALUATION, MACHINE, Config, flag, plain_type
 from plumbing.files import read_json
-from real.released_checkpoint import released_config
-
-
-def add_field(parser: Parser, field: dataclasses.Field) -> None:
-    """Make a flag of a field of Config."""
-    kind = plain_type(field)
-    options = {"type": kind}
-    if typing.get_origin(kind) is Literal:  # check_value looks at it, as at a config.json's
-        options = {"metavar": "{" + ",".join(typing.get_args(kind)) + "}"}
-    elif kind is tuple:
-        options = {"type": str, "nargs": "+"}
-    elif kind is bool:
-        options = {"action": argparse.BooleanOptionalAction}
-    parser.add_argument(flag(field.name), default=argparse.SUPPRESS,
-                        help=f"default {field.default!r}", **options)
 
 
 def parse_config(argv: list[str] | None, description: str = "") -> Config:
-    """The Config of a new run. Raises InputError for an unknown flag or a value that cannot be."""
+    """Return the Config of a new run. Raises InputError for an unknown flag or a bad value."""
     return parse_flags(argv, description)[0]
 
 
 def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, str]:
-    """The Config, and what is to be done: "train", "resume" or "evaluate"."""
+    """Return the Config, and the mode: "train", "resume" or "evaluate"."""
     parser = Parser(description)
     start = parser.add_mutually_exclusive_group(required=True)
     for name, text in (("tiny", "laptop CPU, no download"),
@@ -47,19 +31,28 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
                        f"checkpoint; with {', '.join(map(flag, MACHINE))} only")
     start.add_argument("--evaluate", metavar="RUN", help="a run folder, to evaluate it; with "
                        f"{', '.join(map(flag, EVALUATION))} only")
-    parser.add_argument("--recipe", choices=RECIPE_NAMES,
+    parser.add_argument("--recipe", choices=config.RECIPE_NAMES, default=argparse.SUPPRESS,
                         help="rows 1-9 of docs/differences.md as in the paper, or as released")
     for field in dataclasses.fields(Config):
-        add_field(parser, field)
+        kind = plain_type(field)
+        options = {"type": kind}
+        if get_origin(kind) is Literal:  # check_value looks at it, as at a config.json's
+            options = {"metavar": "{" + ",".join(get_args(kind)) + "}"}
+        elif kind is tuple:
+            options = {"type": str, "nargs": "+"}
+        elif kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag(field.name), default=argparse.SUPPRESS,
+                            help=f"default {field.default!r}", **options)
 
     flags = vars(parser.parse_args(argv))
-    starts = {key: flags.pop(key) for key in ("resume", "evaluate")}
-    preset, file, name = (flags.pop(key) for key in ("preset", "config", "recipe"))
+    preset, file = flags.pop("preset"), flags.pop("config")
+    runs = {mode: flags.pop(mode) for mode in ("resume", "evaluate")}
     for mode, may_change in (("resume", MACHINE), ("evaluate", EVALUATION)):
-        if starts[mode]:
-            return of_a_run(Path(starts[mode]), mode, may_change, flags, name), mode
-    base = load_config(Path(file)) if file else PRESETS[preset]
-    rows = recipe(name) if name else {}
+        if runs[mode]:
+            return of_a_run(Path(runs[mode]), mode, may_change, flags), mode
+    base = load_config(Path(file)) if file else config.PRESETS[preset]
+    rows = config.recipe(flags.pop("recipe")) if "recipe" in flags else {}
     c = dataclasses.replace(base, **{**rows, **flags})
     c.teachers = tuple(c.teachers)  # argparse gives a list
     if c.init_from:
@@ -68,12 +61,9 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
     return c, "train"
 
 
-def of_a_run(run: Path, mode: str, may_change: tuple, flags: dict, recipe_name: str | None
-             ) -> Config:
-    """The Config of a run that is resumed or evaluated, with the few flags that may change it."""
+def of_a_run(run: Path, mode: str, may_change: tuple, flags: dict) -> Config:
+    """Return the Config of a run that is resumed or evaluated, changed by the few flags allowed."""
     fixed = [flag(key) for key in flags if key not in may_change]
-    if recipe_name:
-        fixed.insert(0, "--recipe")
     if fixed:
         raise InputError(f"{fixed[0]}: with --{mode} a run keeps what its config.json says; only "
                          f"{', '.join(map(flag, may_change))} may be given")
@@ -83,7 +73,8 @@ def of_a_run(run: Path, mode: str, may_change: tuple, flags: dict, recipe_name: 
 
 
 def with_init(c: Config) -> Config:
-    """A checkpoint to start from decides the student's shape and experts, and the LLM."""
+    """Take the student's shape and experts, and the LLM, from the checkpoint to start from."""
+    from real.released_checkpoint import released_config
     folder = Path(c.init_from)
     released = released_config(folder)
     if released:
@@ -95,22 +86,17 @@ def with_init(c: Config) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """The Config of a JSON file; a missing key has TINY's value.
-
-    Raises InputError for a key that Config lacks.
-    """
+    """Read a Config from JSON; a missing key has TINY's value. A wrong one raises InputError."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: is not a JSON object")
-    values = {RENAMED.get(key, key): value for key, value in values.items()}
-    known = {field.name for field in dataclasses.fields(Config)}
-    unknown = sorted(set(values) - known)
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    unknown = sorted(set(values) - set(fields))
     if unknown:
         raise InputError(f"{path}: unknown key {unknown[0]!r}; a config has the keys of Config in "
                          "plumbing/config.py")
     if isinstance(values.get("teachers"), list):
         values["teachers"] = tuple(values["teachers"])  # JSON has lists only
-    for field in dataclasses.fields(Config):
-        if field.name in values:
-            check_value(f"{path}: {field.name}", field, values[field.name])
+    for name, value in values.items():
+        check_value(f"{path}: {name}", fields[name], value)
     return Config(**values)

@@ -1,7 +1,6 @@
-"""The folder of a run: one run in it, places that can be written, where to go on from."""
+"""The folder of a run: one run at a time in it, what is written there, where to go on from."""
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -12,52 +11,69 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
+from huggingface_hub import split_torch_state_dict_into_shards
 
 from data import InputError
-from plumbing.checkpoints import Progress, newest_checkpoint, saved_checkpoints
+from model import MoVEKD
+from plumbing import checkpoints, files, sets, sharding
+from plumbing.checkpoints import Progress
 from plumbing.config import Config
-from plumbing.files import digest, write_json
-from real.records import images_of, rows_digest
 
 try:
     import fcntl
     import resource
-except ImportError:  # Windows
+except ImportError:  # Windows has neither file locks nor resource usage
     fcntl = resource = None
 
-ENDS = ("result.json", "evaluation.json")  # what is said of a run when it is over
+RESULTS = ("result.json", "evaluation.json")    # written when training is over
 FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
-         "samples.png", "held_out.json", "model.safetensors", *ENDS)  # of a run
+         "samples.png", "held_out.json", "model.safetensors", *RESULTS)
 
 
 def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
-    """(a lock on the run folder, the checkpoint to go on from or None, where the run stands).
-
-    The first process holds the lock for as long as it keeps it. Raises InputError.
-    """
-    lock = None
+    """Return the lock (rank 0's), the checkpoint to resume or None, and the run's Progress."""
+    out = Path(c.out)
+    lock = None     # closed, it lets another run in
     if first:
         lock = lock_run_folder(c, resumed)
-        try_places(c)
-    checkpoint, progress = find_start(c, resumed)
-    return lock, checkpoint, progress
+        # what the run will not be able to write ends it now, before any work
+        for path in [out / name for name in FILES]:
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: is no regular file, and the run writes one of that "
+                                 "name; move it away, or name another --out")
+        cache = [Path(c.cache_teachers)] if c.cache_teachers and c.lambda_kd else []
+        for path in (out, *cache):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=path) as file:
+                    file.write(b"x")
+            except OSError as e:
+                raise InputError(f"{path}: cannot be written: {e.strerror}") from None
+    folder = out / "checkpoints"
+    if resumed:
+        path, progress = checkpoints.newest_checkpoint(folder, c.skip_damaged)
+        return lock, path, Progress(**progress)
+    if checkpoints.saved_checkpoints(folder):
+        if not c.overwrite:
+            raise InputError(f"--out {c.out}: holds checkpoints of an earlier run; go on with "
+                             f"`python train.py --resume {c.out}`, name another --out, or add "
+                             "--overwrite")
+        shutil.rmtree(folder)
+    return lock, None, Progress()
 
 
 def lock_run_folder(c: Config, resumed: bool):
-    """An open file that no other run can hold at the same time.
-
-    Raises InputError if another run is in it, or a finished one that is not to be overwritten.
-    """
+    """Return an open file that only one run can hold. Raises InputError if the folder is taken."""
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "run.lock", "a+", encoding="utf-8")
-    if fcntl:  # Windows has no such lock
-        try:
+    file = open(out / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115, it holds the lock
+    try:
+        if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(f"--out {out}: a run is in it, {file.read().strip()}; wait for it, or "
-                             "name another --out") from None
+    except BlockingIOError:
+        file.seek(0)
+        raise InputError(f"--out {out}: a run is in it, {file.read().strip()}; wait for it, or "
+                         "name another --out") from None
     if (out / "result.json").exists() and not resumed and not c.overwrite:
         raise InputError(f"--out {out}: holds a finished run; name another --out, or add "
                          "--overwrite")
@@ -69,59 +85,18 @@ def lock_run_folder(c: Config, resumed: bool):
     return file
 
 
-def try_places(c: Config) -> None:
-    """Raise InputError for a place where the run will not be able to write, before any work."""
-    out = Path(c.out)
-    for name in FILES:
-        path = out / name
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: is no regular file, and the run writes one of that name; "
-                             "move it away, or name another --out")
-    folders = [out]
-    if c.cache_teachers and c.lambda_kd:
-        folders.append(Path(c.cache_teachers))
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(b"x")
-        except OSError as e:
-            raise InputError(f"{folder}: cannot be written: {e.strerror}") from None
-
-
-def find_start(c: Config, resumed: bool) -> tuple[Path | None, Progress]:
-    """The checkpoint to go on from, if any, and where the run stands.
-
-    Raises InputError if there is none to resume from, or one that a new run would overwrite.
-    """
-    folder = Path(c.out) / "checkpoints"
-    if resumed:
-        path, meta = newest_checkpoint(folder, c.skip_damaged)
-        return path, Progress(**meta)
-    if saved_checkpoints(folder):
-        if not c.overwrite:
-            raise InputError(f"--out {c.out}: holds checkpoints of an earlier run; go on with "
-                             f"`python train.py --resume {c.out}`, name another --out, or add "
-                             "--overwrite")
-        shutil.rmtree(folder)
-    return None, Progress()
-
-
-def check_data(c: Config, sets: dict, tokenizer, progress: Progress, resumed: bool) -> None:
-    """Note a fingerprint of what the run is trained on, or compare it with a checkpoint's.
-
-    Raises InputError, which names the file, if rows, words or images have changed since.
-    """
-    files = {"pretrain": c.pretrain_data or c.data or c.data_root, "train": c.data or c.data_root}
+def check_data(c: Config, data: dict, tokenizer, progress: Progress, resumed: bool) -> None:
+    """Note a new run's fingerprint of its data; raise InputError if a resumed run's has changed."""
+    sources = {"pretrain": c.pretrain_data or c.data or c.data_root, "train": c.data or c.data_root}
     found = {}
-    for name, file in files.items():
-        records, get_image = sets[name]
-        found[f"{file or 'the tiny world'} ({name} rows)"] = rows_digest(records)
+    for name, file in sources.items():
+        records, get_image = data[name]
+        found[f"{file or 'the tiny world'} ({name} rows)"] = sets.rows_digest(records)
         if not c.data_root:  # half a million files are too many to look at
-            images = list(images_of([sets[name]]))
+            images = list(sets.images_of([data[name]]))
             found[f"{get_image.source} ({name} images)"] = get_image.fingerprint(images)
     if not c.llm:
-        found["the words of the data"] = digest(*tokenizer.vocabulary)
+        found["the words of the data"] = files.digest(*tokenizer.vocabulary)
     if not resumed:
         progress.data = found
         return
@@ -132,44 +107,55 @@ def check_data(c: Config, sets: dict, tokenizer, progress: Progress, resumed: bo
 
 
 def start_run_folder(c: Config, tokenizer, resumed: bool) -> None:
-    """What a run folder says from its first minute on: config, versions, words.
-
-    What an earlier run left goes; of a run that is resumed only what its end had written.
-    """
+    """Delete an earlier run, or a resumed one's results; write config, versions and words."""
     out = Path(c.out)
-    for name in ENDS if resumed else FILES:
-        try:
-            (out / name).unlink(missing_ok=True)
-        except PermissionError:
-            if not name.endswith(".png"):  # Windows: a picture that is looked at stays
-                raise
+    for name in RESULTS if resumed else FILES:
+        (out / name).unlink(missing_ok=True)
     for old in out.glob("model*.safetensors*"):
         old.unlink()
-    write_json(out / "config.json", dataclasses.asdict(c))
-    versions = {"python": platform.python_version()}
-    for library in (torch, torchvision, timm):
-        versions[library.__name__] = library.__version__
+    files.write_json(out / "config.json", dataclasses.asdict(c))
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": torchvision.__version__, "timm": timm.__version__}
     if c.llm:
         versions["transformers"] = sys.modules["transformers"].__version__
     else:
-        write_json(out / "vocabulary.json", tokenizer.vocabulary)
-    write_json(out / "versions.json", versions)
+        files.write_json(out / "vocabulary.json", tokenizer.vocabulary)
+    files.write_json(out / "versions.json", versions)
+
+
+def export(c: Config, first: bool, model: MoVEKD, tokenizer) -> None:
+    """Save the final weights, with a real LLM's config and tokenizer: all that load_run reads."""
+    checkpoints.check_parameters(model)
+    state = sharding.full_state(model)      # all processes gather, the first one writes
+    if not first:
+        return
+    if c.precision == "bf16":
+        for name, tensor in state.items():
+            state[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
+    out = Path(c.out)
+    about = {} if c.llm else {"words": files.digest(*tokenizer.vocabulary)}
+    # one file; above 5 GB several, and their index
+    shards = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
+    for file, names in shards.filename_to_tensors.items():
+        files.write_tensors(out / file, {name: state[name] for name in names}, **about)
+    if shards.is_sharded:
+        files.write_json(out / "model.safetensors.index.json",
+                         {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+    if c.llm:
+        model.vlm.llm.model.config.save_pretrained(out / "llm")
+        tokenizer.tokenizer.save_pretrained(out / "llm")
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of a run's log.jsonl."""
-    text = (folder / "log.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    """Return the lines of a run's log.jsonl."""
+    lines = files.read_json(folder / "log.jsonl")
+    return lines if isinstance(lines, list) else [lines]    # one line alone is a JSON file
 
 
 def peak_rss_mb() -> float:
-    """Peak memory of the largest process of the run, this one or one of stage 0, in MB.
-
-    0 on Windows, which has other means to ask.
-    """
+    """Return the peak memory in MB of this process or one of stage 0; 0 if it is unknown."""
     if resource is None:
         return 0.0
-    peaks = [resource.getrusage(who).ru_maxrss
-             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    in_bytes = sys.platform == "darwin"
-    return max(peaks) / (2 ** 20 if in_bytes else 1024)
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(who).ru_maxrss for who in processes)
+    return peak / (2 ** 20 if sys.platform == "darwin" else 1024)   # bytes on macOS, else KB

@@ -1,32 +1,37 @@
-"""From a Config to the data of a run: records and images of each set, their words, the datasets."""
+"""The data of a run: records and images of each set, the words, the datasets, and their batches."""
 
+import atexit
+import dataclasses
+import functools
+import gc
+import hashlib
 import itertools
+import json
+import multiprocessing
+import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from data import Conversations, InputError, conversation_ids
+import torch
+from torch.utils.data import DataLoader
+
+from data import Conversations, InputError, collate
 from plumbing.config import Config
 from plumbing.files import digest, read_about, read_json
-from real.image_files import DiskImages, Size
-from real.pretrained_llm import PretrainedTokenizer
-from real.records import place_of, read_records, select_rows
+from plumbing.signals import SIGNALS
 from teachers import parse_spec
 from tiny.llm import WordTokenizer
-from tiny.world import tiny_set
 
-LLAVA_FILES = {  # set: (JSON file, folder of its images), both below --data-root
-    "pretrain": ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images"),
-    "train": ("llava_v1_5_mix665k.json", "."),
-}
+# set: (JSON file, folder of its images), both below --data-root
+LLAVA_FILES = {"pretrain": ("LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images"),
+               "train": ("llava_v1_5_mix665k.json", ".")}
 LLAVA_IMAGES = ("LLaVA-Pretrain/images", "coco/train2017", "gqa/images", "ocr_vqa/images",
                 "textvqa/train_images", "vg/VG_100K", "vg/VG_100K_2")
 
 
 def llava_layout(root: Path) -> dict[str, tuple[Path, Path]]:
-    """(JSON file, image folder) of LLaVA's 558k captions and 665k conversations under `root`.
-
-    They are laid out as LLaVA's docs/Data.md says. Raises InputError, with the layout, if a part
-    is missing.
-    """
+    """Return (JSON file, image folder) of LLaVA's two sets under `root`. Raises InputError."""
     files = [file for file, _ in LLAVA_FILES.values()]
     for part in (*files, *LLAVA_IMAGES):
         if not (root / part).exists():
@@ -37,21 +42,19 @@ def llava_layout(root: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def load_sets(c: Config) -> dict[str, tuple]:
-    """(records, get_image) of "pretrain", "train" and "eval": the one place that knows which."""
+    """Return (records, get_image) of "pretrain", "train" and, if there is one, "eval"."""
+    sets = {}
     if c.data_root:
-        sets = {}
         for name, (file, folder) in llava_layout(Path(c.data_root)).items():
-            # too many images to open them all beforehand
-            records = read_records(file, folder, c.skip_bad)
-            sets[name] = (records, DiskImages(folder, training_size(c), c.allow_outside))
+            # There are too many images to open them all beforehand.
+            sets[name] = file_set(c, file, folder, training_size(c), open_images=False)
     elif c.data:
-        folder = image_folder(c)
-        size = training_size(c)
-        sets = {"pretrain": checked_set(c, Path(c.pretrain_data or c.data), folder, size),
-                "train": checked_set(c, Path(c.data), folder, size)}
+        for name, file in (("pretrain", c.pretrain_data or c.data), ("train", c.data)):
+            sets[name] = file_set(c, Path(file), image_folder(c), training_size(c))
     else:
-        sets = {"pretrain": tiny_set("pretrain", c.n_pretrain),
-                "train": tiny_set("train", c.n_train, c.n_described, c.n_text)}
+        from tiny.world import tiny_set
+        sets["pretrain"] = tiny_set("pretrain", c.n_pretrain)
+        sets["train"] = tiny_set("train", c.n_train, c.n_described, c.n_text)
     held_out = load_eval_set(c)
     if held_out:
         sets["eval"] = held_out
@@ -59,44 +62,45 @@ def load_sets(c: Config) -> dict[str, tuple]:
 
 
 def image_folder(c: Config) -> Path:
-    """Where the images of --data are."""
-    return Path(c.image_folder or Path(c.data).parent)
+    """Return the folder of the images of --data and --eval-data."""
+    return Path(c.image_folder or Path(c.data or c.eval_data).parent)
 
 
 def load_eval_set(c: Config) -> tuple | None:
-    """(records, get_image) of the held-out questions, if there are any."""
+    """Return (records, get_image) of the held-out questions, or None if there are none."""
     if c.eval_data:
-        folder = c.image_folder or Path(c.data or c.eval_data).parent
-        return checked_set(c, Path(c.eval_data), Path(folder), student_size(c))
-    return None if c.data_root else tiny_set(c.eval_split, c.n_eval)
+        return file_set(c, Path(c.eval_data), image_folder(c), student_size(c))
+    if c.data_root:
+        return None
+    from tiny.world import tiny_set
+    return tiny_set(c.eval_split, c.n_eval)
 
 
-def checked_set(c: Config, file: Path, folder: Path, size: Size) -> tuple:
-    """(records, get_image) of a file whose rows and images are all looked at beforehand."""
-    records = read_records(file, folder, c.skip_bad, DiskImages(folder, 16, c.allow_outside))
+def file_set(c: Config, file: Path, folder: Path, size: int | tuple[int, ...],
+             open_images: bool = True) -> tuple:
+    """Return (records, get_image) of a file whose rows, and images if asked, have been checked."""
+    from real.image_files import DiskImages
+    from real.records import read_records
+    smallest = DiskImages(folder, 16, c.allow_outside) if open_images else None
+    records = read_records(file, folder, c.skip_bad, smallest)
     return records, DiskImages(folder, size, c.allow_outside)
 
 
-def build_tokenizer(c: Config, sets: dict[str, tuple]) -> WordTokenizer | PretrainedTokenizer:
-    """The LLM's own tokenizer, or for the tiny one a word a token, the words those of the data.
-
-    The words of a run to start from keep their numbers, and new words come after them.
-    """
+def build_tokenizer(c: Config, sets: dict[str, tuple]):
+    """Return the LLM's own tokenizer; for the tiny LLM one of whole words, those of the data."""
     if c.llm:
+        from real.pretrained_llm import PretrainedTokenizer
         return PretrainedTokenizer(c.llm)
     tokenizer = WordTokenizer.from_records(itertools.chain(sets["pretrain"][0], sets["train"][0]))
     if c.init_from:
-        known = read_words(Path(c.init_from))
+        known = read_words(Path(c.init_from))  # they keep their ids
         new = [word for word in tokenizer.vocabulary if word not in set(known)]
         tokenizer = WordTokenizer(known + new)
     return tokenizer
 
 
 def read_words(run: Path) -> list[str]:
-    """The words of a run's vocabulary.json, in the order of their numbers.
-
-    Raises InputError if it is no such list, or not the one that the run's weights know.
-    """
+    """Return the words of a run, in the order of their ids. Raises InputError if they changed."""
     file = run / "vocabulary.json"
     words = read_json(file)
     well_formed = isinstance(words, list) and all(isinstance(word, str) for word in words)
@@ -111,69 +115,128 @@ def read_words(run: Path) -> list[str]:
 
 
 def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict:
-    """{stage: its Conversations}, n image tokens each.
-
-    Stage 1 has captions, prompt "plain", or for want of captions conversations; text alone has
-    nothing to align. Stage 2 has conversations, prompt "v1".
-    """
+    """Return {stage: its Conversations}, with n image tokens for each image."""
+    # Stage 1 has captions, if there are any, and no row without an image: it has nothing to align.
     records, get_image = sets["pretrain"]
     rows = [row for row, record in enumerate(records) if "image" in record]
-    pictured = select_rows(records, rows)
-    if not pictured:
+    # Records of a file are read when they are used: a list of them would hold them all.
+    in_memory = isinstance(records, list)
+    pictured = [records[row] for row in rows] if in_memory else records.select(rows)
+    if not rows:
         raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
                          "nothing to align")
-    captions = not c.data or c.pretrain_data
-    template = "plain" if captions else "v1"
+    template = "plain" if c.pretrain_data or not c.data else "v1"
     return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
                              c.caption_end),
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
 
 
-def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
-    """Raise InputError for a prompt that leaves no room for an answer, before anything is trained.
-
-    Of the training rows their first question, of the held-out ones every question.
-    """
-    files = {"train": c.data or c.data_root, "eval": c.eval_data}
-    for name in ("train", "eval"):
-        records, _ = sets.get(name, ([], None))
-        for row, record in enumerate(records):
-            turns = record["conversations"]
-            turns = turns[:1] if name == "train" else turns[:-1]
-            # a token has at least one character: most rows need not be tokenised
-            if sum(len(turn["value"]) for turn in turns) + n + 300 < c.max_length:
-                continue
-            ids, _ = conversation_ids({**record, "conversations": turns}, "v1", tokenizer, n)
-            if len(ids) >= c.max_length and not (name == "train" and c.skip_bad):
-                place = f"{files[name] or 'the tiny world'}: {place_of(row, record)}"
-                raise InputError(f"{place} has a prompt of {len(ids)} tokens, and --max-length is "
-                                 f"{c.max_length}: shorten it or raise the flag")
+def rows_digest(records: Sequence) -> str:
+    """Return a hash of all rows: that of their JSON list."""
+    h = hashlib.sha256(b"[")
+    for row, record in enumerate(records):
+        text = json.dumps(record, sort_keys=True)
+        h.update((", " if row else "").encode() + text.encode())
+    h.update(b"]")
+    return h.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------
-# Sizes of the loader's image
+def images_of(sets: list[tuple]) -> dict:
+    """Return {image name: its get_image} of all images of some sets, sorted by name."""
+    source = {}
+    for records, get_image in sets:
+        source.update({record["image"]: get_image for record in records if "image" in record})
+    return dict(sorted(source.items()))
 
 
-def student_size(c: Config) -> Size:
-    """What the loader makes of a picture that only the student sees."""
-    return loader_size(c, c.teachers if c.student == "ensemble" else ("clip",))
+def student_size(c: Config) -> int | tuple[int, ...]:
+    """Return the size of the loader's image, or of its views, if only the student sees it."""
+    return training_size(dataclasses.replace(c, lambda_kd=0.0))
 
 
-def training_size(c: Config) -> Size:
-    """What the loader makes of a picture that is trained on; without L_kd no teacher sees it."""
-    if c.lambda_kd or c.student == "ensemble":
-        return loader_size(c, ("clip", *c.teachers))
-    return loader_size(c, ("clip",))
-
-
-def loader_size(c: Config, encoders: tuple[str, ...]) -> Size:
-    """The size of the loader's image, or the sizes that some encoders want from the original."""
+def training_size(c: Config) -> int | tuple[int, ...]:
+    """Return the size of a training image, or of its views; without L_kd no teacher sees them."""
     if c.image_views == "one":
         return c.image_size
-    return tuple(sorted({parse_spec(getattr(c, name))[1] for name in encoders}))
+    teachers = c.teachers if c.lambda_kd or c.student == "ensemble" else ()
+    return tuple(sorted({parse_spec(getattr(c, name))[1] for name in ("clip", *teachers)}))
 
 
-def image_bytes(size: Size) -> int:
-    """What the loader's image takes, or all of its views."""
-    sizes = size if isinstance(size, tuple) else (size,)
-    return sum(3 * pixels ** 2 for pixels in sizes)
+def image_bytes(size: int | tuple[int, ...]) -> int:
+    """Return the bytes of the loader's image, or of all of its views."""
+    return sum(3 * pixels ** 2 for pixels in (size if isinstance(size, tuple) else (size,)))
+
+
+def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int,
+                group: int = 1) -> list[list[int]]:
+    """Return the rows of each batch of an epoch, a function of the arguments alone.
+
+    A last, smaller batch is dropped, unless it is the only one. group > 1 saves padding: it sorts
+    runs of `group` batches by length, samples with and without an image apart.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000 + epoch)
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    if group == 1:
+        count = max(1, len(dataset) // batch_size)
+        return [order[k * batch_size:(k + 1) * batch_size] for k in range(count)]
+    sizes = dataset.sizes()
+    batches, left_over = [], []
+    for has_image in (True, False):
+        rows = [i for i in order if sizes[i][0] == has_image]
+        for k in range(0, len(rows), batch_size * group):
+            run = sorted(rows[k:k + batch_size * group], key=lambda i: sizes[i][1])
+            whole = len(run) - len(run) % batch_size
+            batches += [run[j:j + batch_size] for j in range(0, whole, batch_size)]
+            left_over += run[whole:]
+    batches += [left_over[j:j + batch_size] for j in range(0, len(left_over), batch_size)]
+    if len(batches) > 1 and len(batches[-1]) < batch_size:
+        batches.pop()
+    # Sorted runs would make long and short batches alternate: shuffle them.
+    return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def count_steps(rows: int, batch_size: int, epochs: float) -> int:
+    """Return the number of steps of a stage."""
+    return max(1, round(epochs * max(1, rows // batch_size)))
+
+
+def make_loader(dataset: Conversations, batch_size: int, epochs: float, seed: int, pad: int,
+                group: int = 1, pieces: int = 1, own_pieces: range = range(1), start: int = 0,
+                **options) -> DataLoader:
+    """Load the micro-batches of this process, from step `start` on; `options` are torch's."""
+    steps = count_steps(len(dataset), batch_size, epochs)
+    # Lazy, epoch after epoch: an order is drawn when its epoch begins.
+    orders = (batch_order(dataset, batch_size, seed, epoch, group) for epoch in itertools.count())
+    batches = itertools.islice(itertools.chain.from_iterable(orders), start, steps)
+    # Each batch is divided into `pieces` micro-batches; this process gets `own_pieces`.
+    rows = (batch[k::pieces] for batch in batches for k in own_pieces)
+    return DataLoader(dataset, batch_sampler=rows, collate_fn=functools.partial(collate, pad=pad),
+                      **options)
+
+
+# A forked worker shares the records with its parent, a spawned one gets a pickled copy. But macOS's
+# own libraries may fail after a fork, and Windows has none.
+START = "fork" if sys.platform == "linux" else "spawn"
+PREFETCH = 2  # batches that a worker makes in advance, torch's default
+
+
+def loader_options(c: Config) -> dict:
+    """Return the arguments of torch's DataLoader that a Config decides."""
+    options = {"num_workers": c.workers, "pin_memory": c.device == "cuda"}
+    if c.workers:
+        atexit.register(end_workers)
+        options.update(worker_init_fn=begin_worker, multiprocessing_context=START)
+    return options
+
+
+def begin_worker(worker: int) -> None:
+    """Leave signals to the run, which needs its loader to finish a step: all processes get them."""
+    gc.freeze()  # a collection writes into every object, and would copy the memory they share
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """Kill the workers at exit: they ignore the signal that Python sends and then waits for."""
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from model import VLM, MoVEKD
+from mole import mole_layers, router_probs
+from plumbing.config import Config
 from teachers import Teachers, VisionEncoder
 
 # what the student returns is a view, which nobody adds to in place
@@ -25,86 +27,65 @@ SHARD_TEACHERS_ABOVE = 500_000_000
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
-    """Activation checkpointing: a block keeps its input only, and runs again in backward.
+    """Checkpoint activations: a block keeps only its input, and runs again in backward.
 
-    It replaces the block's forward method, so that no parameter's name changes.
+    Its forward method is replaced, so that no parameter's name changes.
     """
     for block in blocks:
-        contexts = functools.partial(recompute_contexts, block)
+        # the contexts of a block's first and second run
+        contexts = functools.partial(lambda block: (nullcontext(), restore_probs(block)), block)
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                           context_fn=contexts)
 
 
-def recompute_contexts(block: nn.Module) -> tuple:
-    """What the first run of a block, and its second, run inside of."""
-    return nullcontext(), RestoreHeldTensors(block)
+@contextmanager
+def restore_probs(block: nn.Module):
+    """Give back to a block's MoLE, after its second run, the router probabilities of its first.
 
-
-class RestoreHeldTensors:
-    """Gives back to a block's modules, after its second run, the tensors that they held before it.
-
-    These are MoLE's router probabilities. Those of the second run would hold its graph, which never
-    runs backward, and with it the activations of every block so far. A class, for a block may run a
-    second time more than once.
+    Those of the second run would hold its graph, and with it the block's activations.
     """
-
-    def __init__(self, block: nn.Module):
-        self.block = block
-        self.held = []
-
-    def __enter__(self) -> None:
-        self.held = []
-        for module in self.block.modules():
-            for name, value in vars(module).items():
-                if torch.is_tensor(value):
-                    self.held.append((module, name, value))
-
-    def __exit__(self, *error) -> None:
-        for module, name, value in self.held:
-            setattr(module, name, value)
+    probs = router_probs(block)
+    try:
+        yield
+    finally:  # the second run is broken off as soon as backward has what it needs
+        for layer, p in zip(mole_layers(block), probs, strict=True):
+            layer.probs = p
 
 
 def cast_vlm(vlm: VLM, dtype: torch.dtype) -> None:
-    """Bring a VLM to another precision, but for the LLM's table of angles.
-
-    bf16 has three digits: at position 700 an angle would be wrong by 0.86.
-    """
-    vlm.student.to(dtype)
-    vlm.projector.to(dtype)
-    for p in vlm.llm.parameters():
+    """Convert a VLM to another precision, without the LLM's rotary angles: bf16 is too coarse."""
+    for p in vlm.parameters():
         p.data = p.data.to(dtype)
 
 
 def send_from_first(module: nn.Module, device: str) -> None:
-    """Bring a module to the device, in every process with the numbers of the first one's.
+    """Move a module to the device, in every process with the numbers of rank 0.
 
-    In the others it may be on the meta device, where it has none: so a machine holds one copy while
-    models are loaded. What is sharded stays as it is.
+    Other ranks may have built it on the meta device, without numbers, so that a machine holds one
+    copy while models are loaded. What is sharded already stays as it is.
     """
-    first = dist.get_rank() == 0
-    made = {}  # a tensor that two modules share stays one
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        module.to(device)
+        return
+    sent = {}  # a tensor that two modules share stays one
     for part in module.modules():
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         for name, tensor in own:
             if isinstance(tensor, DTensor):
                 continue
-            if tensor not in made:
-                if first:
-                    whole = tensor.detach().to(device).contiguous()
-                else:
-                    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            if tensor not in sent:
+                whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                if dist.get_rank() == 0:
+                    whole.copy_(tensor.detach())
                 dist.broadcast(whole, src=0)
                 if isinstance(tensor, nn.Parameter):
                     whole = nn.Parameter(whole, tensor.requires_grad)
-                made[tensor] = whole
-            setattr(part, name, made[tensor])
+                sent[tensor] = whole
+            setattr(part, name, sent[tensor])
 
 
 def compile_parts(model: MoVEKD, teachers: Teachers, **options) -> None:
-    """torch.compile of the student, the teachers, and what is elementwise in the LLM's layers.
-
-    These are its norms and its FFN; T differs from batch to batch, and is not compiled anew.
-    """
+    """Compile the student, the teachers, and the norms and FFNs of the LLM, for any length T."""
     for encoder in (model.vlm.student, *teachers.encoders.values()):
         encoder.compile(**options)
     for layer in model.vlm.llm.blocks:
@@ -113,13 +94,35 @@ def compile_parts(model: MoVEKD, teachers: Teachers, **options) -> None:
                 getattr(layer, name).compile(dynamic=True, **options)
 
 
+def place_models(model: MoVEKD, teachers: Teachers, c: Config, world: int) -> None:
+    """Move all models to their devices, in their precision, sharded and compiled as asked."""
+    bf16 = c.precision == "bf16"
+    if bf16:
+        teachers.bfloat16()
+    if c.recompute:
+        recompute(model.vlm.blocks)
+    if world > 1 or bf16:
+        # One unit for the student: all of it is smaller than two blocks of a 7B LLM.
+        units = [model.vlm.student, *model.vlm.llm.blocks]
+        shard(model, units, c.device, world, bf16)
+    else:
+        model.float().to(c.device)
+    for name, encoder in teachers.encoders.items():
+        large = sum(p.numel() for p in encoder.parameters()) > SHARD_TEACHERS_ABOVE
+        # CLIP stays whole: its [CLS] row reads the weights of a block from outside.
+        if world > 1 and name != "clip" and large:
+            shard_frozen(encoder, c.device, world)
+    teachers.to(c.device)
+    if c.compile == "on":
+        compile_parts(model, teachers)
+
+
 def shard(root: nn.Module, units: Iterable[nn.Module], device: str, world: int,
           bf16: bool) -> None:
-    """FSDP2: each process holds a part of every parameter, its gradient and optimizer state.
+    """Shard with FSDP2: each process holds a part of every parameter, gradient and Adam state.
 
-    All of these are fp32, and the numbers are the first process's. A unit is gathered, in bf16 if
-    asked for, when it runs; what is in no unit is gathered with the root, whose forward must
-    therefore be the one that is called. Gradients are reduced in fp32.
+    All of these are fp32, with the numbers of rank 0. A unit is gathered when it runs, in bf16 if
+    asked for; the rest is gathered with the root, so the root's forward is the one to call.
     """
     mesh = init_device_mesh(device, (world,))
     policy = MixedPrecisionPolicy()
@@ -132,11 +135,10 @@ def shard(root: nn.Module, units: Iterable[nn.Module], device: str, world: int,
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def note_what_trains(root: nn.Module) -> None:
-    """Let FSDP see, at the start of a stage, which parameters are trained in it.
+def refresh_trained(root: nn.Module) -> None:
+    """Tell FSDP which parameters train now. Call it at the start of a stage.
 
-    It looks when a unit is gathered for the first time, and torch below 2.14 gives a unit that is
-    frozen then no precision for gradients: stage 2 would end at its first backward.
+    Below torch 2.14 a unit that was frozen at first would else have no precision for gradients.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -144,25 +146,32 @@ def note_what_trains(root: nn.Module) -> None:
             module.reshard()
 
 
-def frozen_units(encoder: VisionEncoder) -> Iterable[nn.Module]:
-    """The parts of a teacher that are gathered one by one: its stages or blocks."""
-    return getattr(encoder.net, "stages", getattr(encoder.net, "blocks", ()))
-
-
 def shard_frozen(encoder: VisionEncoder, device: str, world: int) -> None:
-    """FSDP2 for a teacher that is too large to be held whole, in the precision that it has."""
+    """Shard a large teacher in the precision it has; its stages or blocks are gathered singly."""
     mesh = init_device_mesh(device, (world,))
-    for module in (*frozen_units(encoder), encoder):
+    units = getattr(encoder.net, "stages", getattr(encoder.net, "blocks", ()))
+    for module in (*units, encoder):
         fully_shard(module, mesh=mesh)
 
 
+def backward(model: nn.Module, loss: torch.Tensor, last: bool) -> None:
+    """Run backward of a micro-batch. Gradients are reduced over the processes after the last one.
+
+    The factor is the world size, because FSDP averages gradients.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        loss = loss * dist.get_world_size()
+    loss.backward()
+
+
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded, whole."""
+    """Return a tensor whole that may be sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def full_state(root: nn.Module) -> dict[str, torch.Tensor]:
-    """All tensors of a model, whole and on the CPU; only the first process gets them."""
+    """Return all tensors of a model, whole and on the CPU, to rank 0 only."""
     if not isinstance(root, FSDPModule):
         return root.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -11,6 +11,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
            if hasattr(signal, name)]
 
 
+class Stopped(Exception):
+    """A signal has ended the program; its text says at what, and what is lost."""
+
+
 def listen(handler: Callable) -> dict:
     """Call `handler(number, frame)` on each of SIGNALS; returns the former handlers.
 
@@ -21,6 +25,12 @@ def listen(handler: Callable) -> dict:
         if signal.getsignal(number) != signal.SIG_IGN:
             former[number] = signal.signal(number, handler)
     return former
+
+
+def block(on: bool) -> None:
+    """Let signals wait, or let them through. A process that is started meanwhile inherits it."""
+    if hasattr(signal, "pthread_sigmask"):  # Windows has none
+        signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, SIGNALS)
 
 
 def listen_while_loading() -> None:

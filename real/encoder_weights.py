@@ -21,32 +21,25 @@ HUB = "hub"  # in place of a file: the weights that timm's hub has under the nam
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 
 
-def is_real(spec: str) -> bool:
-    """Whether a spec asks for pretrained weights: its timm name has a tag, after the dot."""
-    return "." in parse_spec(spec)[0]
-
-
 def find_weights(spec: str, folder: str) -> Path | str:
-    """Where the weights of a real spec are: a file of `folder` named like the model, else HUB."""
+    """Return where a spec's weights are: a file of `folder` named like the model, else HUB."""
     name, *_ = parse_spec(spec)
-    if folder:
-        for ending in ENDINGS:
-            file = Path(folder) / (name + ending)
-            if file.exists():
-                return file
+    for ending in ENDINGS if folder else ():
+        file = Path(folder) / (name + ending)
+        if file.exists():
+            return file
     return HUB
 
 
 def load_net(spec: str, source: Path | str | None) -> nn.Module:
-    """The timm model of a spec with the weights of a file or of the HUB; None: random ones.
+    """Return the timm model of a spec with the weights of a file or of the HUB; None: random ones.
 
     Raises InputError if they cannot be had.
     """
-    if source is None:
-        return create_net(spec)
     if source != HUB:
         net = create_net(spec)
-        fill_net(net, source)
+        if source is not None:
+            fill_net(net, source)
         return net
     ask_hub()
     try:
@@ -62,8 +55,8 @@ def load_net(spec: str, source: Path | str | None) -> nn.Module:
 def fill_net(net: nn.Module, file: Path) -> None:
     """Fill a timm model from a file, in timm's layout or one that timm converts (OpenAI's, ...).
 
-    Position tables and patch embeddings are resized to the model. Strict, for timm itself only
-    warns when a file fits nowhere. Raises InputError.
+    Position tables and patch embeddings are resized to the model. It is strict, because timm itself
+    only warns when a file fits nowhere. Raises InputError.
     """
     try:
         state = timm.models.load_state_dict(str(file), weights_only=True)
@@ -81,20 +74,23 @@ def fill_net(net: nn.Module, file: Path) -> None:
     prefixes = tuple(head + "." for head in heads)
     own = net.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith(prefixes)}
+    load_strictly(net, state, f"{file}: does not fit {net.pretrained_cfg.get('architecture')}")
+
+
+def load_strictly(module: nn.Module, state: dict, fault: str) -> None:
+    """Fill a module. Raises InputError, `fault` and the first tensor that does not fit."""
     try:
-        net.load_state_dict(state)
+        module.load_state_dict(state)
     except RuntimeError as e:
-        fault = str(e).splitlines()[1].strip()[:200]
-        name = net.pretrained_cfg.get("architecture")
-        raise InputError(f"{file}: does not fit {name}: {fault}") from None
+        raise InputError(f"{fault}: {str(e).splitlines()[1].strip()[:200]}") from None
 
 
 @functools.cache
 def ask_hub() -> None:
-    """Call before a model hub is asked.
+    """Let the hub's tools look in their cache only if the hub cannot be reached.
 
-    Where it cannot be reached its tools would try for minutes; so they are told to look in their
-    cache only. Behind a proxy (HTTPS_PROXY, ALL_PROXY, less NO_PROXY) names need not resolve here.
+    Otherwise they would try for minutes. Behind a proxy (HTTPS_PROXY, ALL_PROXY, without NO_PROXY)
+    the hub's name need not resolve on this machine.
     """
     host = urlsplit(constants.ENDPOINT).hostname
     proxies = getproxies()

@@ -3,12 +3,13 @@
 import errno
 import hashlib
 import os
+import stat
 import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps
 
 from data import InputError, square_image, square_views
 
@@ -18,37 +19,45 @@ MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
 def load_image(path: Path, size: Size) -> torch.Tensor | dict:
-    """An image file as uint8 (3, size, size), or a view for each of several sizes.
+    """Return an image file as uint8 (3, size, size), or a view for each of several sizes.
 
     Raises InputError if it is missing or unreadable.
     """
-    remedy = "replace the file or drop its row"
+    name = printable(path)
     try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):  # PIL would wait for a pipe to be written
+            raise OSError(errno.EINVAL, "not a regular file")
         with Image.open(path) as file:
             return fit(as_seen(file), size)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such image file") from None
+        raise InputError(f"{name}: no such image file") from None
     except Image.DecompressionBombError as e:
-        raise InputError(f"{path}: a decompression bomb: {e}; {remedy}") from None
+        fault = f"a decompression bomb: {e}"
     except OSError as e:
         if e.errno in MACHINE_ERRORS:
             raise
-        fault = e.strerror or type(e).__name__
-    except (UnidentifiedImageError, SyntaxError, ValueError, TypeError, KeyError, IndexError,
-            EOFError, OverflowError, struct.error) as e:  # what PIL makes of a broken file
-        fault = type(e).__name__
-    raise InputError(f"{path}: not a readable image ({fault}); {remedy}")
+        fault = f"not a readable image ({e.strerror or type(e).__name__})"
+    except (ArithmeticError, EOFError, LookupError, SyntaxError, TypeError, ValueError,
+            struct.error) as e:  # what PIL makes of a broken file
+        fault = f"not a readable image ({type(e).__name__})"
+    raise InputError(f"{name}: {fault}; replace the file or drop its row")
+
+
+def printable(text) -> str:
+    """Return anything as one short line: the name of an image may be a whole data URI."""
+    line = str(text) if str(text).isprintable() else repr(str(text))[1:-1]
+    return line if len(line) <= 255 else f"{line[:160]}...{line[-20:]}"
 
 
 def fit(picture: Image.Image, size: Size) -> torch.Tensor | dict:
-    """An RGB picture as a square of one size, or as a view for each of several."""
-    if isinstance(size, tuple):
-        return square_views(picture, size)
-    return square_image(picture, size)
+    """Return an RGB picture as a square of one size, or as a view for each of several."""
+    make = square_views if isinstance(size, tuple) else square_image
+    return make(picture, size)
 
 
 def as_seen(picture: Image.Image) -> Image.Image:
-    """A picture as a viewer shows it, RGB: upright, transparent places white, 8 bits a channel."""
+    """Return a picture as a viewer shows it: RGB, upright, 8 bits, transparent places white."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = Image.fromarray(eight_bits(np.asarray(picture)))
@@ -65,7 +74,7 @@ def as_seen(picture: Image.Image) -> Image.Image:
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values of another range as uint8: 16 bits are scaled, floats and 32 bits stretched."""
+    """Return grey values as uint8: 16 bits are scaled, floats and 32 bits stretched."""
     values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
     low, high = values.min(), values.max()
     if low >= 0 and 255 < high <= 65535:
@@ -76,10 +85,10 @@ def eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 class DiskImages:
-    """get_image for records of a file on disk, whose image names are relative to `folder`.
+    """get_image of records whose image names are relative to a folder on disk.
 
-    It gives one image of `size` px, or with several sizes a view for each, from the original.
-    A name that leads out of the folder, by .. or a link, is refused unless it may.
+    It gives one image of `size` px, or with several sizes a view for each, from the original. A
+    name that leads out of the folder, by .. or a link, is refused unless `allow_outside`.
     """
 
     def __init__(self, folder: Path, size: Size, allow_outside: bool = False):
@@ -92,15 +101,24 @@ class DiskImages:
         return load_image(self.path(name), self.size)
 
     def path(self, name: str) -> Path:
-        """Where an image is. Raises InputError if that is outside the folder."""
+        """Return where an image is. Raises InputError if that is outside the folder."""
         path = self.folder / name
-        if not self.allow_outside and not path.resolve().is_relative_to(self.source):
-            raise InputError(f"{path}: lies outside the image folder {self.folder}; move it there, "
-                            "or give --allow-outside")
+        try:
+            is_inside = path.resolve().is_relative_to(self.source)
+        except (OSError, RuntimeError, ValueError):  # a link to itself, or a NUL in the name
+            is_inside = True  # it cannot be opened, and load_image says why
+        if not is_inside and not self.allow_outside:
+            raise InputError(f"{printable(path)}: lies outside the image folder {self.folder}; "
+                             "move it there, or give --allow-outside")
         return path
 
     def fingerprint(self, names: list[str]) -> str:
-        """Changes when a file's size or time does: half a million files are too many to read."""
-        stats = [os.stat(self.folder / name) for name in names]
-        seen = [(s.st_size, s.st_mtime_ns) for s in stats]
+        """Return a hash of the files' sizes and times: they are too many to read."""
+        seen = []
+        for name in names:
+            try:
+                stats = os.stat(self.folder / name)
+            except ValueError:
+                raise InputError(f"{printable(name)}: is not the name of a file") from None
+            seen.append((stats.st_size, stats.st_mtime_ns))
         return hashlib.sha256(repr(seen).encode()).hexdigest()

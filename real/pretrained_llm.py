@@ -14,12 +14,11 @@ from data import InputError
 from real.encoder_weights import ask_hub
 from tiny.llm import token_positions
 
-
 SPACE = "\u2581"  # in the pieces of a sentencepiece model
 
 
 def require_transformers():
-    """The library, wanted only for a real LLM. Raises InputError if it is not installed."""
+    """Return the library, which only a real LLM needs. Raises InputError if it is missing."""
     try:
         import transformers
     except ImportError:
@@ -29,15 +28,15 @@ def require_transformers():
     return transformers
 
 
-def llm_error(name: str, what: str) -> InputError:
-    """The line for an LLM that cannot be used."""
-    return InputError(f"--llm {name}: {what}; name a folder with config.json, *.safetensors, and "
+def llm_error(name: str, fault: str) -> InputError:
+    """Return the error for an LLM that cannot be used."""
+    return InputError(f"--llm {name}: {fault}; name a folder with config.json, *.safetensors, and "
                       "tokenizer.json or tokenizer.model (which needs sentencepiece and protobuf): "
                       f"the files of https://huggingface.co/{name}, if that is a name of the hub")
 
 
 class PretrainedLLM(nn.Module):
-    """A causal LM of transformers behind the doors of tiny/llm.py's.
+    """A causal LM of transformers with the methods of tiny/llm.py's.
 
     `name` is a folder, or a name on the hub. With `config`, a transformers config, the model is
     built from it without weights; else it has its checkpoint's precision.
@@ -54,15 +53,13 @@ class PretrainedLLM(nn.Module):
         except (OSError, ValueError) as e:
             raise llm_error(name, f"cannot be loaded ({type(e).__name__})") from None
         self.dim = self.model.config.hidden_size
-        # transformers 5.24 renamed it
-        accepted = inspect.signature(self.model.forward).parameters
+        accepted = inspect.signature(self.model.forward).parameters  # 5.24 renamed one
         self.cache_name = "cache" if "cache" in accepted else "past_key_values"
 
     @classmethod
     def without_weights(cls, folder: Path) -> "PretrainedLLM":
-        """The model that folder/config.json describes."""
-        config = require_transformers().AutoConfig.from_pretrained(folder)
-        return cls(str(folder), config)
+        """Build the model that folder/config.json describes."""
+        return cls(str(folder), require_transformers().AutoConfig.from_pretrained(folder))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -92,10 +89,10 @@ class PretrainedLLM(nn.Module):
 
 
 def join_spaces_last(tokenizer) -> None:
-    """Let a tokenizer that was made of Llama's tokenizer.model read runs of spaces as Llama does.
+    """Let a tokenizer made of Llama's tokenizer.model read runs of spaces as Llama does.
 
-    There, and in the tokenizer.json of the hub, they are joined last, so that a word takes the last
-    space before it. transformers 5 orders the merges by the pieces' numbers, spaces first.
+    There, and in the hub's tokenizer.json, they are joined last: a word takes the last space before
+    it. transformers 5 orders the merges by the pieces' numbers, spaces first.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [tuple(merge) for merge in state.get("merges", [])]
@@ -110,12 +107,13 @@ def join_spaces_last(tokenizer) -> None:
 
 
 class PretrainedTokenizer:
-    """A real LLM's tokenizer behind the names of WordTokenizer's.
+    """A real LLM's tokenizer with the methods of WordTokenizer.
 
     Vicuna's instruction comes before the first question.
     """
 
     image = -200  # no word: VLM.splice puts the image's tokens there
+    plain = staticmethod(str)  # a text as it is: `encode` reads no control tokens in it
     system = ("A chat between a curious user and an artificial intelligence assistant. "
               "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
 
@@ -127,29 +125,19 @@ class PretrainedTokenizer:
             raise llm_error(name, fault) from None
         join_spaces_last(self.tokenizer)
         self.eos = self.tokenizer.eos_token_id
-        self.bos = self.tokenizer.bos_token_id
-        if self.bos is None:
-            self.bos = self.eos
+        bos = self.tokenizer.bos_token_id
+        self.bos = self.eos if bos is None else bos
         self.pad = self.eos  # never seen: the attention mask hides it, its label is IGNORE
         # a sentencepiece model puts a space before a text, and after </s> again or not
         self.puts_space = "".join(self.tokenizer.tokenize("a")).startswith(SPACE)
         after_end = self.tokenizer(self.tokenizer.eos_token + "a", add_special_tokens=False)
         self.anew_after_end = after_end.input_ids[1:] == self.encode("a")
-        self.check(name)
-
-    def check(self, name: str) -> None:
-        """Raise InputError if a text does not come back as it was."""
         text = "Hello world, is it \u00e9t\u00e9?\nYes, 20 of them."
-        back = self.tokenizer.decode(self.encode(text))
-        if back.strip() != text:
-            raise InputError(f"--llm {name}: its tokenizer reads {text!r} as {back!r}; transformers"
-                             " 5.0 to 5.2 garble a tokenizer.model: pip install "
+        decoded = self.tokenizer.decode(self.encode(text))
+        if decoded.strip() != text:
+            raise InputError(f"--llm {name}: its tokenizer reads {text!r} as {decoded!r}; "
+                             "transformers 5.0 to 5.2 garble a tokenizer.model: pip install "
                              "'transformers>=5.3'")
-
-    @staticmethod
-    def plain(text: str) -> str:
-        """A text as it is: `encode` reads no control tokens in it."""
-        return text
 
     def encode(self, text: str) -> list[int]:
         if self.puts_space and text.startswith(" "):
@@ -157,15 +145,14 @@ class PretrainedTokenizer:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def encode_after_end(self, text: str) -> list[int]:
-        """The ids of a text that follows </s>."""
+        """Return the ids of a text that follows </s>."""
         if self.anew_after_end:
             return self.encode(text)
         # a line break is a token of its own, and after it, as after </s>, no space is put
-        before = self.encode("\n")
-        return self.encode(f"\n{text}")[len(before):]
+        return self.encode(f"\n{text}")[len(self.encode("\n")):]
 
     def decode(self, ids: list[int]) -> str:
-        """Text up to the end-of-sentence token."""
+        """Return the text up to the end-of-sentence token."""
         if self.eos in ids:
             ids = ids[:ids.index(self.eos)]
         return self.tokenizer.decode(ids).strip()

@@ -1,22 +1,117 @@
-"""Reading LLaVA-format JSON: every row is validated before anything is trained."""
+"""LLaVA-format JSON files: their rows, read when they are used, and all checked before training."""
 
-import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from data import InputError
+from data import InputError, row_name
 from plumbing.files import read_json
 from real.image_files import DiskImages
-from real.record_file import RecordFile, find_rows
+
+DECODER = json.JSONDecoder()
+SPACE = r"[ \t\n\r]*"
+OPENING = re.compile(rf"(?:\xef\xbb\xbf)?{SPACE}(\[?){SPACE}")  # byte order mark, [
+# what stands between two rows and after the last: of a JSON array, of JSON Lines
+ARRAY = re.compile(rf"{SPACE},{SPACE}"), re.compile(rf"{SPACE}\]{SPACE}")
+LINES = re.compile(rf"[ \t\r]*\n{SPACE}(?=[^ \t\n\r])"), re.compile(SPACE)
+
+
+@dataclass(eq=False)
+class RecordFile(Sequence):
+    """The rows of a file, in `as_used`'s form, each read when it is asked for.
+
+    As Python objects they would take five times the file, in every process and every worker.
+    """
+
+    path: Path
+    spans: np.ndarray  # (N, 2): the byte at which each row begins, and the one after its last
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, row: int):
+        return next(iter(self.select([row])))
+
+    def __iter__(self) -> Iterator:
+        with open(self.path, "rb") as file:
+            for start, stop in self.spans.tolist():
+                file.seek(start)
+                try:
+                    record = json.loads(file.read(stop - start).decode())
+                except ValueError:
+                    raise InputError(f"{self.path}: has changed while it was read; start again"
+                                     ) from None
+                yield as_used(record)
+
+    def select(self, rows: list[int] | slice) -> "RecordFile":
+        """Return some of the rows."""
+        return RecordFile(self.path, self.spans[rows])
+
+
+def find_rows(path: Path) -> np.ndarray | None:
+    """Return the spans (N, 2), in bytes, of the rows of a JSON array or of JSON Lines.
+
+    None if the file is neither or has no row: then the JSON reader says what is wrong.
+    """
+    spans = []
+    try:
+        # one character per byte: a place in the text is a place in the file. For a moment the file
+        # is in memory twice
+        text = path.read_bytes().decode("latin-1")
+        mark = OPENING.match(text)
+        is_array = mark[1] == "["
+        between, last = ARRAY if is_array else LINES
+        while mark:
+            start = mark.end()
+            _, stop = DECODER.raw_decode(text, start)
+            text[start:stop].encode("latin-1").decode()  # raises UnicodeDecodeError
+            spans.append((start, stop))
+            mark = between.match(text, stop)
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_complete = last.fullmatch(text, stop) and (is_array or len(spans) > 1)
+    return np.array(spans, dtype=np.int64) if is_complete else None
+
+
+def read_list(path: Path) -> RecordFile:
+    """Return the rows of a LLaVA-format file. Raises InputError if it is none."""
+    spans = find_rows(path) if path.is_file() else None  # a pipe would be waited for
+    if spans is None:
+        read_json(path)  # raises InputError if that is what is wrong
+        raise InputError(f"{path}: must be a JSON list of records with at least one row")
+    return RecordFile(path, spans)
+
+
+def as_used(record):
+    """Return a row of a file as it is used; it may be anything.
+
+    A dialogue that begins in the middle, with an answer, loses that answer, as in LLaVA. An "image"
+    that is null or empty is dropped. Half a character (a lone surrogate) is read as U+FFFD.
+    """
+    if not isinstance(record, dict):
+        return record
+    match record:
+        case {"conversations": [{"from": "gpt"}, _, *_]}:
+            del record["conversations"][0]
+    for key in ("image", "type"):
+        if key in record and record[key] in (None, "", []):
+            del record[key]
+    turns = record.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict) and isinstance(turn.get("value"), str):
+            turn["value"] = turn["value"].encode(errors="surrogatepass").decode(errors="replace")
+    return record
 
 
 def record_fault(record) -> str | None:
-    """What is wrong with the form of one record, in words, or None. No file is opened here."""
+    """Return what is wrong with the form of a record, in words, or None. It opens no file."""
     if not isinstance(record, dict):
         return "is not an object {id, image, conversations}"
     turns = record.get("conversations")
@@ -29,25 +124,34 @@ def record_fault(record) -> str | None:
         if turn["from"] != ("human", "gpt")[i % 2]:
             return (f"conversations[{i}] is from {turn['from']}: human and gpt must take turns, "
                     "human first")
+    questions = [turn["value"] for turn in turns[::2]]
     answers = [turn["value"] for turn in turns[1::2]]
     if len(turns) % 2 or not all(answer.strip() for answer in answers):
         return "has a question without an answer"
+    return image_fault(record, questions, answers)
+
+
+def image_fault(record: dict, questions: list[str], answers: list[str]) -> str | None:
+    """Return what is wrong with a record's "type", its "image" or its <image> in the text."""
     if not isinstance(record.get("type", ""), str):
         return 'has a "type" that is no text'
     if "image" not in record:
-        return None  # an <image> in its text is a word
+        # inside a text <image> is a word, as in LLaVA; as its first or last line a lost picture
+        for question in questions:
+            lines = [line.strip() for line in question.strip().split("\n")]
+            if "<image>" in (lines[0], lines[-1]):
+                return 'has an <image> line in a question but no "image" file'
+        return None
     if not isinstance(record["image"], str):
         return '"image" is not a file name'
     if any("<image>" in answer for answer in answers):
         return "has an <image> in an answer"
-    places = sum(turn["value"].count("<image>") for turn in turns)
-    if places != 1:
-        return f'has {places} <image> token(s) but one "image" file'
-    return None
+    count = sum(question.count("<image>") for question in questions)
+    return None if count == 1 else f'has {count} <image> token(s) but one "image" file'
 
 
-def row_faults(records: Sequence, get_image: DiskImages | None) -> Iterator[tuple[int, str]]:
-    """(row, what is wrong) of every bad row: its form and, with get_image, its image file."""
+def row_faults(records: RecordFile, get_image: DiskImages | None) -> Iterator[tuple[int, str]]:
+    """Yield (row, what is wrong) of every bad row: its form and, with get_image, its image file."""
     def fault_of(record) -> str | None:
         fault = record_fault(record)
         if fault is None and get_image and "image" in record:
@@ -57,105 +161,31 @@ def row_faults(records: Sequence, get_image: DiskImages | None) -> Iterator[tupl
                 fault = f"has a bad image: {e}"
         return fault
 
-    # threads help: the decoding of a picture leaves Python to others
+    # threads help: PIL decodes a picture without Python's lock
     with ThreadPoolExecutor() as pool, tqdm(total=len(records), desc="check", leave=False) as bar:
         for start in range(0, len(records), 1000):
-            faults = pool.map(fault_of, records[start:start + 1000])
+            faults = pool.map(fault_of, records.select(slice(start, start + 1000)))
             for row, fault in enumerate(faults, start):
                 bar.update()
                 if fault:
                     yield row, fault
 
 
-def read_list(path: Path) -> Sequence:
-    """The rows of a LLaVA-format file, in `as_used`'s form. Raises InputError if it is none."""
-    path = Path(path)
-    places = find_rows(path) if path.is_file() else None
-    if places is not None:
-        return RecordFile(path, places, as_used)
-    # what is no plain list of rows is read whole, if only to say what is wrong
-    records = read_json(path)
-    if not isinstance(records, list) or not records:
-        raise InputError(f"{path}: must be a JSON list of records with at least one row")
-    return [as_used(record) for record in records]
+def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None) -> RecordFile:
+    """Return the records of a LLaVA-format file, every row checked before anything is trained.
 
-
-def as_used(record):
-    """A row of a file as it is used; it may be anything.
-
-    A dialogue that begins in the middle, with an answer, loses that answer, as in LLaVA. An "image"
-    that is null or empty is none. Half a character (a lone surrogate) is read as U+FFFD.
-    """
-    match record:
-        case {"conversations": [{"from": "gpt"}, _, *_]}:
-            del record["conversations"][0]
-    if not isinstance(record, dict):
-        return record
-    for key in ("image", "type"):
-        if key in record and record[key] in (None, "", []):
-            del record[key]
-    turns = record.get("conversations")
-    for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, dict) and isinstance(turn.get("value"), str):
-            turn["value"] = whole_characters(turn["value"])
-    return record
-
-
-def select_rows(records: Sequence, rows: list[int]) -> Sequence:
-    """Some rows of a set, which may be a list or lie in a file."""
-    if isinstance(records, RecordFile):
-        return records.select(rows)
-    return [records[row] for row in rows]
-
-
-def rows_digest(records: Sequence) -> str:
-    """A hash of all rows, one after the other: that of their JSON list."""
-    h = hashlib.sha256(b"[")
-    for row, record in enumerate(records):
-        text = json.dumps(record, sort_keys=True)
-        h.update((", " if row else "").encode() + text.encode())
-    h.update(b"]")
-    return h.hexdigest()
-
-
-def images_of(sets: list[tuple]) -> dict:
-    """{image name: its get_image} of all images of some (records, get_image), sorted by name."""
-    source = {}
-    for records, get_image in sets:
-        for record in records:
-            if "image" in record:
-                source[record["image"]] = get_image
-    return dict(sorted(source.items()))
-
-
-def whole_characters(text: str) -> str:
-    """A text with U+FFFD in the place of each lone surrogate, which no encoding has."""
-    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
-def place_of(row: int, record) -> str:
-    """Where a record is, in words: a bad row may be anything, and have no id."""
-    if isinstance(record, dict) and "id" in record:
-        return f"row {row} (counted from 0, id {record['id']})"
-    return f"row {row} (counted from 0)"
-
-
-def read_records(path: Path, folder: Path, skip_bad: bool, get_image: DiskImages | None = None
-                 ) -> Sequence[dict]:
-    """The records of a LLaVA-format file, every row validated before anything is trained.
-
-    With get_image their images are opened too. Raises InputError for the first bad row (rows count
-    from 0), or with skip_bad leaves such rows out and says so on stderr.
+    With get_image, a DiskImages, their images are opened too. Raises InputError for the first bad
+    row (rows count from 0), or with skip_bad leaves such rows out and says so on stderr.
     """
     records = read_list(path)
     bad = {}
     for row, fault in row_faults(records, get_image):
-        place = place_of(row, records[row])
+        name = row_name(row, records[row])
         if not skip_bad:
-            raise InputError(f"{path}: {place} {fault}; "
+            raise InputError(f"{path}: {name} {fault}; "
                             f"`python -m tools.check_data {path} {folder}` lists every bad row")
-        print(f"skipped: {path}: {place} {fault}", file=sys.stderr)
+        print(f"skipped: {path}: {name} {fault}", file=sys.stderr)
         bad[row] = fault
     if len(bad) == len(records):
         raise InputError(f"{path}: every row is bad, the first {bad[0]}")
-    return select_rows(records, [row for row in range(len(records)) if row not in bad])
+    return records.select([row for row in range(len(records)) if row not in bad])

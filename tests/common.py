@@ -9,7 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import contextlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -28,7 +27,7 @@ from model import VLM, MoVEKD, Student
 from mole import MoLE, mole_layers
 from plumbing.build import build_movekd
 from plumbing.config import TINY, Config
-from plumbing.files import read_json, write_json
+from plumbing.files import write_json
 from teachers import ClipEncoder, Teachers, VisionEncoder, parse_spec
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pictures import render
@@ -125,8 +124,8 @@ def whole_method(c: Config = C, n_text: int = 0) -> tuple[MoVEKD, Teachers, dict
 
 
 def total_loss(terms: dict, c: Config = C) -> torch.Tensor:
-    """L_total, as the loop in train.py has it."""
-    return terms["L_text"] + c.lambda_kd * terms["L_kd"] + c.balance_weight * terms["L_balance"]
+    """L_total of train.py, by default with TINY's weights."""
+    return train.total_loss(c, terms)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -156,25 +155,6 @@ def assert_same_run(a: Path, b: Path, *more: str) -> None:
     """Two runs have the same log and weights, byte for byte."""
     for name in ("log.jsonl", "model.safetensors", *more):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
-
-
-def old_name(name: str) -> str:
-    """What an older version called a tensor."""
-    for new, old in ((".down.", ".A."), (".up.", ".B."), (".up_bias", ".bias")):
-        if ".mlp.lora" in name:
-            name = name.replace(new, old)
-    return name
-
-
-def make_old(run: Path, folder: Path) -> None:
-    """A copy of a run folder as an older version would have left it."""
-    shutil.copytree(run, folder)
-    config = read_json(folder / "config.json")
-    config["kd_alpha"] = config.pop("clip_share")
-    write_json(folder / "config.json", config)
-    tensors = load_file(folder / "model.safetensors")
-    save_file({old_name(name): value for name, value in tensors.items()},
-              folder / "model.safetensors")
 
 
 def damage(path: Path, how: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from data import InputError
 from plumbing.files import read_json
-from tests.common import images, make_old, save_png
+from tests.common import images, save_png
 from tools import ask
 
 
@@ -34,13 +34,6 @@ def test_ask_says_which_words_are_new(workplace, picture, capsys):
     """A question with a word that the run has never seen gets a note on stderr."""
     ask.main([str(workplace / "runs/tiny"), picture, "what flavour?"])
     assert "never seen the word(s) flavour" in capsys.readouterr().err
-
-
-def test_ask_answers_from_an_old_run_folder(workplace, tmp_path, capsys):
-    """A run folder of an older version gives the same answers."""
-    make_old(workplace / "runs/tiny", tmp_path / "old")
-    new = asked(capsys, workplace / "runs/tiny", "--n", "48")
-    assert asked(capsys, tmp_path / "old", "--n", "48") == new
 
 
 def test_ask_answers_with_a_real_llm(llama_run, capsys):

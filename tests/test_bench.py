@@ -1,40 +1,38 @@
-"""What tools.bench measures with, the slow forms it compares to, and what they show."""
+"""tools.bench: it measures what it says, and its baselines compute the same numbers as ours."""
 
 import torch
 
-from model import Student
+from kd_loss import kd_loss
 from mole import mole_layers
-from plumbing.sharding import recompute
-from tests.common import MOLE
-from tools.measuring import peak_bytes
+from teachers import ClipEncoder
+from tests.common import images
+from tools import bench
+
+close = torch.testing.assert_close
+TINY = bench.SHAPES["tiny"]
 
 
-def recomputed_student(blocks: int) -> Student:
-    """A student of so many blocks with experts, which alone are trained."""
-    student = Student("vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=64 "
-                      f"depth={blocks + 1} num_heads=4")
-    student.requires_grad_(False)
-    student.add_experts(form="ffn", **MOLE)
-    recompute(student.net.blocks)
-    return student
+def test_baselines_compute_what_ours_do():
+    """Each baseline gives our numbers; PIL rounds a view to whole steps of its uint8 image."""
+    x = images(2)
+    layer = mole_layers(bench.student_with_experts(TINY, 0.0).cpu())[0]
+    torch.nn.init.normal_(layer.lora.up.weight)
+    tokens = torch.randn(2, 5, 96)
+    close(bench.LoopMoLE(layer)(tokens), layer(tokens))
+    clip = ClipEncoder(TINY.clip)
+    output = clip(x)
+    all_tokens, maps = bench.all_attention_maps(clip, x)
+    close(all_tokens[:, 1:], output.tokens)
+    close(maps[-1][:, :, 0], output.cls_scores.softmax(-1))
+    V_t = {name: torch.randn(2, 36, 96) for name in ("clip", "eva")}
+    weights = torch.rand(2, 36), torch.rand(2, 2)
+    ours, _ = kd_loss(dict.fromkeys(V_t, output.tokens), V_t, *weights)
+    close(bench.stacked_kd_loss(output.tokens, V_t, *weights), ours)
+    close(bench.pil_view(clip, x), clip.view(x), atol=1.5 / 255 / min(clip.std), rtol=0)
 
 
-def test_a_recomputed_block_leaves_only_its_input():
-    """A further block with experts takes its own input and its experts' gradients, nothing else.
-
-    MoLE holds the probabilities of the first run afterwards, not those of a graph that never runs
-    backward.
-    """
-    images = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
-    peaks = []
-    for blocks in (4, 8):
-        student = recomputed_student(blocks)
-        out = student(images)
-        layers = mole_layers(student)
-        probs = [layer.probs for layer in layers]
-        out.sum().backward()
-        assert all(layer.probs is p for layer, p in zip(layers, probs))
-        student.zero_grad()
-        peaks.append(peak_bytes(lambda: student(images).sum().backward()))
-    trained = [p.numel() for p in student.net.blocks[0].mlp.parameters() if p.requires_grad]
-    assert (peaks[1] - peaks[0]) / 4 < 1.1 * 4 * (4 * 37 * 64 + sum(trained))
+def test_a_row_has_peak_memory_and_ratio():
+    """1,024 floats are 0.0041 MB, and half of 2,048."""
+    small, large = (torch.zeros(size, device=bench.DEVICE) for size in (1024, 2048))
+    case = bench.Case("this", "that", small.clone, large.clone, 1)
+    assert bench.row(case, TINY).endswith("| 0.0041 MB | 0.00819 MB | 0.50 |")

@@ -7,17 +7,17 @@ from plumbing.files import write_json
 from tests.common import conversation, images, save_png
 from tools import check_data
 
-ASKED = conversation("<image>\nwhat?", "that")
-GOOD = {"image": "ok.png", "conversations": ASKED}
+QUESTIONS = conversation("<image>\nwhat?", "that")
+GOOD = {"image": "ok.png", "conversations": QUESTIONS}
 BAD = {  # what is said of a row: the row
-    "no such image file": {"image": "gone.png", "conversations": ASKED},
-    "not a readable image": {"image": "corrupt.png", "conversations": ASKED},
-    "question without an answer": {"image": "ok.png", "conversations": ASKED[:1]},
+    "no such image file": {"image": "gone.png", "conversations": QUESTIONS},
+    "not a readable image": {"image": "corrupt.png", "conversations": QUESTIONS},
+    "question without an answer": {"image": "ok.png", "conversations": QUESTIONS[:1]},
     '"type" that is no text': {"type": 3, "conversations": conversation("what?", "that")},
-    '"image" is not a file name': {"image": 3, "conversations": ASKED},
-    "lies outside the image folder": {"image": "../ok.png", "conversations": ASKED},
+    '"image" is not a file name': {"image": 3, "conversations": QUESTIONS},
+    "lies outside the image folder": {"image": "../ok.png", "conversations": QUESTIONS},
     "0 <image> token": {"image": "ok.png", "conversations": conversation("what?", "that")},
-    "must take turns": {"image": "ok.png", "conversations": [ASKED[0], ASKED[0]]},
+    "must take turns": {"image": "ok.png", "conversations": [QUESTIONS[0], QUESTIONS[0]]},
     'no "conversations"': {},
     "not an object": 7,
     "an <image> in an answer":

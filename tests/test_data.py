@@ -1,24 +1,25 @@
-"""Loading data: pictures, batches, bad rows, LLaVA's layout, the teachers' cache."""
+"""Loading data: pictures, batches, bad rows, LLaVA's layout."""
 
 import hashlib
 import json
 import pickle
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 
+import data
 from data import Conversations, InputError, blank_image, collate
-from plumbing.batches import batch_order, make_loader
-from plumbing.sets import llava_layout
-from plumbing.teacher_outputs import CachedTeachers, TeacherCache
-from real import record_file
+from plumbing.sets import batch_order, llava_layout, make_loader, rows_digest
 from real.image_files import load_image
-from real.record_file import RecordFile, find_rows
-from real.records import read_list, rows_digest
-from teachers import Teachers
-from tests.common import save_png, some_conversations, tiny_teachers
-from tiny.llm import WordTokenizer
-from tiny.world import WorldImages, world_records
+from real.records import RecordFile, find_rows, read_list
+from teachers import VisionEncoder
+from tests.common import natural_noise, save_png, some_conversations, tiny_teachers
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
 
 
 def test_padding_to_square_keeps_the_whole_image(tmp_path):
@@ -31,17 +32,44 @@ def test_padding_to_square_keeps_the_whole_image(tmp_path):
     assert torch.equal(square[:, 60:], blank_image(96)[:, 60:])
 
 
+def llavas_pixels(picture: Image.Image, encoder: VisionEncoder) -> torch.Tensor:
+    """Return LLaVA's preprocessing, step by step: (1, 3, R_i, R_i).
+
+    Pad with CLIP's mean colour, whatever the encoder; bring to R_i, bicubically; normalise.
+    """
+    side, size = max(picture.size), encoder.image_size
+    colour = tuple(int(255 * mean) for mean in timm.data.OPENAI_CLIP_MEAN)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    square = square.resize((size, size), Image.Resampling.BICUBIC)
+    x = np.asarray(square, np.float32) / 255                                        # (R_i, R_i, 3)
+    x = (x - np.float32(encoder.mean)) / np.float32(encoder.std)                    # (R_i, R_i, 3)
+    return torch.from_numpy(x).permute(2, 0, 1)[None]                           # (1, 3, R_i, R_i)
+
+
+@pytest.mark.parametrize("form", [(640, 480), (100, 250), (31, 400), (900, 47), (48, 48)])
+def test_views_are_llavas_pixels(form):
+    """square_views gives every encoder LLaVA's pixels at its size, from the original.
+
+    One image for all, resized again, is another thing. (tests/test_llava.py has LLaVA's own code.)
+    """
+    picture = natural_noise(*form)
+    encoders = tiny_teachers().encoders.values()
+    views = data.stack_images([data.square_views(picture, tuple(e.image_size for e in encoders))])
+    one = data.stack_images([data.square_image(picture, 128)])
+    for encoder in encoders:
+        expected = llavas_pixels(picture, encoder)
+        torch.testing.assert_close(encoder.view(views), expected, atol=1e-5, rtol=0)
+        assert (encoder.view(one) - expected).abs().max() > 0.04
+
+
 # ------------------------------------------------------------------------------------------------
 # Batches
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
-    """The same seed gives the same order, another seed or epoch another.
-
-    An epoch visits each sample once.
-    """
-    tokenizer = WordTokenizer(WordTokenizer.SPECIAL)
-    dataset = Conversations(world_records("train", "text", 8), None, tokenizer, "v1", 0, 99)
+    """The same seed gives the same order, another seed or epoch another; all samples, each once."""
+    dataset = some_conversations(2, 6)
     orders = []
     for seed in (0, 0, 1):
         orders.append(list(make_loader(dataset, 2, 2, seed, 0).batch_sampler))
@@ -52,7 +80,7 @@ def test_batches_are_a_function_of_seed_and_epoch():
 
 
 def padding(dataset: Conversations, batches: list[list[int]]) -> int:
-    """Words of padding in some batches."""
+    """Return the words of padding in some batches."""
     sizes = dataset.sizes()
     total = 0
     for batch in batches:
@@ -73,33 +101,30 @@ def test_grouped_batches_hold_every_row_once():
     assert all(len(batch) == 4 for batch in batches)
     assert batches == batch_order(dataset, 4, 1, 0, 3) != batch_order(dataset, 4, 1, 1, 3)
     kinds = [{"image" in dataset.records[row] for row in batch} for batch in batches]
+    assert {True} in kinds and {False} in kinds
     assert sum(len(kind) == 2 for kind in kinds) <= 1
-    assert {True} in kinds
-    assert {False} in kinds
     assert padding(dataset, batches) < padding(dataset, batch_order(dataset, 4, 1, 0))
 
 
 def test_micro_batches_and_workers_change_nothing():
-    """What two processes get of a batch, in two micro-batches each, is together the batch.
+    """Two processes with two micro-batches each together have the batches of one process.
 
-    Worker processes and a later start give the same batches.
+    A worker process changes nothing, and a later start gives the batches from there on.
     """
     dataset = some_conversations()
     batches = list(make_loader(dataset, 8, 2, 5, 0))
-    parts = []
+    halves = []
     for own, workers in ((range(2), 0), (range(2, 4), 1)):
-        loader = make_loader(dataset, 8, 2, 5, 0, pieces=4, own_pieces=own,
-                             num_workers=workers)
-        parts.append(list(loader))
+        halves.append(list(make_loader(dataset, 8, 2, 5, 0, pieces=4, own_pieces=own,
+                                       num_workers=workers)))
     for step, batch in enumerate(batches):
         names = []
-        for part in parts:
-            for micro in part[2 * step:2 * step + 2]:
-                names += micro["image_names"]
+        for half in halves:
+            for micro_batch in half[2 * step:2 * step + 2]:
+                names += micro_batch["image_names"]
         assert sorted(names) == sorted(batch["image_names"])
     later = list(make_loader(dataset, 8, 2, 5, 0, start=3))
-    assert len(later) == len(batches) - 3
-    for a, b in zip(later, batches[3:]):
+    for a, b in zip(later, batches[3:], strict=True):
         assert a["input_ids"].tolist() == b["input_ids"].tolist()
 
 
@@ -165,53 +190,59 @@ def test_llava_layout_says_what_is_missing(real_folder, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Rows that stay in their file
+# Rows of a file
+
+ODD = [{"id": 1, "text": 'a "]}, {" b \\ é😀\u2028\x85\xa0\x7f'}, [], 12, "a, b]", None,
+       {"deep": [[{}]]}, -1.5e-3, {"long": "x" * 3000}, "\ud83d", "\ufeff", 0]
 
 
-ODD = [{"id": 1, "text": 'a "]}, {" b \\ \u00e9\U0001f600'}, [], 12, "a, b]", None,
-       {"deep": [[{}]]}, -1.5e-3, {"long": "x" * 3000}]
+def as_text(value, **options) -> str:
+    """Return JSON with its characters as they are, but for the one that no file can hold."""
+    return json.dumps(value, ensure_ascii=False, **options).replace("\ud83d", r"\ud83d")
 
 
-@pytest.mark.parametrize("block", [1, 7, 1 << 20])
-@pytest.mark.parametrize("form", ["dense", "wide", "escaped", "bom", "lines", "crlf"])
-def test_rows_of_a_file_are_those_of_the_list(tmp_path, monkeypatch, form, block):
-    """Row by row a file says what json.loads says of it, whatever its form and read in any blocks.
+FORMS = {
+    "dense": as_text(ODD, separators=(",", ":")),
+    "wide": " \n" + as_text(ODD, indent=2) + "\r\n\t",
+    "escaped": json.dumps(ODD),
+    "byte order mark": "\ufeff" + as_text(ODD),
+    "lines": "\n" + "\n \n".join(as_text(row) for row in ODD) + "\n\n",
+    "lines of Windows": "\ufeff" + "\r\n".join(as_text(row) for row in ODD),
+}
 
-    One row, some, from the end, in order; and the hash is that of the whole list's JSON.
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_a_file_are_those_of_the_list(tmp_path, form):
+    """Row by row a file says what json.loads says of it: one row, some, from the end, in order.
+
+    The hash is that of the whole list's JSON, and a pickled copy, for a worker, is the same.
     """
-    monkeypatch.setattr(record_file, "BLOCK", block)
-    texts = {
-        "dense": json.dumps(ODD, ensure_ascii=False, separators=(",", ":")),
-        "wide": " \n" + json.dumps(ODD, ensure_ascii=False, indent=2) + "\n\n",
-        "escaped": json.dumps(ODD),
-        "bom": "\ufeff" + json.dumps(ODD, ensure_ascii=False),
-        "lines": "\n".join(json.dumps(row, ensure_ascii=False) for row in ODD) + "\n\n",
-        "crlf": "\ufeff" + "\r\n".join(json.dumps(row) for row in ODD),
-    }
     file = tmp_path / "rows.json"
-    file.write_bytes(texts[form].encode())
+    file.write_bytes(FORMS[form].encode())
     rows = read_list(file)
     assert isinstance(rows, RecordFile)
-    assert list(rows) == ODD == rows[:]
+    assert list(rows) == ODD
     assert [rows[i] for i in range(-len(ODD), len(ODD))] == ODD + ODD
-    assert rows[1:4] == ODD[1:4]
     assert list(rows.select([5, 2])) == [ODD[5], ODD[2]]
     with pytest.raises(IndexError):
         rows[len(ODD)]
-    assert rows_digest(rows) == rows_digest(ODD)
-    assert rows_digest(ODD) == hashlib.sha256(json.dumps(ODD, sort_keys=True).encode()).hexdigest()
+    expected = hashlib.sha256(json.dumps(ODD, sort_keys=True).encode()).hexdigest()
+    assert rows_digest(rows) == rows_digest(ODD) == expected
     assert list(pickle.loads(pickle.dumps(rows))) == ODD
 
 
-@pytest.mark.parametrize("text", ["", "[", "[]", "[1, 2", "[1 2]", "[1,]", "[1] 2", '{"a": 1}', "1",
-                                  "[1, nul]", '["a', "[" * 100_000, b"[1, \"\xff\"]"])
-def test_what_is_no_list_of_rows_is_left_to_the_json_reader(tmp_path, text):
-    """Then its error lines are the old ones."""
+@pytest.mark.parametrize("text", [
+    "", "[", "[]", "[1, 2", "[1 2]", "[1,]", "[1,,2]", "[1] 2", '{"a": 1}', "1", "1 2", "[1, nul]",
+    '["a', '["\n"]', "[1,\x0c2]", "[1]\xa0", "[" * 100_000, b"[1, \"\xff\"]", b'["\xed\xa0\xbd"]',
+    b"[1]\n\xe9"])
+def test_what_is_no_list_of_rows_is_one_line(tmp_path, text):
+    """It names the file. So does what is not UTF-8, or a control character inside a text."""
     file = tmp_path / "rows.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert find_rows(file) is None
-    with pytest.raises(InputError, match="not valid JSON|must be a JSON list"):
+    with pytest.raises(InputError, match="rows.json: (not valid JSON|must be a JSON list)") as e:
         read_list(file)
+    assert "\n" not in str(e.value)
 
 
 def test_a_file_that_changes_under_the_run_is_named(tmp_path):
@@ -222,58 +253,3 @@ def test_a_file_that_changes_under_the_run_is_named(tmp_path):
     file.write_text("[1, 2]", encoding="utf-8")
     with pytest.raises(InputError, match="has changed while it was read"):
         rows[0]
-
-
-# ------------------------------------------------------------------------------------------------
-# The teachers' cache
-
-
-NAMES = [f"train-0/{i}.png" for i in range(5)]
-
-
-def make_caches(teachers: Teachers, pictures: WorldImages, folder) -> dict[str, TeacherCache]:
-    caches = {}
-    for name, encoder in teachers.encoders.items():
-        caches[name] = TeacherCache(folder, name, encoder, NAMES, pictures, "here",
-                                    pictures.fingerprint(NAMES), batch=2)
-    return caches
-
-
-def test_cached_teachers_are_the_teachers_in_fp16(tmp_path):
-    """From --cache-teachers come the teachers' own outputs, rounded to fp16, without running them.
-
-    For any images in any order; made once.
-    """
-    teachers, pictures = tiny_teachers(), WorldImages("train", 5)
-    plain = teachers(torch.stack([pictures(NAMES[i]) for i in (3, 0)]), [])
-    make_caches(teachers, pictures, tmp_path)
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    cached = CachedTeachers(teachers, make_caches(teachers, pictures, tmp_path))
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
-    assert not list(tmp_path.glob("*.tmp"))
-    outputs = cached(torch.zeros(2, 3, 96, 96), [NAMES[3], NAMES[0]])
-    for name, output in plain.items():
-        for field, value in output._asdict().items():
-            read = getattr(outputs[name], field)
-            if value is None:
-                assert read is None
-            else:
-                torch.testing.assert_close(read, value, rtol=2 ** -10, atol=1e-3)
-
-
-def test_a_stale_cache_is_refused(tmp_path):
-    """Images that have changed under the same names are an error; other weights, another cache."""
-    teachers, pictures = tiny_teachers(), WorldImages("train", 5)
-    make_caches(teachers, pictures, tmp_path)
-    pictures.images[0] += 1
-    with pytest.raises(InputError, match="images have changed"):
-        make_caches(teachers, pictures, tmp_path)
-    pictures.images[0] -= 1
-    before = set(tmp_path.iterdir())
-    next(teachers.encoders["eva"].parameters()).data += 1
-    changed = make_caches(teachers, pictures, tmp_path)
-    added = set(tmp_path.iterdir()) - before
-    assert added and all(path.name.startswith("eva-") for path in added)
-    tokens = changed["eva"].read(NAMES[:1], torch.device("cpu")).tokens
-    own = teachers.encoders["eva"](pictures(NAMES[0])[None]).tokens
-    torch.testing.assert_close(tokens, own, rtol=2 ** -10, atol=1e-3)

@@ -1,4 +1,4 @@
-"""README and docs say what is there: names, flags and links."""
+"""README, CONTRIBUTING and docs name what is there: names, tests, flags, links and commands."""
 
 import ast
 import importlib
@@ -12,29 +12,29 @@ from data import InputError
 from plumbing.flags import parse_flags
 
 HERE = Path(__file__).parent.parent
-PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+PAGES = sorted([*HERE.glob("*.md"), *HERE.glob("docs/*.md")])
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+TESTS = "\n".join(path.read_text(encoding="utf-8") for path in HERE.rglob("test_*.py"))
 # commands shown in code blocks: the program and its arguments, up to two spaces and a remark
 COMMAND = re.compile(r"^    .*?python3? (train\.py|-m [\w.]+) ?(.*?)(?:\s{2,}.*)?$", re.M)
 OTHERS = ("venv", "pytest")     # modules that are not ours
 
 
 def commands() -> list[tuple[str, str]]:
-    found = []
-    for text in TEXTS.values():
-        found += COMMAND.findall(text)
-    return sorted(set(found))
+    return sorted(set(COMMAND.findall("\n".join(TEXTS.values()))))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_name_of_a_file_exists(page):
-    """`file.py: name` names a function or class at the top of that file."""
+    """`file.py: name` is a function or class at the top of that file, `test_x` a test."""
     for file, name in re.findall(r"`([\w/]+\.py): ([\w.]+)`", TEXTS[page]):
         tree = ast.parse((HERE / file).read_text(encoding="utf-8"))
         names = {node.name for node in tree.body if hasattr(node, "name")}
         assert name.split(".")[0] in names, f"{page.name}: {file}: {name}"
-    for file in re.findall(r"`((?:tiny|plumbing|tools|docs)/[\w/]+\.\w+)`", TEXTS[page]):
+    for file in re.findall(r"`((?:tiny|real|plumbing|tools|tests|docs)/[\w/]+\.\w+)`", TEXTS[page]):
         assert (HERE / file).exists(), f"{page.name}: {file}"
+    for name in re.findall(r"`(test_\w+)`", TEXTS[page]):
+        assert re.search(rf"^def {name}\(", TESTS, re.M), f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -87,7 +87,7 @@ def test_processes_do_not_outlive_their_launcher(workplace):
 
 def memory_and_files(process: int) -> tuple[float, int]:
     """Memory of its own in MB (mapped files apart), and open files, of a process."""
-    for line in open(f"/proc/{process}/status", encoding="utf-8"):
+    for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 1024, len(os.listdir(f"/proc/{process}/fd"))
     raise AssertionError("the process has no memory")

@@ -1,85 +1,91 @@
 """tools.export_student: the encoder alone gives the run's tokens, without this repository."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data import InputError
 from model import Student
 from plumbing.config import TINY
-from plumbing.files import write_json
 from plumbing.finished_run import load_run, load_student
-from tests.common import images, save_png
-from tools import export_student, student_alone
+from tests.common import images, natural_noise, save_png
+from tools.export_student.__main__ import main, write_student
+from tools.export_student.alone import Student as Alone
 
 ALONE = """
-import sys, torch
+import pathlib, sys, torch
 from student import Student
 student = Student(".").eval()
+photos = {path.name: student.read_photo(path) for path in pathlib.Path("photos").iterdir()}
 with torch.no_grad():
-    torch.save(student(student.read_photo("photo.png")), "tokens.pt")
-assert not {"model", "mole", "teachers", "plumbing"} & set(sys.modules)
+    torch.save((photos, student(photos["photo.png"])), "seen.pt")
+assert not {"data", "model", "mole", "teachers", "real", "plumbing"} & set(sys.modules)
 """
 
 
 @pytest.fixture
-def picture(tmp_path):
-    """A photograph that is not square."""
-    save_png(tmp_path / "photo.png", images(1)[0][:, 20:110])
-    return tmp_path / "photo.png"
-
-
-def tokens_alone(folder: Path) -> torch.Tensor:
-    """V^s as a stranger gets it: a process that has never heard of this repository."""
-    done = subprocess.run([sys.executable, "-c", ALONE], cwd=folder, capture_output=True,
-                          encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    return torch.load(folder / "tokens.pt")
-
-
-def test_the_file_can_be_read_in_a_minute():
-    """student.py has 60 lines at most, and imports nothing but torch, timm and what they bring."""
-    text = Path(student_alone.__file__).read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 60
-    found = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            found.add(node.module)
-    allowed = {"json", "pathlib", "PIL", "timm", "torch", "torch.nn", "torchvision.transforms.v2"}
-    assert found == allowed
+def photos(tmp_path) -> Path:
+    """A folder of pictures, none a square: RGB, long and thin, turned, and the odd modes of PIL."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    save_png(folder / "photo.png", images(1)[0][:, 20:110])
+    noise = natural_noise(60, 45)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.save(folder / "turned.jpg", exif=exif)
+    noise.resize((5000, 9)).save(folder / "thin.png")
+    for mode in ("RGBA", "LA", "P", "L", "1"):
+        noise.convert(mode).save(folder / f"{mode}.png")
+    alpha = Image.linear_gradient("L").resize(noise.size)
+    noise.putalpha(alpha)
+    noise.save(folder / "transparent.png")
+    noise.convert("P").save(folder / "palette.png", transparency=7)
+    noise.convert("CMYK").save(folder / "CMYK.jpg")
+    grey = np.asarray(noise.convert("L"))
+    for kind in (np.uint16, np.int32, np.float32):
+        Image.fromarray(grey.astype(kind) * 7).save(folder / f"{kind.__name__}.tiff")
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["ours", "released", "full"])
-def test_the_same_tokens_without_the_repository(kind, workplace, released_folder, full_run,
-                                                picture):
-    """student.py's tokens = load_student's = the run's, to 1e-6; both forms of MoLE.
+def test_the_same_tokens_without_the_repository(kind, workplace, released_folder, full_run, photos):
+    """student.py's pixels and tokens are load_student's and the run's, in both forms of MoLE.
 
-    The student of the run of --full sees a view of the original, not of the loader's square.
+    Pixels are equal whatever the mode of the picture, tokens to 1e-6. The student of the run of
+    --full sees a view of the original, not of the loader's square.
     """
-    folder = {"ours": workplace / "runs/tiny", "released": released_folder, "full": full_run}[kind]
-    student, read_photo = load_student(folder)
-    export_student.main([str(folder), str(picture.parent)])
+    run = {"ours": workplace / "runs/tiny", "released": released_folder, "full": full_run}[kind]
+    student, read_photo = load_student(run)
+    out = photos.parent
+    main([str(run), str(out)])
+    # a process that has never heard of this repository
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=out, capture_output=True,
+                          encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    pixels, V_s_alone = torch.load(out / "seen.pt")
+    for path in photos.iterdir():
+        seen = read_photo(path)
+        expected = seen if torch.is_tensor(seen) else seen[student.image_size]
+        assert torch.equal(pixels[path.name], expected), path.name
     with torch.no_grad():
-        V_s = student(read_photo(picture))
-        same = load_run(folder, "cpu")[0].student(read_photo(picture))
+        V_s = student(read_photo(photos / "photo.png"))
+        same = load_run(run, "cpu")[0].student(read_photo(photos / "photo.png"))
     assert V_s.equal(same)
-    assert tokens_alone(picture.parent).allclose(V_s, atol=1e-6, rtol=0)
+    assert V_s_alone.allclose(V_s, atol=1e-6, rtol=0)
     with pytest.raises(InputError, match="is there already"):
-        export_student.main([str(folder), str(picture.parent)])
+        main([str(run), str(out)])
 
 
 def test_a_batch_of_the_loader_and_no_experts(tmp_path):
     """uint8 images (B, 3, R, R) as in training; a student without MoLE is timm's model alone."""
     student = Student(TINY.clip)
     student.loader_size = 128
-    torch.save(export_student.plain_weights(student), tmp_path / "student.pt")
-    write_json(tmp_path / "student.json", export_student.student_config(student, tmp_path))
-    alone = student_alone.Student(tmp_path)
+    write_student(student, tmp_path)
+    alone = Alone(tmp_path)
     assert alone(images(3)).allclose(student(images(3)), atol=1e-6, rtol=0)
     assert not [name for name, _ in alone.named_parameters() if "router" in name]

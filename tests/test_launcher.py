@@ -1,10 +1,11 @@
 """Starting processes, signals with loader workers, and what several machines must share."""
 
+import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,95 +18,82 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing import spawn
+from torch.distributed.elastic.utils.distributed import get_free_port
+from torch.multiprocessing import spawn, start_processes
 
 from data import InputError
-from plumbing import checkpoints, checks
-from plumbing.batches import loader_options, make_loader
-from plumbing.checkpoints import Checkpoints
+from plumbing import checks, processes
 from plumbing.checks import check_shared_memory
-from plumbing.launcher import launch
-from plumbing.machine import Machine
-from plumbing.sharding import cast_vlm, gather_full, note_what_trains, send_from_first, shard
-from tests.common import C, HERE, SHORT, small_vlm, some_conversations, total_loss, whole_method
+from plumbing.processes import Machine, launch
+from plumbing.sets import loader_options, make_loader
+from plumbing.sharding import (
+    cast_vlm,
+    gather_full,
+    place_models,
+    refresh_trained,
+    send_from_first,
+    shard,
+)
+from plumbing.signals import SIGNALS
+from tests import launched
+from tests.common import HERE, SHORT, C, small_vlm, some_conversations, total_loss, whole_method
 
 # ------------------------------------------------------------------------------------------------
 # The launcher
 
 
-def script(folder: Path, body: str) -> str:
-    """A program for `launch`: `rank` is its process's."""
-    path = folder / "script.py"
-    text = f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{body}\n"
-    path.write_text(text, encoding="utf-8")
-    return str(path)
+@pytest.fixture
+def start_two(monkeypatch, tmp_path):
+    """Return a function that launches two processes in an empty folder, as train.py does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    former = {number: signal.getsignal(number) for number in SIGNALS}
+    yield lambda work, *arguments: launch(work, arguments, 2)
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("statuses, expected", [("00", 0), ("02", 2), ("33", 3), ("10", 1)])
-def test_the_exit_status_is_that_of_the_process_that_failed(tmp_path, statuses, expected):
-    """0 if all are done, 3 if they were stopped, else the status of the first that failed."""
-    program = script(tmp_path, "sys.exit(int(sys.argv[1][rank]))")
-    assert launch(program, [statuses], 2) == expected
+def test_a_process_that_fails_ends_the_others(start_two):
+    """The others may wait for it for ever: they get SIGTERM. The status is that of the failed."""
+    assert start_two(launched.save, "23") == 2
+    assert Path("saved1").exists()
 
 
-def test_a_process_that_fails_ends_the_others(tmp_path):
-    """The others may wait for it for ever."""
-    start = time.monotonic()
-    program = script(tmp_path, "time.sleep(1000 * rank)\nsys.exit(2)")
-    assert launch(program, [], 2) == 2
-    assert time.monotonic() - start < 500
+def signal_when_ready() -> None:
+    """Send this process SIGTERM when both of its processes are ready."""
+    while not all(Path(f"ready{rank}").exists() for rank in range(2)):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-SAVES = """
-def save(*_):
-    open(f"saved{rank}", "w").close()
-    sys.exit(%d)
-signal.signal(signal.SIGTERM, save)
-open(f"ready{rank}", "w").close()
-time.sleep(1000)
-"""
-
-
-def signalled(folder: Path, body: str, monkeypatch) -> int:
-    """The exit status of two processes whose launcher gets a SIGTERM when both are ready."""
-    monkeypatch.chdir(folder)
-
-    def send() -> None:
-        while not all((folder / f"ready{rank}").exists() for rank in range(2)):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=send)
+@pytest.mark.parametrize("statuses, expected", [("33", 3), ("31", 1)])
+def test_a_signal_is_passed_on_and_3_means_saved(start_two, statuses, expected):
+    """SIGTERM reaches each process once; one that has saved does not end one that still saves."""
+    thread = threading.Thread(target=signal_when_ready)
     thread.start()
-    status = launch(script(folder, body), [], 2)
+    assert start_two(launched.save, statuses) == expected
     thread.join()
-    return status
+    assert Path("saved0").exists() and Path("saved1").exists()
 
 
-def test_a_signal_is_passed_on_and_3_means_saved(tmp_path, monkeypatch):
-    """SIGTERM reaches each process once; the status is 3 if they say that they have saved."""
-    assert signalled(tmp_path, SAVES % 3, monkeypatch) == 3
-    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+def test_a_signal_before_the_processes_listen(start_two, monkeypatch, capfd):
+    """The status is 3, and one line says that nothing is lost."""
+    def start_and_signal(*args, **options):
+        context = start_processes(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return context
+
+    monkeypatch.setattr(processes, "start_processes", start_and_signal)
+    assert start_two(time.sleep, 1000) == 3
+    assert capfd.readouterr().err == "stopped by SIGTERM before the first step: nothing is lost\n"
 
 
-def test_a_save_that_fails_is_no_success(tmp_path, monkeypatch):
-    """A process that ends with an error after SIGTERM has not saved: the status says so."""
-    assert signalled(tmp_path, SAVES % 1, monkeypatch) == 1
-
-
-def test_a_signal_before_the_processes_listen(tmp_path, monkeypatch, capsys):
-    """They end at once; the status is 3, and one line says that nothing is lost."""
-    body = "open(f'ready{rank}', 'w').close()\ntime.sleep(1000)"
-    assert signalled(tmp_path, body, monkeypatch) == 3
-    assert "stopped by SIGTERM before the first step" in capsys.readouterr().err
-
-
-def test_a_process_that_is_killed_is_named(tmp_path, capsys):
+def test_a_process_that_is_killed_is_named(start_two, capsys):
     """One that the machine has killed cannot say so itself."""
-    program = script(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
-    assert launch(program, [], 1) == 1
-    line = "error: process 0 was ended by SIGKILL; the machine's memory may have run out"
-    assert line in capsys.readouterr().err
+    assert start_two(signal.raise_signal, signal.SIGKILL) == 1
+    line = r"error: process . was ended by SIGKILL; the machine's memory may have run out\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -114,7 +102,8 @@ def test_a_process_that_is_killed_is_named(tmp_path, capsys):
 
 def test_sigterm_to_all_processes_saves(workplace):
     """A run with loader workers, all of whose processes get SIGTERM, saves and ends with 3."""
-    flags = [*SHORT, *"--max-steps 0 --stage1-epochs 9 --workers 2 --out runs/workers".split()]
+    flags = [*SHORT, "--max-steps", "0", "--stage1-epochs", "9", "--workers", "2", "--out",
+             "runs/workers"]
     process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *flags], cwd=workplace,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True, encoding="utf-8")
@@ -157,13 +146,14 @@ def test_small_shared_memory_is_one_line(monkeypatch):
 
 def test_a_stage_unfreezes_in_bf16():
     """What is frozen in stage 1 gets gradients in stage 2, in fp32 from bf16 arithmetic."""
-    machine = Machine(dataclasses.replace(C, precision="bf16"))
+    c = dataclasses.replace(C, precision="bf16")
+    machine = Machine(c)
     model, teachers, batch = whole_method()
     for stage in (1, 2):
         model.set_stage(stage)
         if stage == 1:
-            machine.place(model, teachers)
-        machine.begin_stage(model)
+            place_models(model, teachers, c, machine.world)
+        refresh_trained(model)
         total_loss(model(batch, teachers)).backward()
     machine.leave()
     for name, p in model.named_parameters():
@@ -215,31 +205,8 @@ def check_numbers_are_sent(rank: int) -> None:
     if rank == 0:
         model[0].load_state_dict(expected.state_dict())
     shard(model, [model[0]], "cpu", 2, bf16=False)
-    note_what_trains(model)
+    refresh_trained(model)
     assert torch.equal(model[0](torch.ones(1, 3)), expected(torch.ones(1, 3)))
-
-
-def check_one_copy(machine: Machine) -> None:
-    """Only the first process builds models with numbers."""
-    with machine.building():
-        vlm = small_vlm()
-    assert {p.is_meta for p in vlm.parameters()} == {not machine.first}
-
-
-def check_slow_folder(rank: int) -> None:
-    """The first process is slow to make a checkpoint's folder: the other does not make it."""
-    if rank == 0:
-        write = checkpoints.write_json
-        checkpoints.write_json = lambda *args: (time.sleep(1), write(*args))
-    model = nn.Linear(2, 2)
-    shard(model, [], "cpu", 2, bf16=False)
-    optimizer = torch.optim.AdamW(model.parameters())
-    kept = Checkpoints(Path("kept"), 1, rank, 2)
-    for name in ("stage1-00000001", "stage1-00000002"):
-        kept.save(name, model, optimizer, {})
-    kept.finish()
-    dist.barrier()
-    assert [path.name for path in Path("kept").iterdir()] == ["stage1-00000002"]
 
 
 def check_patience(machine: Machine) -> None:
@@ -256,13 +223,17 @@ def check_patience(machine: Machine) -> None:
 
 
 def check_folder_is_seen(machine: Machine) -> None:
-    """Two machines whose --out is not one folder are told so, both."""
-    Path("out").mkdir(exist_ok=True)
-    dist.barrier()
-    machine.check_folder(Path("out"))
-    Path(f"own{machine.rank}").mkdir()
-    with pytest.raises(InputError, match="1 of 2 processes do not see the folder of the first"):
-        machine.check_folder(Path(f"own{machine.rank}"))
+    """A process that does not see the lock of the first, or sees an older one, is told so."""
+    with machine.first_alone():
+        if machine.first:
+            Path("run.lock").write_text("process 7", encoding="utf-8")
+    machine.check_folder(Path("."))
+    own = Path(f"own{machine.rank}")
+    own.mkdir()
+    (own / "run.lock").write_text(f"process {machine.rank}", encoding="utf-8")
+    expected = pytest.raises(InputError, match="process 1 does not see the folder of the first")
+    with contextlib.nullcontext() if machine.first else expected:
+        machine.check_folder(own)
 
 
 def both(rank: int, folder: Path, port: int) -> None:
@@ -274,17 +245,12 @@ def both(rank: int, folder: Path, port: int) -> None:
     machine = Machine(C)
     check_patience(machine)
     check_folder_is_seen(machine)
-    check_one_copy(machine)
     check_numbers_are_sent(rank)
-    check_slow_folder(rank)
     Path(f"done{rank}").touch()
 
 
 def test_two_processes_load_save_and_wait(tmp_path):
-    """The checks of `both`: one copy of the numbers, one folder, patience, one shared --out."""
+    """The checks of `both`: numbers are sent, patience, one shared --out."""
     torch.save(Twins(), tmp_path / "twins.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(both, (tmp_path, port), nprocs=2)
+    spawn(both, (tmp_path, get_free_port()), nprocs=2)
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()

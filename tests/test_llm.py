@@ -30,7 +30,8 @@ def test_tiny_llm_is_transformers_llama():
 
 def test_padding_changes_nothing():
     """A sample's logits are the same alone, padded on the right and padded on the left."""
-    llm, ids = TinyLLM(40, 32, 2, 4, 48), torch.randint(7, 40, (1, 5))
+    llm = TinyLLM(40, dim=32, depth=2, heads=4, hidden=48)
+    ids = torch.randint(7, 40, (1, 5))
     ones = torch.ones(1, 5, dtype=torch.long)
     alone = llm(llm.embed(ids), ones)
     for pad in ((0, 3), (3, 0)):
@@ -48,7 +49,7 @@ def test_padding_on_the_right_needs_no_mask():
 
 
 def test_words_are_tokens():
-    """A word or mark a token, lower case, role names whole; decoding ends at </s>."""
+    """One token per word or mark, lower case; role names are one each; decoding ends at </s>."""
     tokenizer = WordTokenizer.from_texts(["What shape?", "heart."])
     ids = tokenizer.encode("USER: <image> WHAT shape? ASSISTANT: heart of gold")
     words = [tokenizer.vocabulary[i] for i in ids]

@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from data import InputError, collate
 from model import MoVEKD
-from plumbing.batches import make_loader
+from plumbing.sets import make_loader
 from plumbing.flags import load_config
-from plumbing.machine import Machine, Share
+from plumbing.processes import Machine, Step, Weights
 from plumbing.run_folder import read_log
 from plumbing.sets import build_datasets, build_tokenizer, load_sets
-from plumbing.sharding import compile_parts, gather_full, shard, shard_frozen
+from plumbing.sharding import compile_parts, gather_full, place_models, shard, shard_frozen
 from tests.common import (C, HERE, SHARED, SHORT, assert_same_run, images, run_here, run_script,
                           some_conversations, tiny_teachers, total_loss, whole_method)
 
@@ -29,7 +30,7 @@ BF16 = dataclasses.replace(C, precision="bf16")
 
 @pytest.fixture
 def sharded_machine():
-    """A Machine that is alone but shards, as it does for bf16."""
+    """A Machine of one process that shards, as it does for bf16."""
     machine = Machine(BF16)
     yield machine
     machine.leave()
@@ -49,29 +50,27 @@ def assert_same_log(a: Path, b: Path) -> None:
 # Processes
 
 
-def test_shares_of_micro_batches_add_up_to_the_batch():
-    """share.weigh: the micro-batches' means, so weighed, add up to the batch's own.
+def test_weighted_micro_batches_add_up_to_the_batch():
+    """Weights.apply: the micro-batches' means, so weighted, add up to the batch's own.
 
-    L_text by answer tokens, all else by images, a text-only micro-batch among them; but L_balance
-    and the experts' shares only if the balance loss is a mean over images.
+    L_text by answer tokens, all else by images, a text-only micro-batch among them; L_balance and
+    the experts' fractions only if the balance loss is a mean over images.
     """
     c = dataclasses.replace(C, balance_form="pooled")
     model, teachers, _ = whole_method(c)
     dataset = some_conversations(3, 2)
     machine = Machine(C)
-    sums = {}
-    micro = [collate([dataset.sample(i) for i in rows], 0) for rows in ((0, 1), (2, 3), (4,))]
-    work, counts = machine.share_work(micro)
-    assert (counts["images"], counts["stop"]) == (3, 0)
-    assert sum(share.text for _, share in work) == pytest.approx(1)
-    assert [share.images for _, share in work] == [2 / 3, 1 / 3, 0]
-    for batch, share in work:
-        for name, term in share.weigh(model(batch, teachers)).items():
-            sums[name] = sums.get(name, 0) + term
-    (batch, share), = machine.share_work([collate([dataset.sample(i) for i in range(5)], 0)])[0]
-    assert share == Share(1, 1)
-    for name, term in share.weigh(model(batch, teachers)).items():
-        close(sums[name], term)
+    batches = [collate([dataset.sample(i) for i in rows], 0) for rows in ((0, 1), (2, 3), (4,))]
+    step = machine.make_step(0, batches, model.vlm)
+    assert (step.counts["images"], step.counts["stop"]) == (3, 0)
+    assert sum(weights.text for _, weights in step.micro_batches) == pytest.approx(1)
+    assert [weights.images for _, weights in step.micro_batches] == [2 / 3, 1 / 3, 0]
+    divided = train.forward_backward(c, model, teachers, step)
+    batch = collate([dataset.sample(i) for i in range(5)], 0)
+    undivided = machine.make_step(0, [batch], model.vlm)
+    assert undivided.micro_batches[0][1] == Weights(1, 1) == Step.of(batch).micro_batches[0][1]
+    for name, term in train.forward_backward(c, model, teachers, undivided).items():
+        close(divided[name], term)
 
 
 @pytest.mark.slow
@@ -253,41 +252,44 @@ def test_compiled_is_the_same():
         router = model.vlm.student.net.blocks[0].mlp.router
         norm = model.vlm.llm.layers[0].input_layernorm
         results.append((loss, terms["experts"], router.weight.grad, norm.weight.grad))
-    for eager, traced in zip(*results):
+    for eager, traced in zip(*results, strict=True):
         close(eager, traced)
 
 
-def gradients(machine: Machine, model: MoVEKD, teachers, micro: list[dict]) -> dict:
-    """Of L_total over some micro-batches, gathered whole."""
-    work, _ = machine.share_work(micro)
-    for i, (batch, share) in enumerate(work):
-        machine.sync_gradients(model, on=i == len(work) - 1)
-        machine.backward(total_loss(share.weigh(model(batch, teachers))))
-    return {name: gather_full(p.grad) for name, p in model.named_parameters()}
+def gradients(machine: Machine, model: MoVEKD, teachers, batches: list[dict]) -> tuple:
+    """The gradients of L_total over some micro-batches, gathered, and the sums of the terms."""
+    step = machine.make_step(0, batches, model.vlm)
+    sums = train.forward_backward(C, model, teachers, step)
+    return {name: gather_full(p.grad) for name, p in model.named_parameters()}, sums
 
 
 def test_a_last_micro_batch_without_image_loses_no_gradient(sharded_machine):
-    """Sharded, with gradients sent after the last micro-batch only, and that one text alone.
+    """Sharded, with gradients reduced after the last micro-batch only, and that one text alone.
 
-    Every gradient is that of the plain run. A blank picture stands in, with share 0.
+    Every gradient and loss is that of the plain run. A sample with a blank picture stands in,
+    whose image terms have weight 0 and whose words are not learnt.
     """
     model, teachers, _ = whole_method()
     dataset = some_conversations(2, 1)
-    micro = [collate([dataset.sample(i) for i in rows], 0) for rows in ((0, 1), (2,))]
-    work, counts = sharded_machine.share_work(micro)
-    assert counts["images"] == 2
-    assert [batch.get("stand_in", False) for batch, _ in work] == [False, True]
-    assert work[1][0]["images"].shape == (1, 3, C.image_size, C.image_size)
-    assert work[1][1].images == 0
+    batches = [collate([dataset.sample(i) for i in rows], 0) for rows in ((0, 1), (2,))]
+    step = sharded_machine.make_step(0, batches, model.vlm)
+    assert step.counts["images"] == 2
+    batch, weights = step.micro_batches[1]
+    assert batch["images"].shape == (1, 3, C.image_size, C.image_size)
+    assert len(batch["input_ids"]) == len(batches[1]["input_ids"]) + 1
+    assert weights.images == 0
     sharded = copy.deepcopy(model)
     shard(sharded, sharded.vlm.blocks, "cpu", 1, bf16=False)
-    got = gradients(sharded_machine, sharded, teachers, micro)
-    alone = copy.copy(sharded_machine)
-    alone.sharded = False  # a plain model needs no picture to stand in
-    assert [batch["images"] is None for batch, _ in alone.share_work(micro)[0]] == [False, True]
-    expected = gradients(alone, model, teachers, micro)
+    found, found_sums = gradients(sharded_machine, sharded, teachers, batches)
+    plain = copy.copy(sharded_machine)
+    plain.sharded = False  # a plain model needs no stand-in
+    step = plain.make_step(0, batches, model.vlm)
+    assert [batch["images"] is None for batch, _ in step.micro_batches] == [False, True]
+    expected, expected_sums = gradients(plain, model, teachers, batches)
     for name, gradient in expected.items():
-        close(got[name], gradient, atol=1e-5, rtol=1e-5)
+        close(found[name], gradient, atol=1e-5, rtol=1e-5)
+    for name, value in expected_sums.items():
+        close(found_sums[name], value, atol=1e-5, rtol=1e-5)
 
 
 def test_bf16_has_fp32_masters(sharded_machine):
@@ -299,7 +301,7 @@ def test_bf16_has_fp32_masters(sharded_machine):
     model, teachers, batch = whole_method()
     full = total_loss(model(batch, teachers))
     model.set_stage(1)
-    sharded_machine.place(model, teachers)
+    place_models(model, teachers, BF16, sharded_machine.world)
     seen = []
     ffn = model.vlm.student.blocks[0].mlp.ffn
     ffn.register_forward_hook(lambda module, args, out: seen.append(out.dtype))

@@ -64,7 +64,7 @@ def test_the_order_of_teachers_changes_nothing(B, n, d, m, scale, dtype, seed, c
     losses = []
     for order in (names, ["clip", *names[:0:-1]]):
         some = {name: teachers[name] for name in order}
-        w_tea = teacher_weights(cls, some, 0.4, form, True, collapse)
+        w_tea = teacher_weights(cls, some, 0.4, form, detach=True, collapse=collapse)
         torch.testing.assert_close(w_tea.sum(1), torch.ones(B), atol=1e-4, rtol=1e-4)
         loss, _ = kd_loss(dict.fromkeys(some, V_s), some, w_tok, w_tea)
         assert loss.isfinite() and loss >= 0

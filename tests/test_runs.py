@@ -10,18 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from data import InputError
-from model import Student
 from plumbing.evaluate import accuracy_per_type, answer, questions_of
 from plumbing.files import read_json, write_json
-from plumbing.finished_run import current_name, load_run
+from plumbing.finished_run import load_run
 from plumbing.flags import load_config
 from plumbing.run_folder import read_log
-from plumbing.sets import load_sets
-from tests.common import (C, MOLE, SHORT, assert_same_run, conversation, full_flags, images,
-                          make_old, old_name, run_here, save_png)
+from tests import common
+from tests.common import SHORT, C, assert_same_run, conversation, full_flags, run_here
 from tiny import world
 from tiny.llm import WordTokenizer
-from tiny.scenes import ASKED
+from tiny.scenes import QUESTIONS
 
 RESULT = {"macro_accuracy", "accuracy", "blank_accuracy", "majority_accuracy", "chance_accuracy",
           "seconds", "seconds_stage0", "tflops", "tflops_stage0", "peak_rss_mb", "seed"}
@@ -41,11 +39,10 @@ def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
     """`train.py --tiny`: two tables, the result as one JSON object on the last line, all files."""
     out = (workplace / "output.txt").read_text(encoding="utf-8")
     assert out.count("parameters\n") == 2
-    *_, last = out.splitlines()
     result = read_json(workplace / "runs/tiny/result.json")
-    assert json.loads(last.removeprefix("result: ")) == result
-    assert RESULT <= set(result)
-    assert set(result["accuracy"]) == set(ASKED)
+    assert json.loads(out.splitlines()[-1].removeprefix("result: ")) == result
+    assert set(result) >= RESULT
+    assert set(result["accuracy"]) == set(QUESTIONS)
     assert result["tflops"] > 0
     for name in FILES:
         assert (workplace / "runs/tiny" / name).stat().st_size > 0
@@ -53,8 +50,8 @@ def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
         assert not list((workplace / "runs" / folder).rglob("*.tmp"))
 
 
-def test_the_log_has_a_line_a_step(workplace):
-    """log.jsonl: each step of both stages, every term of the loss, and their sum, L_total."""
+def test_the_log_has_one_line_per_step(workplace):
+    """log.jsonl has each step of both stages, every term of the loss, and their sum, L_total."""
     log = read_log(workplace / "runs/tiny")
     steps = [(line["stage"], line["step"]) for line in log]
     assert steps == [(stage, i) for stage in (1, 2) for i in range(4)]
@@ -62,14 +59,11 @@ def test_the_log_has_a_line_a_step(workplace):
         assert any(key in line for line in log), key
     for line in log:
         assert_total_is_the_sum(line, C)
-    assert log[0]["kd_clip"] < 1e-6  # the student starts as CLIP, but for the cache's fp16
+    assert log[0]["kd_clip"] < 1e-6  # the student starts as CLIP; the cache rounds to fp16
 
 
 def test_one_seed_one_run(workplace):
-    """The same command again gives the same log and weights, byte for byte.
-
-    It does so whether stage 0 was trained or found.
-    """
+    """The same command gives the same log and weights, whether stage 0 was trained or found."""
     run_here(workplace, *SHORT, "--out", "runs/again")
     assert_same_run(workplace / "runs/again", workplace / "runs/tiny", "vocabulary.json")
 
@@ -95,7 +89,7 @@ def test_own_words_and_no_captions(workplace):
     for i in range(16):
         shape = ((3, 40, 60), (3, 80, 50))[i % 2]
         picture = torch.full(shape, 100 + 60 * (i % 2), dtype=torch.uint8)
-        save_png(workplace / f"own/{i}.png", picture)
+        common.save_png(workplace / f"own/{i}.png", picture)
         turns = conversation(f"<image>\n{question}", ("dunkel", "hell")[i % 2])
         rows.append({"id": i, "image": f"{i}.png", "conversations": turns})
     write_json(workplace / "own/train.json", rows)
@@ -103,8 +97,7 @@ def test_own_words_and_no_captions(workplace):
              "--eval-data", "own/train.json")
     words = read_json(workplace / "runs/own/vocabulary.json")
     assert words == WordTokenizer.SPECIAL + ["$", "?", "_", "dunkel", "hell", "oder", "{"]
-    result = read_json(workplace / "runs/own/result.json")
-    assert set(result["accuracy"]) == {question}
+    assert set(read_json(workplace / "runs/own/result.json")["accuracy"]) == {question}
 
 
 def test_no_kd_is_one_flag(workplace):
@@ -117,22 +110,11 @@ def test_no_kd_is_one_flag(workplace):
         assert_total_is_the_sum(line, c)
 
 
-def test_cached_teachers_train_the_same(workplace):
-    """--cache-teachers changes the logged losses only by fp16 rounding."""
-    run_here(workplace, *SHORT, "--out", "runs/uncached", "--cache-teachers", "")
-    plain = read_log(workplace / "runs/uncached")
-    cached = read_log(workplace / "runs/tiny")
-    for a, b in zip(plain, cached, strict=True):
-        assert b["L_total"] == pytest.approx(a["L_total"], rel=1e-3)
-        assert b["kd_eva"] == pytest.approx(a["kd_eva"], rel=2e-3)
-
-
 @pytest.mark.slow
 def test_stage0_is_rebuilt_when_what_made_it_changes(workplace):
     """Another EVA shape retrains EVA and nothing else."""
     before = set((workplace / "runs/stage0").iterdir())
-    shallow = C.eva.replace("depth=3", "depth=2")
-    run_here(workplace, *SHORT, "--out", "runs/eva", "--eva", shallow)
+    run_here(workplace, *SHORT, "--out", "runs/eva", "--eva", C.eva.replace("depth=3", "depth=2"))
     new = set((workplace / "runs/stage0").iterdir()) - before
     assert [path.name.split("-")[0] for path in new] == ["eva"]
 
@@ -168,11 +150,9 @@ def test_full_runs_on_llavas_layout(full_run):
     assert c.lambda_kd == 0.5
     for line in log:
         assert_total_is_the_sum(line, c)
-        if line["stage"] == 1:
-            assert {"kd_clip", "kd_eva", "kd_convnext", "kd_sam"} <= set(line)
-    assert log[-1]["skipped"] == 1
+    assert {"kd_clip", "kd_eva", "kd_convnext", "kd_sam"} <= set(log[0])
     result = read_json(full_run / "result.json")
-    assert result["skipped"] == 1
+    assert log[-1]["skipped"] == result["skipped"] == 1
     assert "macro_accuracy" not in result
     assert not list(full_run.rglob("*.tmp"))
 
@@ -197,38 +177,4 @@ def test_a_run_folder_stands_alone(full_run, monkeypatch):
     monkeypatch.setattr("real.encoder_weights.ask_hub", None)
     vlm, tokenizer, c = load_run(full_run)
     record = {"image": "any", "conversations": conversation("<image>\nwhat shape?")}
-    assert len(answer(c, vlm, tokenizer, [record], lambda name: images(1)[0])) == 1
-
-
-# ------------------------------------------------------------------------------------------------
-# Run folders of older versions
-
-
-def test_an_old_run_folder_loads(workplace, tmp_path):
-    """A run whose config says kd_alpha, and its tensors lora.A and lora.B, gives its answers."""
-    make_old(workplace / "runs/tiny", tmp_path / "old")
-    names = load_file(tmp_path / "old/model.safetensors")
-    assert "vlm.student.net.blocks.0.mlp.lora.A.weight" in names
-    assert "vlm.student.net.blocks.0.mlp.lora.B.weight" in names
-    new, tokenizer, c = load_run(workplace / "runs/tiny")
-    old, old_tokenizer, old_c = load_run(tmp_path / "old")
-    assert old_c == c
-    for name, value in new.state_dict().items():
-        assert torch.equal(value, old.state_dict()[name])
-    records, get_image = load_sets(c)["eval"]
-    records = [row["record"] for row in questions_of(records)]
-    assert (answer(c, new, tokenizer, records, get_image)
-            == answer(old_c, old, old_tokenizer, records, get_image))
-
-
-@pytest.mark.parametrize("form", ["ffn", "fc1_fc2"])
-def test_old_names_of_either_form(form):
-    """Every old name of a student's tensor becomes today's, and today's stays as it is."""
-    student = Student(C.clip).add_experts(form=form, **MOLE)
-    changed = 0
-    for name in student.state_dict():
-        name = f"student.{name}"
-        assert current_name(old_name(name)) == name
-        assert current_name(name) == name
-        changed += old_name(name) != name
-    assert changed == 3 * {"ffn": 2, "fc1_fc2": 8}[form]
+    assert len(answer(c, vlm, tokenizer, [record], lambda name: common.images(1)[0])) == 1

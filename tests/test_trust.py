@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import train
 from data import InputError, conversation_ids
-from plumbing.checkpoints import checksums, examine, saved_checkpoints
+from plumbing.checkpoints import checksums, examine, newest_checkpoint, saved_checkpoints
 from plumbing.cli import Stopped, run
 from plumbing.config import TINY, Config
 from plumbing.files import read_json, write_json
@@ -378,8 +378,11 @@ def test_an_overwritten_run_leaves_nothing_of_the_earlier_one(kept):
     assert points[0] not in read_json(run / "held_out.json")
 
 
+TENSORS = "shard-00001-model-00003-of-00008.safetensors"    # a file of a checkpoint
+
+
 @pytest.mark.parametrize("how", ["flipped", "halved", "empty", "missing"])
-@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "meta.json", "../../log.jsonl"])
+@pytest.mark.parametrize("file", [TENSORS, "progress.json", "../../log.jsonl"])
 def test_a_damaged_checkpoint_is_named(kept, tmp_path, file, how):
     """A bit flipped, a file halved, empty or missing: named, before anything is loaded."""
     run = tmp_path / "run"
@@ -390,13 +393,23 @@ def test_a_damaged_checkpoint_is_named(kept, tmp_path, file, how):
     assert Path(file).name in examine(newest)[0]
 
 
+def test_a_file_that_a_checkpoint_does_not_list_is_named(kept, tmp_path):
+    """DCP would read the tensors in it, in place of the checkpoint's or beside them."""
+    run = tmp_path / "run"
+    shutil.copytree(kept / "runs/kept", run)
+    newest = saved_checkpoints(run / "checkpoints")[-1]
+    shutil.copy(newest / TENSORS, newest / "extra.safetensors")
+    with pytest.raises(InputError, match="damaged: extra.safetensors "):
+        newest_checkpoint(run / "checkpoints", skip_damaged=False)
+
+
 def test_an_older_checkpoint_is_taken_if_asked_for(kept, monkeypatch):
     """--resume names the damaged one and the flag; with --skip-damaged it ends as the straight run.
 
     """
     monkeypatch.chdir(kept)
     shutil.copytree("runs/kept", "runs/damaged")
-    damage(Path("runs/damaged/checkpoints/stage2-00000004/__0_0.distcp"), "flipped")
+    damage(Path("runs/damaged/checkpoints/stage2-00000004", TENSORS), "flipped")
     with pytest.raises(InputError, match="stage2-00000004: damaged: .* --skip-damaged"):
         train.main(["--resume", "runs/damaged"])
     train.main(["--resume", "runs/damaged", "--skip-damaged"])
@@ -411,35 +424,22 @@ class Evil:
         return os.system, ("touch pwned",)
 
 
-@pytest.mark.parametrize("where", [".metadata", "piece"])
-def test_a_crafted_checkpoint_runs_nothing(kept, monkeypatch, tmp_path, where):
-    """Code in the index, or in place of a scalar in a piece, with checksums to match: refused."""
-    monkeypatch.chdir(kept)
-    shutil.copytree("runs/kept", tmp_path / "runs/crafted")
-    shutil.copytree("runs/stage0", tmp_path / "runs/stage0")
-    monkeypatch.chdir(tmp_path)
+def test_a_crafted_checkpoint_runs_nothing(kept, monkeypatch, tmp_path):
+    """Pickled code in place of tensors, with checksums to match: one line, and it does not run."""
+    shutil.copytree(kept / "runs/kept", tmp_path / "runs/crafted")
+    shutil.copytree(kept / "runs/stage0", tmp_path / "runs/stage0")
     shutil.copytree(kept / "kept", tmp_path / "kept")
+    monkeypatch.chdir(tmp_path)
     newest = saved_checkpoints(Path("runs/crafted/checkpoints"))[-1]
-    if where == ".metadata":
-        (newest / ".metadata").write_bytes(pickle.dumps(Evil()))
-    else:
-        index = pickle.loads((newest / ".metadata").read_bytes())  # our own, just written
-        for key, info in index.storage_data.items():
-            if type(index.state_dict_metadata[key.fqn]).__name__ == "BytesStorageMetadata":
-                break
-        evil = pickle.dumps(Evil())
-        piece = newest / info.relative_path
-        content = piece.read_bytes()
-        end = info.offset + len(evil)
-        piece.write_bytes(content[:info.offset] + evil + content[end:])
-    meta = json.loads((newest / "meta.json").read_text(encoding="utf-8"))
-    meta["files"] = {name: sums for pattern in (".metadata", "__0_*")
-                     for name, sums in checksums(newest, pattern).items()}
-    meta["data"] = {}  # the copies have other times
-    del meta["crc32"]
-    meta["crc32"] = zlib.crc32(json.dumps(meta).encode())
-    (newest / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    with pytest.raises(InputError, match="crafted"):
+    for name in (TENSORS, ".metadata"):
+        (newest / name).write_bytes(pickle.dumps(Evil()))
+    content = read_json(newest / "progress.json")
+    content["files"] = checksums(newest)
+    content["progress"]["data"] = {}  # the copies have other times
+    del content["crc32"]
+    content["crc32"] = zlib.crc32(json.dumps(content).encode())
+    write_json(newest / "progress.json", content)
+    with pytest.raises(InputError, match="crafted/checkpoints/stage2-00000004: cannot be read: "):
         train.main(["--resume", "runs/crafted"])
     assert not list(tmp_path.rglob("pwned"))
 

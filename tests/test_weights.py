@@ -19,7 +19,8 @@ from plumbing.files import write_json
 from plumbing.finished_run import load_run
 from plumbing.flags import load_config
 from plumbing.run_folder import read_log
-from real.encoder_weights import find_weights, is_real, load_net
+from plumbing.config import is_real
+from real.encoder_weights import find_weights, load_net
 from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from real.released_checkpoint import released_config
 from teachers import ClipEncoder, VisionEncoder, parse_spec

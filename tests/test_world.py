@@ -1,36 +1,29 @@
 """The tiny world: scenes, their pictures, their words."""
 
+import re
+
+import pytest
 import torch
 
-from tiny.pictures import WORLD_SIZE, _COLOURS, render
+from tiny.pictures import _COLOURS, WORLD_SIZE, render
 from tiny.scenes import ATTRIBUTES, QUESTIONS, SPLITS, sample_scenes, scene_geometry
-from tiny.world import tiny_set, world_records
+from tiny.world import main, tiny_set
 
 
 def test_splits_share_no_scene():
     """No attribute tuple of one split is in another, whatever the seeds."""
-    seen = []
+    owners = {}
     for split in SPLITS:
-        scenes = set()
-        for seed in range(2):
-            scenes.update(tuple(scene) for scene in sample_scenes(split, 2000, seed).tolist())
-        seen.append(scenes)
-    assert not seen[0] & seen[1]
-    assert not seen[0] & seen[2]
-    assert not seen[1] & seen[2]
-
-
-def plain_large_heart(colour: int, place: int) -> torch.Tensor:
-    """A scene, upright."""
-    values = {"shape": 3, "colour": colour, "place": place, "size": 2, "turn": 1}
-    return torch.tensor([[values.get(name, 0) for name in ATTRIBUTES]])
+        scenes = torch.cat([sample_scenes(split, 2000, seed) for seed in range(2)])
+        for scene in scenes.tolist():
+            assert owners.setdefault(tuple(scene), split) == split
 
 
 def test_pictures_show_what_the_scene_says():
-    """The centre of a plain, large heart is where its place says, and has the named colour."""
+    """The centre of a plain, large, upright heart is at its place and has the named colour."""
     for place in range(9):
         for colour in range(6):
-            scene = plain_large_heart(colour, place)
+            scene = torch.tensor([[3, colour, 0, place, 2, 1, 0]])
             geometry = scene_geometry(scene)
             x, y = geometry["x"].item(), geometry["y"].item()
             assert (round(3 * x) + 1, round(3 * y) + 1) == (place % 3, place // 3)
@@ -42,18 +35,26 @@ def test_pictures_show_what_the_scene_says():
 
 def test_records_tell_what_the_scene_is():
     """The answers of a dialogue are the names of the scene's attributes; its picture is drawn."""
-    names = list(ATTRIBUTES)
-    scenes = sample_scenes("train", 20).tolist()
-    _, get_image = tiny_set("train", 20)
-    for i, record in enumerate(world_records("train", "chat", 20)):
+    scenes = sample_scenes("train", 20)
+    drawn = render(scenes)
+    records, get_image = tiny_set("train", 20)
+    for i, record in enumerate(records):
         turns = [turn["value"].replace("<image>\n", "") for turn in record["conversations"]]
-        said = dict(zip(turns[::2], turns[1::2]))
-        for attribute, question in QUESTIONS.items():
-            index = scenes[i][names.index(attribute)]
-            assert said.pop(question) == ATTRIBUTES[attribute][index]
-        assert not said
-        drawn = render(sample_scenes("train", 20))[i]
-        assert torch.equal(get_image(record["image"]), drawn)
+        expected = {}
+        for k, (name, words) in enumerate(ATTRIBUTES.items()):
+            if name in QUESTIONS:
+                expected[QUESTIONS[name]] = words[scenes[i, k]]
+        assert dict(zip(turns[::2], turns[1::2], strict=True)) == expected
+        assert torch.equal(get_image(record["image"]), drawn[i])
+
+
+@pytest.mark.parametrize("flags", ["--n-train -1", "--n-eval 0", "--n-text many", "--n-tests 1"])
+def test_a_wrong_number_is_one_line(tmp_path, capsys, flags):
+    """`python -m tiny.world export`: what argparse refuses too, with status 2."""
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(tmp_path), *flags.split()])
+    assert end.value.code == 2 and not list(tmp_path.iterdir())
+    assert re.fullmatch(f"error: .*{flags.split()[0]}.*\n", capsys.readouterr().err)
 
 
 def test_every_object_lies_inside_its_picture(monkeypatch):

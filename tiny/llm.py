@@ -13,7 +13,7 @@ from torch import nn
 
 
 class WordTokenizer:
-    """One token a word or punctuation mark, lower case; the vocabulary is what the data holds.
+    """One token per word or punctuation mark, in lower case; the vocabulary is the data's words.
 
     The role names are one token each, so that the real prompt costs a tiny LLM nothing.
     """
@@ -29,7 +29,7 @@ class WordTokenizer:
 
     @classmethod
     def from_texts(cls, texts: list[str]) -> "WordTokenizer":
-        """The tokenizer whose vocabulary is the words of some texts, in alphabetical order."""
+        """Return a tokenizer whose vocabulary is the words of some texts, in alphabetical order."""
         words = set()
         for text in texts:
             words.update(cls.words(text))
@@ -37,7 +37,7 @@ class WordTokenizer:
 
     @classmethod
     def from_records(cls, records: list[dict]) -> "WordTokenizer":
-        """The same from LLaVA-format records."""
+        """Return a tokenizer of the words of LLaVA-format records."""
         texts = []
         for record in records:
             for turn in record["conversations"]:
@@ -49,12 +49,12 @@ class WordTokenizer:
 
     @classmethod
     def words(cls, text: str) -> list[str]:
-        """A text as words and marks."""
+        """Split a text into words and marks."""
         return [w if w in cls.SPECIAL else w.lower() for w in cls._pattern.findall(text)]
 
     @classmethod
     def plain(cls, text: str) -> str:
-        """A text in which nothing reads as a control token: "</s>" becomes "</s >"."""
+        """Return a text in which nothing reads as a control token: "</s>" becomes "</s >"."""
         for special in cls.SPECIAL:
             text = text.replace(special, f"{special[:-1]} {special[-1]}")
         return text
@@ -65,7 +65,7 @@ class WordTokenizer:
     encode_after_end = encode  # a word is the same token everywhere
 
     def decode(self, ids: list[int]) -> str:
-        """Text up to the end-of-sentence token, words joined by one space."""
+        """Return the text up to the end-of-sentence token, words joined by one space."""
         if self.eos in ids:
             ids = ids[:ids.index(self.eos)]
         return " ".join(self.vocabulary[i] for i in ids)
@@ -75,15 +75,12 @@ class WordTokenizer:
 
 
 def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that count real tokens, whichever side the padding is on: (B, T) -> (B, T)"""
+    """Count real tokens, whichever side the padding is on: (B, T) -> positions (B, T)"""
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)                                  # (B, T)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding: turns the pair (x_i, x_{i + D/2h}) by position * theta_i.
-
-    (B, h, T, D/h) -> the same
-    """
+    """Turn each pair (x_i, x_{i + D/2h}) by position * theta_i: (B, h, T, D/h) -> the same"""
     a, b = x.chunk(2, dim=-1)                                                      # (B, h, T, D/2h)
     turned = torch.cat([-b, a], dim=-1)                                             # (B, h, T, D/h)
     return (x * cos + turned * sin).to(x.dtype)                                     # (B, h, T, D/h)
@@ -147,7 +144,7 @@ class DecoderLayer(nn.Module):
 
 
 class TinyLLM(nn.Module):
-    """A small causal LM behind two doors: `embed(ids)` and `forward(inputs_embeds, mask)`."""
+    """A small causal LM with the interface of real/pretrained_llm.py."""
 
     def __init__(self, vocab_size: int, dim: int, depth: int, heads: int, hidden: int):
         super().__init__()
@@ -167,17 +164,16 @@ class TinyLLM(nn.Module):
         return self.layers
 
     def new_cache(self) -> list:
-        """One list a layer, for its keys and values."""
-        return [[] for _ in self.layers]
+        return [[] for _ in self.layers]  # for the keys and values of each
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None,
                 cache: list | None = None,
                 logits_at: torch.Tensor | None = None) -> torch.Tensor:
-        """inputs_embeds (B, T, D), attention_mask (B, T_all) -> logits (B, T, V)
+        """Return logits: inputs_embeds (B, T, D), attention_mask (B, T_all) -> (B, T, V)
 
         With a cache, empty before the prompt, the mask covers the past too. Padding may stand on
-        either side: positions count real tokens. Without a mask all tokens are real. With logits_at
-        (K,) the logits are those of these positions alone, (B, K, V).
+        either side. Without a mask all tokens are real. With logits_at (K,) the logits are those of
+        these positions alone, (B, K, V).
         """
         mask = None
         T = inputs_embeds.shape[1]
@@ -194,22 +190,20 @@ class TinyLLM(nn.Module):
         return self.lm_head(self.norm(x))                                                # (B, K, V)
 
     def visible(self, attention_mask: torch.Tensor, T: int) -> torch.Tensor:
-        """What each of the last T tokens sees: (B, T_all) -> bool (B, 1, T, T_all)"""
+        """Return whether each of the last T tokens sees each: (B, T_all) -> (B, 1, T, T_all)"""
         T_all = attention_mask.shape[1]
-        causal = torch.ones(T, T_all, dtype=torch.bool, device=attention_mask.device)   # (T, T_all)
-        causal = causal.tril(T_all - T)                                                 # (T, T_all)
+        ones = torch.ones(T, T_all, dtype=torch.bool, device=attention_mask.device)     # (T, T_all)
+        causal = ones.tril(T_all - T)                                                   # (T, T_all)
         mask = causal & attention_mask[:, None, None, :].bool()                   # (B, 1, T, T_all)
         # padding sees itself: no empty softmax
         itself = torch.eye(T_all, dtype=torch.bool, device=mask.device)[-T:]            # (T, T_all)
         return mask | itself                                                      # (B, 1, T, T_all)
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of position * theta_i, theta_i = 10000^(-2i / (D/h))
-
-        (B, T) -> 2 x (B, 1, T, D/h)
-        """
+        """Return cos and sin of position * theta_i: (B, T) -> 2 x (B, 1, T, D/h)"""
         size = self.dim // self.layers[0].self_attn.heads
         even = torch.arange(0, size, 2, device=positions.device)                           # (D/2h,)
+        # theta_i = 10000^(-2i / (D/h))
         theta = 10000.0 ** (-even / size)                                                  # (D/2h,)
         angle = positions[:, None, :, None] * theta                                # (B, 1, T, D/2h)
         angle = angle.repeat(1, 1, 1, 2)                                            # (B, 1, T, D/h)

@@ -1,6 +1,6 @@
 """The pictures of the tiny world: one object with a pattern, turned and placed, on a background.
 
-Letters: N scenes, R pixels of a picture, x, y places in a picture.
+N scenes are drawn at once, R x R pixels each; x and y are positions in a picture.
 """
 
 import math
@@ -9,7 +9,7 @@ import torch
 
 from tiny.scenes import ATTRIBUTES, scene_geometry
 
-WORLD_SIZE = 128  # px: the largest that an encoder of the tiny preset is shown
+WORLD_SIZE = 128  # px: the largest that an encoder of the tiny preset takes
 
 # The pattern in half images: stripes and bands, faint, of one width whatever the object's size
 STRIPE = 0.25
@@ -18,12 +18,12 @@ RIM = 0.04  # the dark outline
 
 
 def _polygon(x: torch.Tensor, y: torch.Tensor, *edges: tuple) -> torch.Tensor:
-    """Signed distance to a convex polygon, the largest of its half planes a x + b y <= c."""
+    """Return the signed distance to a convex polygon, an intersection of a x + b y <= c."""
     return torch.stack([(a * x + b * y - c) / math.hypot(a, b) for a, b, c in edges]).amax(0)
 
 
 def _shape_distance(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Signed distance (negative inside) to a shape that lies within radius 1."""
+    """Return the signed distance (negative inside) to a shape that lies within radius 1."""
     def box(x0, x1, y0, y1):
         return _polygon(x, y, (-1, 0, -x0), (1, 0, x1), (0, -1, -y0), (0, 1, y1))
 
@@ -63,13 +63,13 @@ _PAINT = torch.tensor([[0., 0, 0, -1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0]]
 
 
 def render(scenes: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Pictures of scenes (N, 7): uint8 (N, 3, R, R). The same scenes and seed, the same bytes."""
+    """Draw scenes (N, 7): uint8 (N, 3, R, R). The same scenes and seed give the same bytes."""
     generator = torch.Generator().manual_seed(seed + 2_000_003)
     geometry = scene_geometry(scenes, seed)
     chunks = []
     for i in range(0, len(scenes), 32):  # 32 at a time stay in the processor's cache
-        part = {key: value[i:i + 32] for key, value in geometry.items()}
-        chunks.append(_render_chunk(scenes[i:i + 32], part, generator))
+        some = {key: value[i:i + 32] for key, value in geometry.items()}
+        chunks.append(_render_chunk(scenes[i:i + 32], some, generator))
     return torch.cat(chunks)
 
 

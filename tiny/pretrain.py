@@ -5,14 +5,11 @@
     ConvNeXt  on fine texture: which pattern?
     LLM       on text alone: the next word of the data's captions and dialogues
 
-`train.py --tiny` calls stage0() and finds the files from then on. Each file's name carries a hash
-of all that made it.
+`train.py --tiny` calls stage0() and finds the files from then on.
 
-Letters: N pictures, B pictures or texts of a batch, T tokens, n_i tokens of an encoder.
+Letters: N pictures, B pictures or texts of a batch, S texts, T tokens, n_i tokens of an encoder.
 """
 
-import hashlib
-import inspect
 import json
 import os
 import signal
@@ -22,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -31,139 +28,97 @@ from torch import nn
 from tqdm import tqdm
 
 from data import InputError
-from plumbing.files import flop_counter, read_about, read_tensors, write_tensors
+from plumbing.files import digest, flop_counter, read_about, read_tensors, write_tensors
 from teachers import VisionEncoder, create_net
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pictures import render
 from tiny.scenes import ATTRIBUTES, sample_scenes, scene_geometry
-from tiny.world import caption, world_records
+from tiny.world import caption
 
 FOLDER = Path("runs/stage0")
 SEED = 0  # the pretrained models are downloads in the real method: the same for every seed of a run
 IMAGES = 6_000
-PARENT = 0  # the process that a worker of stage 0 works for
-RECIPES = {  # steps, batch, peak learning rate
-    "clip": (450, 64, 1e-3),
-    "eva": (350, 32, 2e-3),
-    "convnext": (700, 48, 2e-3),
-    "llm": (250, 32, 3e-3),
-}
-
-
-def fit(name: str, recipe: tuple, modules: nn.Module, loss_of: Callable, scale: float) -> float:
-    """AdamW with one cycle of learning rate on loss_of(generator, batch); returns the FLOPs.
-
-    recipe: steps, batch, peak learning rate.
-    """
-    steps, batch, lr = recipe
-    steps = max(2, round(steps * scale))
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    generator = torch.Generator().manual_seed(SEED)
-    flops = 0.0
-    modules.train()
-    bar = tqdm(range(steps), desc=f"stage 0: {name}", mininterval=2)
-    for step in bar:
-        if PARENT and os.getppid() != PARENT:
-            sys.exit("stage 0: the run that wanted this model is gone")
-        counter = flop_counter()
-        with counter if step == 0 else nullcontext():
-            loss = loss_of(generator, batch)
-            loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        flops = flops or counter.get_total_flops() * steps
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return flops
-
-
-def pictures(scale: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Scenes (N, 7), their images (N, 3, R, R), their geometry."""
-    scenes = sample_scenes("train", max(64, round(IMAGES * scale)), seed)
-    return scenes, render(scenes, seed), scene_geometry(scenes, seed)
-
+WORDS = 77  # of a text for CLIP at most, as of CLIP's own
+# what is trained, its loss_of(generator, batch size), and the net in it that is kept
+Training = tuple[nn.Module, Callable, nn.Module]
 
 # ------------------------------------------------------------------------------------------------
 # The four trainings
 
 
-class TextEncoder(nn.ModuleDict):
-    """What CLIP's pictures are held against: words of a text, one layer, their sum."""
-
-    def forward(self, ids: torch.Tensor, pad: int) -> torch.Tensor:
-        padding = ids == pad                                                            # (B, T)
-        words = self["layer"](self["embed"](ids), src_key_padding_mask=padding)         # (B, T, 64)
-        words = words.masked_fill(padding[:, :, None], 0).sum(dim=1)                    # (B, 64)
-        return F.normalize(self["head"](words), dim=-1)                                 # (B, 64)
+def pictures(scale: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Return scenes (N, 7), their images (N, 3, R, R) and their geometry."""
+    scenes = sample_scenes("train", max(64, round(IMAGES * scale)), seed)
+    return scenes, render(scenes, seed), scene_geometry(scenes, seed)
 
 
-def text_encoder(words: int) -> TextEncoder:
-    """A small one with new weights, for a vocabulary of so many words."""
-    return TextEncoder({
-        "embed": nn.Embedding(words, 64),
-        "layer": nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True),
-        "head": nn.Linear(64, 64)})
+class ClipAndTexts(nn.Module):
+    """CLIP with new weights, and a small encoder of texts: both end in one space, of width 64."""
+
+    def __init__(self, spec: str, texts: list[str]):
+        super().__init__()
+        tokenizer = WordTokenizer.from_texts(texts)
+        tokens = [torch.tensor(tokenizer.encode(text)[:WORDS]) for text in texts]
+        self.pad = tokenizer.pad
+        self.ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self.pad)
+        self.clip = VisionEncoder(spec, create_net(spec, num_classes=64))
+        for module in self.clip.modules():
+            if isinstance(module, nn.Linear):
+                # timm's std of 0.02 is meant for width 1024; at 96 shapes are then learned late
+                module.reset_parameters()
+        nn.init.normal_(self.clip.net.pos_embed, std=0.3)  # 0.02 hardly says where a token is
+        self.embed = nn.Embedding(len(tokenizer.vocabulary), 64)
+        self.layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(64, 64)
+        self.temperature = nn.ParameterDict({"log": torch.tensor(2.5)})
+
+    def forward(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Compare images with texts, given by number: (B, 3, R, R), (S,) -> logits (B, S)"""
+        image = F.normalize(self.clip.net(self.clip.view(images)), dim=-1)              # (B, 64)
+        ids = self.ids[texts]                                                           # (S, T)
+        padding = ids == self.pad                                                       # (S, T)
+        words = self.layer(self.embed(ids), src_key_padding_mask=padding)               # (S, T, 64)
+        words = words.masked_fill(padding[:, :, None], 0).sum(dim=1)                    # (S, 64)
+        words = F.normalize(self.head(words), dim=-1)                                   # (S, 64)
+        return image @ words.T * self.temperature["log"].exp()                          # (B, S)
 
 
-def clip_for_contrast(spec: str) -> VisionEncoder:
-    """CLIP with new weights, whose [CLS] ends in the space that it shares with the texts."""
-    clip = VisionEncoder(spec, create_net(spec, num_classes=64))
-    for module in clip.modules():
-        if isinstance(module, nn.Linear):
-            # timm's std of 0.02 is meant for width 1024; at 96 shapes are then learned late
-            module.reset_parameters()
-    nn.init.normal_(clip.net.pos_embed, std=0.3)  # at 0.02 a token hardly says where it is
-    return clip
-
-
-def pretrain_clip(spec: str, scale: float) -> tuple[nn.Module, float]:
-    """InfoNCE between [CLS] and a caption encoder that is thrown away after.
+def pretrain_clip(spec: str, scale: float) -> Training:
+    """Train [CLS] by InfoNCE with captions, whose encoder is thrown away afterwards.
 
     In so small a world several images of a batch share a caption, so the target of an image is
     every equal caption, not its own alone.
     """
     scenes, images, _ = pictures(scale, seed=10)
     generator = torch.Generator().manual_seed(SEED)
-    captions = [caption(scene, generator) for scene in scenes.tolist()]
-    tokenizer = WordTokenizer.from_texts(captions)
-    tokens = [torch.tensor(tokenizer.encode(text)) for text in captions]
-    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad)  # (N, T)
-    clip = clip_for_contrast(spec)
-    text = text_encoder(len(tokenizer.vocabulary))
-    temperature = nn.ParameterDict({"log": torch.tensor(2.5)})
+    model = ClipAndTexts(spec, [caption(scene, generator) for scene in scenes.tolist()])
 
     def loss_of(generator: torch.Generator, batch: int) -> torch.Tensor:
         rows = torch.randint(len(images), (batch,), generator=generator)
-        image = F.normalize(clip.net(clip.view(images[rows])), dim=-1)                  # (B, 64)
-        words = text(ids[rows], tokenizer.pad)                                          # (B, 64)
-        logits = image @ words.T * temperature["log"].exp()                             # (B, B)
-        same = (ids[rows][:, None] == ids[rows]).all(dim=-1).float()                    # (B, B)
+        logits = model(images[rows], rows)                                              # (B, B)
+        ids = model.ids[rows]                                                           # (B, T)
+        same = (ids[:, None] == ids).all(dim=-1).float()                                # (B, B)
         target = same / same.sum(dim=1, keepdim=True)                                   # (B, B)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    modules = nn.ModuleList([clip, text, temperature])
-    flops = fit("clip", RECIPES["clip"], modules, loss_of, scale)
-    clip.net.reset_classifier(0)  # the projection into the shared space goes with the captions
-    return clip.net, flops
+    return model, loss_of, model.clip.net
 
 
 def cells(encoder: VisionEncoder, geometry: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the centre of each token's cell to the object's: dx, dy (N, n_i), in half images."""
+    """Return dx, dy (N, n_i) from the centre of each token's cell to the object, in half images."""
     side = round(encoder.num_tokens ** 0.5)
     line = (torch.arange(side) + 0.5) / side * 2 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     return geometry["x"][:, None] - x.flatten(), geometry["y"][:, None] - y.flatten()
 
 
-def pretrain_eva(spec: str, scale: float) -> tuple[nn.Module, float]:
-    """A dense head at every token, as a detector's: here or not, centre, size, turn."""
+def pretrain_eva(spec: str, scale: float) -> Training:
+    """Train a dense head at every token, like a detector's: here or not, centre, size, turn."""
     _, images, geometry = pictures(scale, seed=11)
     eva = VisionEncoder(spec)
     head = nn.Sequential(nn.LayerNorm(eva.dim), nn.Linear(eva.dim, 5))
-    here = torch.hypot(*cells(eva, geometry)) < geometry["radius"][:, None]             # (N, n_i)
-    here = here.float()                                                                 # (N, n_i)
+    distance = torch.hypot(*cells(eva, geometry))                                       # (N, n_i)
+    here = (distance < geometry["radius"][:, None]).float()                             # (N, n_i)
     box = torch.stack([geometry["x"], geometry["y"], geometry["radius"].log(),
                        geometry["angle"]], dim=-1)                                      # (N, 4)
     box = (box - box.mean(dim=0)) / box.std(dim=0)                                      # (N, 4)
@@ -174,12 +129,11 @@ def pretrain_eva(spec: str, scale: float) -> tuple[nn.Module, float]:
         error = (out[..., 1:] - box[rows, None]).square().mean()
         return error + F.binary_cross_entropy_with_logits(out[..., 0], here[rows])
 
-    flops = fit("eva", RECIPES["eva"], nn.ModuleList([eva, head]), loss_of, scale)
-    return eva.net, flops
+    return nn.ModuleList([eva, head]), loss_of, eva.net
 
 
-def pretrain_convnext(spec: str, scale: float) -> tuple[nn.Module, float]:
-    """Names the pattern at every token that the object covers."""
+def pretrain_convnext(spec: str, scale: float) -> Training:
+    """Train it to name the pattern at every token that the object covers."""
     scenes, images, geometry = pictures(scale, seed=12)
     pattern = scenes[:, list(ATTRIBUTES).index("pattern")]                              # (N,)
     convnext = VisionEncoder(spec)
@@ -193,17 +147,14 @@ def pretrain_convnext(spec: str, scale: float) -> tuple[nn.Module, float]:
         rows = torch.randint(len(images), (batch,), generator=generator)
         logits = head(convnext(images[rows]).tokens)                                 # (B, n_i, 4)
         covered = here[rows]                                                         # (B, n_i)
-        target = pattern[rows, None].expand_as(covered)[covered]
-        return F.cross_entropy(logits[covered], target)
+        target = pattern[rows, None].expand_as(covered)                              # (B, n_i)
+        return F.cross_entropy(logits[covered], target[covered])
 
-    modules = nn.ModuleList([convnext, head])
-    flops = fit("convnext", RECIPES["convnext"], modules, loss_of, scale)
-    return convnext.net, flops
+    return nn.ModuleList([convnext, head]), loss_of, convnext.net
 
 
-def pretrain_llm(shape: tuple, scale: float, texts: list[list[int]],
-                 pad: int) -> tuple[nn.Module, float]:
-    """Plain language modelling: the loss is on every token."""
+def pretrain_llm(shape: tuple, texts: list[list[int]], pad: int) -> Training:
+    """Train by plain language modelling: the loss is on every token."""
     llm = TinyLLM(*shape)
 
     def loss_of(generator: torch.Generator, batch: int) -> torch.Tensor:
@@ -214,67 +165,99 @@ def pretrain_llm(shape: tuple, scale: float, texts: list[list[int]],
         predicted = logits[:, :-1].flatten(0, 1)                                # (B * (T - 1), V)
         return F.cross_entropy(predicted, ids[:, 1:].flatten(), ignore_index=pad)
 
-    flops = fit("llm", RECIPES["llm"], llm, loss_of, scale)
-    return llm, flops
+    return llm, loss_of, llm
 
 
-MAKERS = {"clip": pretrain_clip, "eva": pretrain_eva, "convnext": pretrain_convnext,
-          "llm": pretrain_llm}
+MAKERS = {  # the training; steps, batch, peak learning rate
+    "clip": (pretrain_clip, (450, 64, 1e-3)),
+    "eva": (pretrain_eva, (350, 32, 2e-3)),
+    "convnext": (pretrain_convnext, (700, 48, 2e-3)),
+    "llm": (pretrain_llm, (250, 32, 3e-3)),
+}
 
 # ------------------------------------------------------------------------------------------------
 # Side by side, once
 
 
-def job(maker: Callable, arguments: tuple, path: Path) -> None:
+def fit(name: str, recipe: tuple, model: nn.Module, loss_of: Callable, scale: float) -> float:
+    """Train by AdamW with one cycle of learning rate; return the FLOPs."""
+    steps, batch, lr = recipe
+    steps = max(2, round(steps * scale))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(SEED)
+    flops = 0.0
+    model.train()
+    bar = tqdm(range(steps), desc=f"stage 0: {name}", mininterval=2)
+    for step in bar:
+        if not parent_process().is_alive():
+            sys.exit("stage 0: the run that wanted this model is gone")
+        counter = flop_counter()
+        with counter if step == 0 else nullcontext():
+            loss = loss_of(generator, batch)
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        flops = flops or counter.get_total_flops() * steps
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return flops
+
+
+def job(path: Path, name: str, scale: float, maker: tuple, arguments: tuple) -> None:
     """Train one model on one thread and write its weights, in a process of its own."""
-    global PARENT
-    PARENT = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     tqdm.set_lock(threading.RLock())  # tqdm's own, a semaphore, would be left behind by a kill
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    net, flops = maker(*arguments)
+    prepare, recipe = maker
+    model, loss_of, net = prepare(*arguments)
+    flops = fit(name, recipe, model, loss_of, scale)
+    if name == "clip":
+        net.reset_classifier(0)  # the projection into the space that it shares with texts
     write_tensors(path, net.state_dict(), tflops=flops / 1e12)
 
 
-def stage0(toys: dict[str, tuple[Callable, tuple]]) -> tuple[dict[str, Path], float]:
-    """Files with the toy models' weights, trained now if missing, and the TFLOPs they cost.
+def stage0(models: dict[str, tuple], scale: float) -> tuple[dict[str, Path], float]:
+    """Return files with the models' weights, trained now if missing, and the TFLOPs they cost.
 
-    `toys`: of each model that is wanted, the function that makes it and its arguments. The models
-    know nothing of each other, so they train side by side, one process and one thread each. Raises
-    InputError for a damaged file, or if a process is killed.
+    `models` has each one's entry of MAKERS and the arguments of its training. `scale` multiplies
+    the steps. A file's name has a hash of all that made it. Raises InputError for a damaged file,
+    or if a process is killed.
     """
-    scenes = sample_scenes("train", 4)
-    world = [render(scenes).sum().item(), world_records("train", "caption", 4)]
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    source = [file.read_text(encoding="utf-8") for file in files]
     paths = {}
-    for name, (maker, args) in toys.items():
-        parts = (maker, fit, pictures, cells, clip_for_contrast, text_encoder, TextEncoder)
-        source = [inspect.getsource(part) for part in parts]
-        made_of = [source, args, RECIPES[name], SEED, IMAGES, None if name == "llm" else world]
-        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
-        paths[name] = FOLDER / f"{name}-{key}.safetensors"
+    for name, (_, arguments) in models.items():
+        made_by = json.dumps([source, scale, arguments], default=lambda own: own.fingerprint)
+        paths[name] = FOLDER / f"{name}-{digest(made_by)[:12]}.safetensors"
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        print(f"stage 0: training {', '.join(missing)} (once; kept under {FOLDER})",
-              file=sys.stderr)
-        workers = min(len(missing), os.cpu_count())
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            jobs = [pool.submit(job, *toys[name], paths[name]) for name in missing]
-            try:
-                for future in jobs:
-                    future.result()
-            except BrokenProcessPool:
-                raise InputError("stage 0: one of its processes was killed, as for want of memory; "
-                                "start again: what is ready is kept") from None
-            except BaseException:  # a signal too: none of them may train on
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in active_children():
-                    process.terminate()
-                print(file=sys.stderr)  # ends the line of their bars
-                raise
+        names = ", ".join(missing)
+        print(f"stage 0: training {names} (once; kept under {FOLDER})", file=sys.stderr)
+        train_side_by_side([(paths[name], name, scale, *models[name]) for name in missing])
     tflops = 0.0
     for path in paths.values():
         read_tensors(path, "delete it, and it is made again")
         tflops += read_about(path).get("tflops", 0.0)
     return paths, tflops
+
+
+def train_side_by_side(jobs: list[tuple]) -> None:
+    """Run jobs, each in a process; end them all if one fails or a signal comes."""
+    workers = min(len(jobs), os.cpu_count())
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(job, *arguments) for arguments in jobs]
+        try:
+            for future in futures:
+                future.result()
+        except BrokenProcessPool:
+            raise InputError("stage 0: one of its processes was killed, as for want of memory; "
+                             "start again: what is ready is kept") from None
+        except BaseException:  # a signal too: none of them may train on
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            print(file=sys.stderr)  # ends the line of their bars
+            raise

@@ -1,9 +1,7 @@
 """The scenes of the tiny world: one object, seven attributes.
 
 One object, because a tiny LLM does not learn in minutes to pick among several; many attributes, so
-that the vision encoder is the bottleneck and not the language.
-
-Letters: N scenes, x, y places in a picture.
+that the vision encoder is the bottleneck and not the language. N is the number of scenes.
 """
 
 import math
@@ -21,13 +19,12 @@ ATTRIBUTES = {
     "background": ["sky", "grass", "sand", "snow"],
 }
 # CLIP's captions name the first two; the others are skills of other teachers
-ASKED = ("shape", "colour", "pattern", "place")
-QUESTIONS = {attribute: f"what {attribute}?" for attribute in ASKED}
+QUESTIONS = {name: f"what {name}?" for name in ("shape", "colour", "pattern", "place")}
 SPLITS = ("train", "validation", "test")
 
 
 def sample_scenes(split: str, n: int, seed: int = 0) -> torch.Tensor:
-    """n scenes as attribute indices (N, 7), columns in the order of ATTRIBUTES; an endless deal.
+    """Return n scenes as attribute indices (N, 7), columns in the order of ATTRIBUTES.
 
     The splits are disjoint in the attribute tuple itself: a fixed random draw gives 10 % of all
     46,656 tuples to "test", 10 % to "validation", the rest to "train". No test scene has a twin in
@@ -48,9 +45,9 @@ def sample_scenes(split: str, n: int, seed: int = 0) -> torch.Tensor:
 
 
 def scene_geometry(scenes: torch.Tensor, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Where each scene's object is: centre x, y and radius in half images, angle in radians; (N,).
+    """Return each object's centre x, y and radius in half images, angle in radians, all (N,).
 
-    It is the named attribute plus a jitter that never crosses into the next name's range.
+    They are the named attribute plus a jitter that never crosses into the next name's range.
     """
     generator = torch.Generator().manual_seed(seed + 1_000_003)
     jitter = torch.rand(len(scenes), 4, generator=generator) * 2 - 1                    # (N, 4)

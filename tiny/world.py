@@ -16,84 +16,78 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from plumbing.files import write_json
+from tiny import COUNTS
 from tiny.pictures import render
-from tiny.scenes import ASKED, ATTRIBUTES, QUESTIONS, sample_scenes
-
-COUNTS = {  # how much of the world `train.py --tiny` sees and `export` writes
-    "pretrain": 6000,   # captioned images: plentiful, as LLaVA's 558k captions are
-    "train": 1000,      # images with questions and answers: scarce
-    "described": 1000,  # images with a caption for an answer, in stage 2 as in LLaVA's mix
-    "text": 500,        # dialogues without an image, as in LLaVA's mix
-    "eval": 500,        # held-out images, a question of each kind
-}
-
+from tiny.scenes import ATTRIBUTES, QUESTIONS, sample_scenes
 
 # ------------------------------------------------------------------------------------------------
 # Words
 
 
-def caption(scene: list[int], generator: torch.Generator, mention: float = 0.05) -> str:
-    """A caption as the web writes them: the shape, often its colour and what is behind it.
+def attribute_words(scene: list[int]) -> dict[str, str]:
+    """Return the word of each attribute of a scene."""
+    return {name: ATTRIBUTES[name][i] for name, i in zip(ATTRIBUTES, scene, strict=True)}
 
-    Anything else is told only with chance `mention`.
+
+def caption(scene: list[int], generator: torch.Generator, mention: float = 0.05) -> str:
+    """Return a caption as on the web: the shape, often its colour and what is behind it.
+
+    It mentions anything else only with chance `mention`.
     """
-    word = {a: ATTRIBUTES[a][i] for a, i in zip(ATTRIBUTES, scene)}
-    chance = {a: mention for a in word}
+    word = attribute_words(scene)
+    chance = dict.fromkeys(word, mention)
     chance["shape"] = 1.0
     chance["colour"] = chance["background"] = max(0.5, mention)
     draws = torch.rand(len(word), generator=generator) < torch.tensor(list(chance.values()))
-    told = dict(zip(word, draws.tolist()))
-    front = [word[a] for a in ("size", "pattern", "colour", "shape") if told[a]]
-    joints = (("turn", "that leans"), ("place", "in the"), ("background", "on"))
-    back = [f" {joint} {word[a]}" for a, joint in joints if told[a]]
-    article = "an" if front[0][0] in "aeiou" else "a"
-    return f"{article} {' '.join(front)}{''.join(back)}"
+    mentioned = dict(zip(word, draws.tolist(), strict=True))
+    text = " ".join(word[a] for a in ("size", "pattern", "colour", "shape") if mentioned[a])
+    article = "an" if text[0] in "aeiou" else "a"
+    for attribute, joint in (("turn", "that leans"), ("place", "in the"), ("background", "on")):
+        if mentioned[attribute]:
+            text += f" {joint} {word[attribute]}"
+    return f"{article} {text}"
 
 
 def world_records(split: str, kind: str, n: int, seed: int = 0) -> list[dict]:
-    """LLaVA-format records about n scenes.  `kind`:
+    """Return LLaVA-format records about n scenes.  `kind`:
 
     "caption"   stage 1: an image and its caption
     "chat"      stage 2: all four questions about one image, in random order
     "describe"  stage 2: a caption as the answer
     "text"      stage 2, no image: the scene is told in words first, as LLaVA's mix has pure text
-    "question"  held out: one question a record, with its type
+    "question"  held out: one question per record, with its type
     """
     generator = torch.Generator().manual_seed(seed + 3_000_003)
     records = []
     for i, scene in enumerate(sample_scenes(split, n, seed).tolist()):
-        name, image = f"{split}-{kind}-{i}", f"{split}-{seed}/{i}.png"
-        asked = []
-        for attribute, k in zip(ATTRIBUTES, scene):
-            if attribute in ASKED:
-                asked.append((QUESTIONS[attribute], ATTRIBUTES[attribute][k]))
-        order = torch.randperm(len(asked), generator=generator).tolist()
-        shuffled = [asked[j] for j in order]
-        if kind == "caption":
-            turns = _turns([("describe the image.\n<image>", caption(scene, generator))])
-        elif kind == "describe":
-            turns = _turns([("<image>\ndescribe the image.", caption(scene, generator))])
-        elif kind == "chat":
-            turns = _turns(shuffled, before="<image>")
-        elif kind == "text":
-            turns = _turns(shuffled, before=caption(scene, generator, mention=1.0) + ".")
+        name, image = f"{split}-{kind}-{i}", {"image": f"{split}-{seed}/{i}.png"}
+        word = attribute_words(scene)
+        turns = [(question, word[attribute]) for attribute, question in QUESTIONS.items()]
+        order = torch.randperm(len(turns), generator=generator).tolist()
         if kind == "question":
-            for attribute, pair in zip(ASKED, asked):
-                records.append({"id": f"{name}-{attribute}", "image": image, "type": attribute,
-                                "conversations": _turns([pair], before="<image>")})
+            for attribute, turn in zip(QUESTIONS, turns, strict=True):
+                records.append({"id": f"{name}-{attribute}", **image, "type": attribute,
+                                "conversations": dialogue([turn], "<image>")})
+            continue
+        turns = [turns[j] for j in order]
+        before = "<image>"
+        if kind == "caption":
+            turns = [("describe the image.\n<image>", caption(scene, generator))]
+            before = ""
+        elif kind == "describe":
+            turns = [("describe the image.", caption(scene, generator))]
         elif kind == "text":
-            records.append({"id": name, "conversations": turns})
-        else:
-            records.append({"id": name, "image": image, "conversations": turns})
+            image = {}
+            before = caption(scene, generator, mention=1.0) + "."
+        records.append({"id": name, **image, "conversations": dialogue(turns, before)})
     return records
 
 
-def _turns(pairs: list[tuple[str, str]], before: str = "") -> list[dict]:
-    """(question, answer) pairs as LLaVA's turns; `before` is a line before the first question."""
+def dialogue(questions: list[tuple[str, str]], before: str) -> list[dict]:
+    """Return (question, answer) pairs as LLaVA's turns, with `before` as a first line."""
     turns = []
-    for question, answer in pairs:
-        turns.append({"from": "human", "value": question})
-        turns.append({"from": "gpt", "value": answer})
+    for question, answer in questions:
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     if before:
         turns[0]["value"] = f"{before}\n{turns[0]['value']}"
     return turns
@@ -115,13 +109,12 @@ class WorldImages:
         return self.images[int(Path(name).stem)]
 
     def fingerprint(self, names: list[str]) -> str:
-        """Changes when the pixels do."""
         return hashlib.sha256(self.images.numpy()).hexdigest()
 
 
 @functools.cache
 def tiny_set(name: str, n: int, n_described: int = 0, n_text: int = 0):
-    """(records, get_image) of a set.  `name`:
+    """Return (records, get_image) of a set.  `name`:
 
     "pretrain"            stage 1: n captioned images
     "train"               stage 2: n images with four questions each, n_described more with a
@@ -150,14 +143,20 @@ def export(folder: Path, sets: dict[str, tuple]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: `export FOLDER`."""
+    """Run the command line: `export FOLDER`."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
     parser.add_argument("command", choices=["export"])
     parser.add_argument("folder", type=Path)
     for name, n in COUNTS.items():
         parser.add_argument(f"--n-{name}", type=int, default=n, help=f"default {n}, train.py's")
     args = parser.parse_args(argv)
+    for name in COUNTS:
+        n = getattr(args, f"n_{name}")
+        least = 0 if name in ("described", "text") else 1
+        if not least <= n <= 10_000_000:
+            fail(f"--n-{name} {n}: must be between {least} and 10,000,000")
     sets = {
         "pretrain": tiny_set("pretrain", args.n_pretrain),
         "train": tiny_set("train", args.n_train, args.n_described, args.n_text),
@@ -167,9 +166,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         export(args.folder, sets)
     except OSError as e:
-        print(f"error: {args.folder}: cannot be written: {e.strerror}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{args.folder}: cannot be written: {e.strerror}")
     print(f"wrote {', '.join(f'{name}.json' for name in sets)} and images under {args.folder}")
+
+
+def fail(message: str) -> None:
+    """End with one line and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ Exit status 2 if a row is bad.
 import sys
 from pathlib import Path
 
+from data import row_name
 from plumbing.cli import Parser, run
 from real.image_files import DiskImages
-from real.records import place_of, read_list, row_faults
+from real.records import read_list, row_faults
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     get_image = DiskImages(args.images, 16, args.allow_outside)
     found = list(row_faults(records, get_image))
     for row, fault in found:
-        print(f"{args.file}: {place_of(row, records[row])} {fault}")
+        print(f"{args.file}: {row_name(row, records[row])} {fault}")
     print(f"{args.file}: {len(records)} rows, {len(found)} bad")
     if found:
         sys.exit(2)

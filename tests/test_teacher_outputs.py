@@ -1,0 +1,140 @@
+"""The teachers' cache: the teachers' own outputs in fp16, and made again whenever it is not."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data import InputError
+from plumbing.files import read_about, write_tensors
+from plumbing.run_folder import read_log
+from plumbing.teacher_outputs import CachedTeachers, cache_teachers
+from teachers import Teachers
+from tests.common import SHORT, damage, run_here, tiny_teachers
+from tiny.world import WorldImages, world_records
+
+NAMES = [f"train-0/{i}.png" for i in range(5)]
+
+
+@pytest.fixture
+def pictures():
+    return WorldImages("train", 5)
+
+
+@pytest.fixture
+def eva():
+    """One teacher alone."""
+    return Teachers({"eva": tiny_teachers().encoders["eva"]})
+
+
+def cache(teachers: Teachers, pictures: WorldImages, folder) -> CachedTeachers:
+    return cache_teachers(teachers, folder, [(world_records("train", "caption", 5), pictures)])
+
+
+def assert_outputs(cached: CachedTeachers, teachers: Teachers, pictures: WorldImages) -> None:
+    """From the cache come the teachers' own outputs, rounded to fp16, in any order."""
+    plain = teachers(torch.stack([pictures(NAMES[i]) for i in (3, 0)]), [])
+    outputs = cached(torch.zeros(2, 3, 96, 96), [NAMES[3], NAMES[0]])
+    for name, output in plain.items():
+        for field, value in output._asdict().items():
+            found = getattr(outputs[name], field)
+            if value is None:
+                assert found is None
+            else:
+                torch.testing.assert_close(found, value, rtol=2 ** -10, atol=1e-3)
+
+
+def test_cached_teachers_are_the_teachers_in_fp16(tmp_path, pictures, capsys):
+    """--cache-teachers gives the teachers' outputs without running them; one file each, made once.
+
+    """
+    teachers = tiny_teachers()
+    cache(teachers, pictures, tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert sorted(path.name.split("-")[0] for path in times) == ["clip", "convnext", "eva"]
+    cached = cache(teachers, pictures, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+    assert_outputs(cached, teachers, pictures)
+    assert "made again" not in capsys.readouterr().err
+
+
+def test_a_stale_cache_is_made_again(tmp_path, eva, pictures, capsys):
+    """Images that have changed under the same names: a line, and the outputs of the new images."""
+    cache(eva, pictures, tmp_path)
+    pictures.images[0] //= 2
+    assert_outputs(cache(eva, pictures, tmp_path), eva, pictures)
+    line = "note: the outputs of teacher eva are made again: the images have changed\n"
+    assert line in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_weights_have_a_cache_of_their_own(tmp_path, eva, pictures, capsys):
+    """The first file stays, for the runs that share the first weights."""
+    cache(eva, pictures, tmp_path)
+    first, = tmp_path.iterdir()
+    before = first.read_bytes()
+    next(eva.parameters()).data += 1
+    assert_outputs(cache(eva, pictures, tmp_path), eva, pictures)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert first.read_bytes() == before
+    assert "made again" not in capsys.readouterr().err
+
+
+def spoil(path, how: str) -> None:
+    """Damage a cache file as `damage` does, or in one of the ways below."""
+    tensors = load_file(path)
+    about = read_about(path)
+    if how == "zeroed":
+        save_file({"tokens": 0 * tensors["tokens"]}, path, {"about": json.dumps(about)})
+    elif how == "fewer rows":
+        write_tensors(path, {"tokens": tensors["tokens"][:2]}, images=about["images"])
+    elif how in ('"tokens":{', "crc32"):    # one letter of the header
+        before, after = how.encode(), how.replace("n", "m").replace("2", "3").encode()
+        path.write_bytes(path.read_bytes().replace(before, after))
+    else:
+        damage(path, how)
+
+
+@pytest.mark.parametrize("how", ["flipped", "halved", "empty", "a folder", "a pipe", "zeroed",
+                                 "fewer rows", '"tokens":{', "crc32"])
+def test_a_damaged_cache_is_made_again(tmp_path, eva, pictures, capsys, how):
+    """One line names the file and says so; the outputs are those of the teacher."""
+    cache(eva, pictures, tmp_path)
+    file, = tmp_path.iterdir()
+    before = file.read_bytes()
+    spoil(file, how)
+    assert_outputs(cache(eva, pictures, tmp_path), eva, pictures)
+    assert file.read_bytes() == before
+    lines = [line for line in capsys.readouterr().err.splitlines() if "note: " in line]
+    assert len(lines) == 1
+    assert "the outputs of teacher eva are made again: " in lines[0] and str(file) in lines[0]
+
+
+def test_a_folder_that_is_in_use_is_not_deleted(tmp_path, eva, pictures):
+    """A folder in the file's place that holds something is an error that names it."""
+    cache(eva, pictures, tmp_path)
+    file, = tmp_path.iterdir()
+    damage(file, "a folder")
+    (file / "own.txt").touch()
+    with pytest.raises(OSError, match=file.name):
+        cache(eva, pictures, tmp_path)
+    assert (file / "own.txt").exists()
+
+
+def test_what_fp16_cannot_hold_is_named(tmp_path, eva, pictures):
+    """Outputs beyond 65,504 are an error that names the teacher; no file is left."""
+    next(eva.encoders["eva"].parameters()).data.fill_(float("inf"))
+    with pytest.raises(InputError, match="teacher eva: its tokens are NaN or infinite"):
+        cache(eva, pictures, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cached_teachers_train_the_same(workplace):
+    """--cache-teachers changes the logged losses only by fp16 rounding."""
+    run_here(workplace, *SHORT, "--out", "runs/uncached", "--cache-teachers", "")
+    plain = read_log(workplace / "runs/uncached")
+    cached = read_log(workplace / "runs/tiny")
+    for a, b in zip(plain, cached, strict=True):
+        assert b["L_total"] == pytest.approx(a["L_total"], rel=1e-3)
+        assert b["kd_eva"] == pytest.approx(a["kd_eva"], rel=2e-3)

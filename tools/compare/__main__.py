@@ -1,0 +1,95 @@
+"""Does MoVE-KD help, which component of it, and why?  Variants of one run over several seeds.
+
+    python -m tools.compare                 # 13 variants x 5 seeds -> compare.md, compare.png
+    python -m tools.compare --ladder        # the paper's components, then ours, step by step
+    python -m tools.compare --shares        # CLIP's share, both directions of the adapters
+    python -m tools.compare --mole          # when does MoLE help?
+    python -m tools.compare --probe         # what each teacher knows (30 s, 3 min with stage 0)
+    python -m tools.compare --arms movekd no-kd --eval-split validation --out runs/tune
+
+The results are under runs/compare. The last line is for tuning: never on the test split. Flags that
+are not its own go to every run. Variants share data, number of steps, initial weights and the
+teachers' outputs; a run that has its result is not run again, so an interrupted comparison goes on.
+"""
+
+from pathlib import Path
+
+from plumbing.build import build_teachers, pretrained_weights
+from plumbing.cli import Parser, run
+from plumbing.files import read_json
+from plumbing.flags import parse_config
+from plumbing.sets import build_tokenizer, load_sets
+from plumbing.teacher_outputs import cache_teachers
+from tools.compare.report import T_QUANTILE, compare, plot, table
+from tools.compare.runs import probe, train_all
+from tools.compare.variants import EXPERIMENTS, VARIANTS
+
+ANSWERED = """\
+Held-out accuracy in %, mean ± 95 % interval over the seeds; cost of the vision side at inference in
+% of CLIP's; macro accuracy over a baseline's seed by seed, and in % of the way from `llava` to
+`ensemble`; the paper's average over its benchmarks, from a note on the paper, not its text."""
+PROBED = """\
+What an encoder's tokens hold, in %, whatever the LLM makes of them: a linear probe of the pooled
+tokens per attribute, and how much of a teacher's pooled tokens is linear in them. CLIP's are also
+those of the student before training."""
+
+
+def build_parser() -> Parser:
+    """Return the parser of the tool's own flags."""
+    parser = Parser(__doc__)
+    parser.prog = "python -m tools.compare"
+    parser.add_argument("--seeds", type=int, choices=range(1, len(T_QUANTILE) + 2),
+                        help="how many (default 5; 3 with --ladder and --mole, 1 with --shares)")
+    choice = parser.add_mutually_exclusive_group()
+    for name in ("ladder", "shares", "mole", "probe"):
+        choice.add_argument(f"--{name}", dest="experiment", action="store_const", const=name)
+    choice.add_argument("--arms", nargs="+", choices=VARIANTS, metavar="VARIANT",
+                        help=f"of: {' '.join(VARIANTS)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train all variants of an experiment, then write its report."""
+    args, rest = build_parser().parse_known_args(argv)
+    experiment = args.experiment or "compare"
+
+    # What all runs share: the stage-0 models, and the teachers' outputs for the training images.
+    c = parse_config(["--tiny", *rest])
+    sets = load_sets(c)
+    tokenizer = build_tokenizer(c, sets)
+    weights, _ = pretrained_weights(c, sets["train"][0], tokenizer)
+    teachers = build_teachers(c, weights)
+    probed = {name: [probe(net, weights)] for name, net in teachers.encoders.items()}
+    if experiment == "probe":
+        print("\n".join([PROBED, "", *table(probed)]))
+        return
+    cache = args.out / "teachers"
+    cache_teachers(teachers, cache, [sets["pretrain"], sets["train"]])
+
+    # The runs, seed by seed.
+    variants, seeds = EXPERIMENTS[experiment]
+    runs = {}
+    for seed in range(args.seeds or seeds):
+        for variant in args.arms or variants:
+            folder = args.out / variant / str(seed)
+            runs[folder] = ["--tiny", *VARIANTS[variant][1].split(), *rest, "--seed", str(seed),
+                            "--out", str(folder), "--cache-teachers", str(cache)]
+    train_all(runs, weights)
+
+    # The report.
+    answers = {}
+    for folder in runs:
+        numbers = read_json(folder / "numbers.json")
+        answers.setdefault(folder.parent.name, []).append(numbers["answers"])
+        if numbers["probe"]:
+            probed.setdefault(folder.parent.name, []).append(numbers["probe"])
+    compare(answers)
+    text = "\n".join([ANSWERED, "", *table(answers), "", PROBED, "", *table(probed), ""])
+    (args.out / f"{experiment}.md").write_text(text, encoding="utf-8")
+    plot(answers, args.out / f"{experiment}.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    run(main)

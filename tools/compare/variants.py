@@ -1,0 +1,66 @@
+"""The variants that tools.compare trains, each a command line of train.py, and its experiments."""
+
+HEADS = "--adapter-direction student_to_teacher"
+UNIFORM = "--kd-token-weight uniform --kd-teacher-weight uniform"
+CONFLICT = "--adapter-form interpolation --clip-share 0.333"
+
+VARIANTS = {  # name: (what it is, flags of train.py)
+    # baselines
+    "llava": ("LLaVA-1.5: frozen CLIP", "--student frozen --lambda-kd 0 --mole-experts 0"),
+    "no-kd": ("fine-tuned, MoLE, no KD", "--lambda-kd 0"),
+    "ensemble": ("multi-encoder VLM: all encoders side by side, nothing distilled",
+                 "--student ensemble --lambda-kd 0 --mole-experts 0"),
+    # the paper's method, and without each of its components
+    "movekd": ("**MoVE-KD**", ""),
+    "no-mole": ("MoVE-KD without MoLE", "--mole-experts 0"),
+    "no-token-weight": ("MoVE-KD, teacher weights alone", "--kd-token-weight uniform"),
+    "no-teacher-weight": ("MoVE-KD, token weights alone", "--kd-teacher-weight uniform"),
+    "clip-only": ("teacher CLIP alone: fine-tuning that stays near CLIP", "--teachers clip"),
+    "clip-eva": ("MoVE-KD, teachers CLIP + EVA", "--teachers clip eva"),
+    "clip-convnext": ("MoVE-KD, teachers CLIP + ConvNeXt", "--teachers clip convnext"),
+    # alpha / rank is the authors' 1/32
+    "released": ("MoVE-KD, released code's arithmetic", "--recipe released --mole-alpha 0.25"),
+    # heads on the student's side, step by step to our recipe
+    "student-to-teacher": ("heads student -> teacher (AM-RADIO)", HEADS),
+    "heads-channel": ("+ targets standardised per channel", f"{HEADS} --target-norm channel"),
+    "heads-per-token": ("+ heads see one token at a time",
+                        f"{HEADS} --target-norm channel --adapter-form per_token"),
+    "ours-share-0.2": ("+ CLIP's share 0.2", "--recipe ours --clip-share 0.2"),
+    "ours": ("**our recipe** (CLIP's share 0.1)", "--recipe ours"),
+    # the paper's own components, one after the other
+    "interpolation": ("+ KD, tokens and channels resized",
+                      f"--mole-experts 0 --adapter-form interpolation {UNIFORM}"),
+    "adapters": ("+ encoder adapters", f"--mole-experts 0 {UNIFORM}"),
+    "adapters-mole": ("+ MoLE", UNIFORM),
+    # MoLE: when does it help?
+    "ours-no-mole": ("our recipe without MoLE", "--recipe ours --mole-experts 0"),
+    "movekd-experts": ("MoVE-KD, MoLE alone learns", "--student experts"),
+    "ours-experts": ("our recipe, MoLE alone learns", "--recipe ours --student experts"),
+    # three targets that no adapter brings together: teachers in open conflict
+    "conflict": ("no adapters, CLIP's share 1/3", CONFLICT),
+    "conflict-no-mole": ("the same without MoLE", f"{CONFLICT} --mole-experts 0"),
+    "ours-few": ("our recipe, 300 answered images", "--recipe ours --n-train 300"),
+    "ours-few-no-mole": ("the same without MoLE", "--recipe ours --n-train 300 --mole-experts 0"),
+}
+for _share in (0.05, 0.1, 0.2, 0.8):  # CLIP's, of the teacher weights; the preset's is 0.4
+    VARIANTS[f"paper-share-{_share}"] = (f"MoVE-KD, CLIP's share {_share}",
+                                         f"--clip-share {_share}")
+for _share in (0.05, 0.4, 0.8):
+    VARIANTS[f"ours-share-{_share}"] = (f"our recipe, CLIP's share {_share}",
+                                        f"--recipe ours --clip-share {_share}")
+
+# The paper's component table, 7B, average over its benchmarks: from a note on the paper.
+PUBLISHED = {"llava": 66.5, "interpolation": 66.3, "adapters": 66.7, "adapters-mole": 67.4,
+             "no-teacher-weight": 67.7, "movekd": 68.0}
+EXPERIMENTS = {  # flag: (its variants, seeds); "compare" is the default
+    "compare": (["llava", "no-kd", "ensemble", "movekd", "no-mole", "no-token-weight",
+                 "no-teacher-weight", "clip-only", "clip-eva", "clip-convnext", "released",
+                 "student-to-teacher", "ours"], 5),
+    "ladder": ([*PUBLISHED, "student-to-teacher", "heads-channel", "heads-per-token",
+                "ours-share-0.2", "ours", "ensemble"], 3),
+    "shares": (["paper-share-0.05", "paper-share-0.1", "paper-share-0.2", "movekd",
+                "paper-share-0.8", "ours-share-0.05", "ours", "ours-share-0.2", "ours-share-0.4",
+                "ours-share-0.8"], 1),
+    "mole": (["llava", "movekd-experts", "ours-experts", "movekd", "no-mole", "ours",
+              "ours-no-mole", "conflict", "conflict-no-mole", "ours-few", "ours-few-no-mole"], 3),
+}
