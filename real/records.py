@@ -36,7 +36,9 @@ class RecordFile(Sequence):
     def __len__(self) -> int:
         return len(self.spans)
 
-    def __getitem__(self, row: int):
+    def __getitem__(self, row: int | slice):
+        if isinstance(row, slice):
+            return self.select(row)
         return next(iter(self.select([row])))
 
     def __iter__(self) -> Iterator:
@@ -164,7 +166,7 @@ def row_faults(records: RecordFile, get_image: DiskImages | None) -> Iterator[tu
     # threads help: PIL decodes a picture without Python's lock
     with ThreadPoolExecutor() as pool, tqdm(total=len(records), desc="check", leave=False) as bar:
         for start in range(0, len(records), 1000):
-            faults = pool.map(fault_of, records.select(slice(start, start + 1000)))
+            faults = pool.map(fault_of, records[start:start + 1000])
             for row, fault in enumerate(faults, start):
                 bar.update()
                 if fault:

@@ -107,9 +107,8 @@ def tower_spec(folder: Path) -> str:
 def load_released(vlm: VLM, folder: Path) -> None:
     """Fill student (mole_form "fc1_fc2"), projector and LLM from the authors' checkpoint.
 
-    Strict both ways: every tensor of ours is filled, every tensor of theirs is used, or belongs to
-    what is not run here (the last block, the final norm, the position ids, their adapters). Raises
-    InputError.
+    Strict: every tensor of ours is filled, every one of theirs is used, or belongs to what does not
+    run here (the last block, the final norm, the position ids, their adapters). Raises InputError.
     """
     load_strictly(vlm, read_released(vlm.student, folder), f"{folder}: does not fit the model")
 

@@ -4,6 +4,7 @@ import pytest
 
 from data import InputError
 from plumbing.files import read_json
+from plumbing.run_folder import read_log
 from tests.common import images, save_png
 from tools import ask
 
@@ -15,7 +16,7 @@ def picture(tmp_path):
 
 
 def asked(capsys, *argv) -> list[str]:
-    """The lines that tools.ask prints."""
+    """Return the lines that tools.ask prints."""
     capsys.readouterr()
     ask.main([str(arg) for arg in argv])
     return capsys.readouterr().out.splitlines()
@@ -37,7 +38,8 @@ def test_ask_says_which_words_are_new(workplace, picture, capsys):
 
 
 def test_ask_answers_with_a_real_llm(llama_run, capsys):
-    """So it does from a run with a causal LM of transformers."""
+    """So it does from a run with a causal LM of transformers, which trains in both stages."""
+    assert {line["stage"] for line in read_log(llama_run)} == {1, 2}
     assert len(asked(capsys, llama_run, "--n", "4")) == 4
 
 

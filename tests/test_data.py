@@ -1,4 +1,4 @@
-"""Loading data: pictures, batches, bad rows, LLaVA's layout."""
+"""Loading data: pictures, batches, bad rows, rows of a file."""
 
 import hashlib
 import json
@@ -11,15 +11,12 @@ import torch
 from PIL import Image
 
 import data
-from data import Conversations, InputError, blank_image, collate
-from plumbing.sets import batch_order, llava_layout, make_loader, rows_digest
+from data import InputError, blank_image, collate
+from plumbing.sets import batch_order, make_loader, rows_digest
 from real.image_files import load_image
 from real.records import RecordFile, find_rows, read_list
 from teachers import VisionEncoder
 from tests.common import natural_noise, save_png, some_conversations, tiny_teachers
-
-# ------------------------------------------------------------------------------------------------
-# Pictures
 
 
 def test_padding_to_square_keeps_the_whole_image(tmp_path):
@@ -49,10 +46,7 @@ def llavas_pixels(picture: Image.Image, encoder: VisionEncoder) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", [(640, 480), (100, 250), (31, 400), (900, 47), (48, 48)])
 def test_views_are_llavas_pixels(form):
-    """square_views gives every encoder LLaVA's pixels at its size, from the original.
-
-    One image for all, resized again, is another thing. (tests/test_llava.py has LLaVA's own code.)
-    """
+    """square_views gives every encoder LLaVA's pixels at its size; one image for all does not."""
     picture = natural_noise(*form)
     encoders = tiny_teachers().encoders.values()
     views = data.stack_images([data.square_views(picture, tuple(e.image_size for e in encoders))])
@@ -61,10 +55,6 @@ def test_views_are_llavas_pixels(form):
         expected = llavas_pixels(picture, encoder)
         torch.testing.assert_close(encoder.view(views), expected, atol=1e-5, rtol=0)
         assert (encoder.view(one) - expected).abs().max() > 0.04
-
-
-# ------------------------------------------------------------------------------------------------
-# Batches
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
@@ -79,21 +69,8 @@ def test_batches_are_a_function_of_seed_and_epoch():
     assert first != second
 
 
-def padding(dataset: Conversations, batches: list[list[int]]) -> int:
-    """Return the words of padding in some batches."""
-    sizes = dataset.sizes()
-    total = 0
-    for batch in batches:
-        words = [sizes[row][1] for row in batch]
-        total += max(words) * len(batch) - sum(words)
-    return total
-
-
 def test_grouped_batches_hold_every_row_once():
-    """Grouped batches are all rows but the left-over, each once; other epochs, other order.
-
-    They are of one kind and of like lengths, but for the mixed ones.
-    """
+    """Each row is in one batch or left over; all batches but one are of one kind, of like lengths."""
     dataset = some_conversations(40, 25)
     batches = batch_order(dataset, 4, seed=1, epoch=0, group=3)
     rows = [row for batch in batches for row in batch]
@@ -103,14 +80,15 @@ def test_grouped_batches_hold_every_row_once():
     kinds = [{"image" in dataset.records[row] for row in batch} for batch in batches]
     assert {True} in kinds and {False} in kinds
     assert sum(len(kind) == 2 for kind in kinds) <= 1
-    assert padding(dataset, batches) < padding(dataset, batch_order(dataset, 4, 1, 0))
+    words = [count for _, count in dataset.sizes()]
+    longest = []  # words of the longest row of all batches: what padding costs
+    for some in (batches, batch_order(dataset, 4, 1, 0)):
+        longest.append(sum(max(words[row] for row in batch) for batch in some))
+    assert longest[0] < longest[1]
 
 
 def test_micro_batches_and_workers_change_nothing():
-    """Two processes with two micro-batches each together have the batches of one process.
-
-    A worker process changes nothing, and a later start gives the batches from there on.
-    """
+    """Two processes with two micro-batches each have the batches of one; so has a later start."""
     dataset = some_conversations()
     batches = list(make_loader(dataset, 8, 2, 5, 0))
     halves = []
@@ -128,12 +106,8 @@ def test_micro_batches_and_workers_change_nothing():
         assert a["input_ids"].tolist() == b["input_ids"].tolist()
 
 
-# ------------------------------------------------------------------------------------------------
-# Rows that cannot be used
-
-
-def conversations_with_a_broken_image() -> Conversations:
-    """12 dialogues; the image of row 3 cannot be read."""
+def test_a_bad_row_is_named_or_skipped():
+    """A bad image is a fault that names the row; with skip_bad the next good row replaces it."""
     def get_image(name: str) -> torch.Tensor:
         if name.endswith("/3.png"):
             raise InputError("3.png: not a readable image")
@@ -141,32 +115,17 @@ def conversations_with_a_broken_image() -> Conversations:
 
     dataset = some_conversations(n_text=0)
     dataset.get_image = get_image
-    return dataset
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_row_is_named(workers):
-    """A bad image is a fault that names the row, even from a worker process."""
-    loader = make_loader(conversations_with_a_broken_image(), 4, 1, 0, 0, num_workers=workers)
-    faults = [batch["fault"] for batch in loader if "fault" in batch]
     expected = "row 3 (counted from 0, id train-chat-3) has a bad image: 3.png: not a readable"
-    assert len(faults) == 1
-    assert faults[0].startswith(expected)
-
-
-def test_a_bad_row_is_skipped_and_counted():
-    """With skip_bad the next good row comes in its place, and a line is kept."""
-    dataset = conversations_with_a_broken_image()
+    batch = collate([dataset[2], dataset[3]], 0)
+    assert set(batch) == {"fault"} and batch["fault"].startswith(expected)
     dataset.skip_bad = True
-    batches = list(make_loader(dataset, 4, 1, 0, 0, num_workers=1))
-    names = [name for batch in batches for name in batch["image_names"]]
-    assert sum(len(batch["skipped"]) for batch in batches) == 1
-    assert "train-0/3.png" not in names
-    assert names.count("train-0/4.png") == 2
+    batch = collate([dataset[2], dataset[3]], 0)
+    assert batch["image_names"] == ["train-0/2.png", "train-0/4.png"]
+    assert len(batch["skipped"]) == 1 and batch["skipped"][0].startswith(expected)
 
 
 def test_a_long_conversation_is_cut_and_counted():
-    """What is longer than max_length is cut; without an answer left it is a bad row."""
+    """A conversation is cut at max_length; without an answer left it is a bad row."""
     dataset = some_conversations(n_text=0)
     length = len(dataset.sample(4)["input_ids"])
     assert not dataset.sample(4)["cut"]
@@ -176,21 +135,9 @@ def test_a_long_conversation_is_cut_and_counted():
     assert len(sample["input_ids"]) == len(sample["labels"]) == length - 4
     assert collate([sample, sample], 0)["cut"] == 2
     dataset.max_length = 40
-    fault = "row 4 .* has no answer within --max-length 40 tokens"
-    with pytest.raises(InputError, match=fault):
+    with pytest.raises(InputError, match="row 4 .* has no answer within --max-length 40 tokens"):
         dataset.sample(4)
 
-
-def test_llava_layout_says_what_is_missing(real_folder, tmp_path):
-    """--data-root with a part missing is one line with that part and the whole layout."""
-    assert set(llava_layout(real_folder)) == {"pretrain", "train"}
-    fault = ("has no LLaVA-Pretrain/blip_laion_cc_sbu_558k.json; LLaVA's layout .* gqa/images")
-    with pytest.raises(InputError, match=fault):
-        llava_layout(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------
-# Rows of a file
 
 ODD = [{"id": 1, "text": 'a "]}, {" b \\ é😀\u2028\x85\xa0\x7f'}, [], 12, "a, b]", None,
        {"deep": [[{}]]}, -1.5e-3, {"long": "x" * 3000}, "\ud83d", "\ufeff", 0]
@@ -213,10 +160,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_of_a_file_are_those_of_the_list(tmp_path, form):
-    """Row by row a file says what json.loads says of it: one row, some, from the end, in order.
-
-    The hash is that of the whole list's JSON, and a pickled copy, for a worker, is the same.
-    """
+    """Row by row a file says what json.loads says of it; so do its hash and its pickled copy."""
     file = tmp_path / "rows.json"
     file.write_bytes(FORMS[form].encode())
     rows = read_list(file)
@@ -224,6 +168,7 @@ def test_rows_of_a_file_are_those_of_the_list(tmp_path, form):
     assert list(rows) == ODD
     assert [rows[i] for i in range(-len(ODD), len(ODD))] == ODD + ODD
     assert list(rows.select([5, 2])) == [ODD[5], ODD[2]]
+    assert list(rows[1:4]) == ODD[1:4]
     with pytest.raises(IndexError):
         rows[len(ODD)]
     expected = hashlib.sha256(json.dumps(ODD, sort_keys=True).encode()).hexdigest()

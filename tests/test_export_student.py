@@ -13,7 +13,7 @@ from data import InputError
 from model import Student
 from plumbing.config import TINY
 from plumbing.finished_run import load_run, load_student
-from tests.common import images, natural_noise, save_png
+from tests.common import images, natural_noise
 from tools.export_student.__main__ import main, write_student
 from tools.export_student.alone import Student as Alone
 
@@ -33,22 +33,20 @@ def photos(tmp_path) -> Path:
     """A folder of pictures, none a square: RGB, long and thin, turned, and the odd modes of PIL."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    save_png(folder / "photo.png", images(1)[0][:, 20:110])
     noise = natural_noise(60, 45)
+    noise.save(folder / "photo.png")
+    noise.resize((5000, 9)).save(folder / "thin.png")
+    noise.convert("CMYK").save(folder / "CMYK.jpg")
+    noise.convert("P").save(folder / "palette.png", transparency=7)
     exif = Image.Exif()
     exif[0x0112] = 6
     noise.save(folder / "turned.jpg", exif=exif)
-    noise.resize((5000, 9)).save(folder / "thin.png")
-    for mode in ("RGBA", "LA", "P", "L", "1"):
+    for kind in ("uint16", "int32", "float32"):
+        grey = np.asarray(noise.convert("L")).astype(kind)
+        Image.fromarray(7 * grey).save(folder / f"{kind}.tiff")
+    noise.putalpha(Image.linear_gradient("L").resize(noise.size))
+    for mode in ("RGBA", "LA", "L", "1"):
         noise.convert(mode).save(folder / f"{mode}.png")
-    alpha = Image.linear_gradient("L").resize(noise.size)
-    noise.putalpha(alpha)
-    noise.save(folder / "transparent.png")
-    noise.convert("P").save(folder / "palette.png", transparency=7)
-    noise.convert("CMYK").save(folder / "CMYK.jpg")
-    grey = np.asarray(noise.convert("L"))
-    for kind in (np.uint16, np.int32, np.float32):
-        Image.fromarray(grey.astype(kind) * 7).save(folder / f"{kind.__name__}.tiff")
     return folder
 
 
@@ -64,19 +62,17 @@ def test_the_same_tokens_without_the_repository(kind, workplace, released_folder
     out = photos.parent
     main([str(run), str(out)])
     # a process that has never heard of this repository
-    done = subprocess.run([sys.executable, "-c", ALONE], cwd=out, capture_output=True,
-                          encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=out, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pixels, V_s_alone = torch.load(out / "seen.pt")
     for path in photos.iterdir():
         seen = read_photo(path)
         expected = seen if torch.is_tensor(seen) else seen[student.image_size]
         assert torch.equal(pixels[path.name], expected), path.name
+    photo = read_photo(photos / "photo.png")
     with torch.no_grad():
-        V_s = student(read_photo(photos / "photo.png"))
-        same = load_run(run, "cpu")[0].student(read_photo(photos / "photo.png"))
-    assert V_s.equal(same)
-    assert V_s_alone.allclose(V_s, atol=1e-6, rtol=0)
+        assert student(photo).equal(load_run(run, "cpu")[0].student(photo))
+        assert V_s_alone.allclose(student(photo), atol=1e-6, rtol=0)
     with pytest.raises(InputError, match="is there already"):
         main([str(run), str(out)])
 

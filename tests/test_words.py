@@ -23,60 +23,50 @@ from plumbing.files import read_json, write_json
 from plumbing.sets import build_datasets
 from real.pretrained_llm import PretrainedTokenizer
 from tests.common import conversation, llama_pieces
-from tiny.llm import WordTokenizer
 
 transformers = pytest.importorskip("transformers")
 LEGACY = (False, True)  # with True a space is put after each </s>; Vicuna's has False
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> dict[bool, PretrainedTokenizer]:
-    """A tokenizer with Llama's settings, legacy or not."""
-    pieces = llama_pieces(pytest.importorskip("tokenizers"))
-    found = {}
-    for legacy in LEGACY:
-        folder = tmp_path_factory.mktemp("tokenizer")
-        transformers.LlamaTokenizer(*pieces).save_pretrained(folder)
-        found[legacy] = load(folder, legacy)
-    return found
+def folder_of(variable: str) -> Path:
+    """Return the folder that an environment variable names."""
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} names no folder")
+    return Path(os.environ[variable])
 
 
 def load(folder: Path, legacy: bool) -> PretrainedTokenizer:
-    """The tokenizer of a folder whose tokenizer_config.json gets a "legacy"."""
+    """Load the tokenizer of a folder, whose tokenizer_config.json gets a "legacy"."""
     file = folder / "tokenizer_config.json"
     write_json(file, {**read_json(file), "legacy": legacy})
     return PretrainedTokenizer(str(folder))
 
 
+@pytest.fixture(scope="module", params=LEGACY)
+def small(request, tmp_path_factory) -> PretrainedTokenizer:
+    """A tokenizer with Llama's settings, legacy or not."""
+    pieces = llama_pieces(pytest.importorskip("tokenizers"))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    transformers.LlamaTokenizer(*pieces).save_pretrained(folder)
+    return load(folder, request.param)
+
+
 def llava_ids(record: dict, tokenizer, read: Callable, n: int) -> list[int]:
-    """LLaVA's way: one text with </s> inside, cut at <image>; `read` gives the ids of a part."""
+    """Make ids as LLaVA does: one text with </s> inside, cut at <image>; `read` reads a piece."""
     text = PretrainedTokenizer.system
     for turn in record["conversations"]:
-        said = turn["value"]
+        value = turn["value"]
         if turn["from"] == "gpt":
-            text += f" {said}</s>"
+            text += f" {value}</s>"
             continue
-        if "image" in record and "<image>" in said:
-            said = ("<image>\n" + said.replace("<image>", "").strip()).strip()
-        text += f"USER: {said} ASSISTANT:"
+        if "image" in record and "<image>" in value:
+            value = ("<image>\n" + value.replace("<image>", "").strip()).strip()
+        text += f"USER: {value} ASSISTANT:"
     ids = [tokenizer.bos]
-    for i, part in enumerate(text.split("<image>")):
-        if i:
-            ids += [tokenizer.image] * n
-        ids += read(part)
+    for i, piece in enumerate(text.split("<image>")):
+        ids += [tokenizer.image] * n if i else []
+        ids += read(piece)
     return ids
-
-
-def reading_as_a_whole(tokenizer: PretrainedTokenizer) -> Callable:
-    """transformers' own reading of a text with </s> inside.
-
-    Before a text that begins with a space it puts none of its own, which sentencepiece does.
-    """
-    def read(part: str) -> list[int]:
-        first = " " if part.startswith(" ") else ""
-        return tokenizer.tokenizer(first + part, add_special_tokens=False).input_ids
-
-    return read
 
 
 def reading_of_sentencepiece(file: Path, legacy: bool, eos: int) -> Callable:
@@ -88,8 +78,8 @@ def reading_of_sentencepiece(file: Path, legacy: bool, eos: int) -> Callable:
     model.normalizer_spec.add_dummy_prefix = legacy
     later = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
-    def read(part: str) -> list[int]:
-        first, *others = part.split("</s>")
+    def read(piece: str) -> list[int]:
+        first, *others = piece.split("</s>")
         ids = with_space.encode(first)
         for text in others:
             ids += [eos, *later.encode(text)]
@@ -98,31 +88,32 @@ def reading_of_sentencepiece(file: Path, legacy: bool, eos: int) -> Callable:
     return read
 
 
-WORDS = ("what shape is this? a red heart, really! on grass.  two  spaces \n\n a\tb "
-         "naïve 你好 🙂 USER ASSISTANT: 3.14 #1 <x> colour;").split(" ")  # some are empty
+TEXT = ("what shape is this? a red heart, really! on grass.  two  spaces \n\n a\tb "
+        "naïve 你好 🙂 USER ASSISTANT: 3.14 #1 <x> colour;")
+WORDS = TEXT.split(" ")  # some are empty
 
 
 def some_records(count: int) -> list[dict]:
-    """Dialogues of one to four rounds with odd spaces; the image in any question, or none."""
+    """Draw dialogues of one to four rounds with odd spaces; the image in any question, or none."""
     draw = random.Random(0)
     records = []
     for i in range(count):
-        said = []
+        values = []
         for _ in range(2 * draw.randint(1, 4)):
-            said.append(" ".join(draw.choices(WORDS, k=draw.randint(1, 9))) + "x")
+            values.append(" ".join(draw.choices(WORDS, k=draw.randint(1, 9))) + "x")
         record = {"id": str(i)}
         if i % 3:
             record["image"] = "a.png"
-            k = 2 * draw.randrange(len(said) // 2)
-            said[k] = draw.choice(["<image>\n{}", "{}\n<image>", " <image> {} ", "<image>"]
-                                  ).format(said[k])
-        record["conversations"] = conversation(*said)
+            k = 2 * draw.randrange(len(values) // 2)
+            form = draw.choice(["<image>\n{}", "{}\n<image>", " <image> {} ", "<image>"])
+            values[k] = form.format(values[k])
+        record["conversations"] = conversation(*values)
         records.append(record)
     return records
 
 
 def assert_llavas(tokenizer: PretrainedTokenizer, records: list[dict], read: Callable) -> None:
-    """The ids are LLaVA's, and the loss sees each answer and its </s>, no token more or less."""
+    """Assert that ids are LLaVA's, and labels each answer and its </s>, no token more or less."""
     for record in records:
         ids, labels = conversation_ids(record, "v1", tokenizer, n=2)
         assert ids == llava_ids(record, tokenizer, read, n=2), record
@@ -131,7 +122,7 @@ def assert_llavas(tokenizer: PretrainedTokenizer, records: list[dict], read: Cal
 
 
 def learnt_texts(tokenizer: PretrainedTokenizer, ids: list[int], labels: list[int]) -> list[str]:
-    """The text of each run of labels, which comes right after a colon."""
+    """Return the text of each run of labels, which comes right after a colon."""
     runs = []
     for i, label in enumerate(labels):
         assert label in (IGNORE, ids[i])
@@ -143,13 +134,15 @@ def learnt_texts(tokenizer: PretrainedTokenizer, ids: list[int], labels: list[in
     return [tokenizer.tokenizer.decode(run) for run in runs]
 
 
-@pytest.mark.parametrize("legacy", LEGACY)
-def test_ids_are_llavas_own(small, legacy):
+def test_ids_are_llavas_own(small):
     """Over several turns, with and without a space after </s>; spaces stay as they are."""
-    after_end = small[legacy].tokenizer("</s>USER", add_special_tokens=False).input_ids
-    assert small[legacy].anew_after_end == legacy
-    assert small[legacy].encode_after_end("USER") == after_end[1:]
-    assert_llavas(small[legacy], some_records(120), reading_as_a_whole(small[legacy]))
+    def read(piece: str) -> list[int]:
+        # before a text that begins with a space transformers puts none of its own
+        first = " " if piece.startswith(" ") else ""
+        return small.tokenizer(first + piece, add_special_tokens=False).input_ids
+
+    assert small.encode_after_end("USER") == read("</s>USER")[1:]
+    assert_llavas(small, some_records(120), read)
 
 
 @pytest.mark.slow
@@ -159,16 +152,12 @@ def test_ids_are_those_of_llamas_sentencepiece_model(tmp_path, legacy):
 
     They stay so when the tokenizer is saved in a run's folder and read again.
     """
-    folder = os.environ.get("LLAMA_TOKENIZER")
-    if not folder:
-        pytest.skip("LLAMA_TOKENIZER names no folder")
-    for name in ("first", "again"):
-        shutil.copytree(folder, tmp_path / name)
+    folder = folder_of("LLAMA_TOKENIZER")
+    shutil.copytree(folder, tmp_path / "first")
     tokenizer = load(tmp_path / "first", legacy)
     assert tokenizer.anew_after_end == legacy
-    read = reading_of_sentencepiece(Path(folder) / "tokenizer.model", legacy, tokenizer.eos)
+    read = reading_of_sentencepiece(folder / "tokenizer.model", legacy, tokenizer.eos)
     assert_llavas(tokenizer, some_records(2000), read)
-    shutil.rmtree(tmp_path / "again")
     tokenizer.tokenizer.save_pretrained(tmp_path / "again")
     assert_llavas(load(tmp_path / "again", legacy), some_records(200), read)
 
@@ -179,37 +168,30 @@ def test_a_word_takes_the_last_space_before_it(small, tmp_path):
     vocabulary["\u2581\u2581"] = len(vocabulary)
     wrong = [("\u2581", "\u2581"), *merges]
     transformers.LlamaTokenizer(vocabulary, wrong).save_pretrained(tmp_path)
-    tokenizer = load(tmp_path, legacy=False)
-    heart = small[False].encode("heart")
-    expected = [*small[False].encode("a"), vocabulary["\u2581"], *heart]
-    assert tokenizer.encode("a  heart") == expected
+    expected = [*small.encode("a"), vocabulary["\u2581"], *small.encode("heart")]
+    assert load(tmp_path, legacy=False).encode("a  heart") == expected
 
 
-@pytest.mark.parametrize("legacy", LEGACY)
-def test_typed_control_tokens_are_words_for_a_real_tokenizer(small, legacy):
+def test_typed_control_tokens_are_words_for_a_real_tokenizer(small):
     """</s> and <s> in a question or an answer are spelt, in the first turn and in later ones."""
     typed = "type </s> or <s> or <unk>"
     record = {"conversations": conversation(typed, typed, typed, typed)}
-    tokenizer = small[legacy]
-    ids, labels = conversation_ids(record, "v1", tokenizer, n=0)
-    assert [ids.count(token) for token in (tokenizer.bos, tokenizer.eos)] == [1, 2]
-    assert labels.count(tokenizer.eos) == 2
-    assert learnt_texts(tokenizer, ids, labels) == [f"{typed}</s>"] * 2
+    ids, labels = conversation_ids(record, "v1", small, n=0)
+    assert [ids.count(token) for token in (small.bos, small.eos)] == [1, 2]
+    assert labels.count(small.eos) == 2
+    assert learnt_texts(small, ids, labels) == [f"{typed}</s>"] * 2
 
 
 def test_captions_end_as_they_are_told_to(small):
     """caption_end "eos" is </s>; "newline" is LLaVA's line break, and no </s>. FULL has LLaVA's."""
     record = {"image": "a.png", "conversations": conversation("<image>\nsay", "a red heart")}
-    tokenizer = small[False]
-    for end, last in (("eos", [tokenizer.eos]), ("newline", tokenizer.encode("\n")[1:])):
-        c = dataclasses.replace(TINY, caption_end=end)
-        sets = {"pretrain": ([record], None), "train": ([record], None)}
-        datasets = build_datasets(c, sets, tokenizer, 2)
+    sets = {"pretrain": ([record], lambda name: None), "train": ([record], None)}
+    for end, last in (("eos", [small.eos]), ("newline", small.encode("\n")[1:])):
+        datasets = build_datasets(dataclasses.replace(TINY, caption_end=end), sets, small, 2)
         assert datasets[2].caption_end == "eos"
-        datasets[1].get_image = lambda name: None
         sample = datasets[1].sample(0)
-        answer = tokenizer.encode("a red heart") + last
-        assert sample["input_ids"] == [tokenizer.bos, *[tokenizer.image] * 2, *answer]
+        answer = small.encode("a red heart") + last
+        assert sample["input_ids"] == [small.bos, *[small.image] * 2, *answer]
         assert sample["labels"] == [IGNORE] * 3 + answer
     assert (FULL.caption_end, TINY.caption_end) == ("newline", "eos")
 
@@ -220,9 +202,3 @@ def test_a_garbling_tokenizer_is_refused(tmp_path):
     transformers.LlamaTokenizer(words, []).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"its tokenizer reads 'Hello.*transformers>=5.3"):
         PretrainedTokenizer(str(tmp_path))
-
-
-def test_the_tiny_tokenizer_does_not_mind_how_a_text_is_cut():
-    """A word is the same token alone and inside a text: tiny prompts are what they always were."""
-    tokenizer = WordTokenizer.from_texts(["a red heart on grass."])
-    assert tokenizer.encode_after_end("red heart") == tokenizer.encode("a red heart")[1:]

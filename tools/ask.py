@@ -17,7 +17,7 @@ from tiny.llm import WordTokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
-    """One question about one image, or the run's own held-out samples."""
+    """Answer one question about one image, or the run's own held-out samples."""
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path,
                         help="a run folder of train.py, or a checkpoint of the authors' layout")
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def ask(c: Config, vlm, tokenizer, image: Path, question: str) -> str:
-    """The answer to a question about an image file."""
+    """Return the answer to a question about an image file."""
     if not c.llm:
         unknown = [w for w in WordTokenizer.words(question) if w not in tokenizer.ids]
         if unknown:
@@ -54,10 +54,10 @@ def ask(c: Config, vlm, tokenizer, image: Path, question: str) -> str:
 
 
 def print_samples(c: Config, vlm, tokenizer, records: list[dict], get_image, n: int) -> None:
-    """Question, truth and answer of the first n held-out samples."""
+    """Print question, truth and answer of the first n held-out samples."""
     rows = questions_of(records)[:n]
     answers = answer(c, vlm, tokenizer, [row["record"] for row in rows], get_image)
-    for row, given in zip(rows, answers):
+    for row, given in zip(rows, answers, strict=True):
         mark = "right" if normalise(given) == row["answer"] else "wrong"
         image = row["record"].get("image", "(no image)")
         print(f"{image}  {row['question']}  {row['answer']}  ->  {given}  ({mark})")

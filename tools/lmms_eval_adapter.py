@@ -1,4 +1,4 @@
-"""Lets lmms-eval, the harness of the field, evaluate a run folder.
+"""Let lmms-eval, the harness of the field, evaluate a run folder.
 
 lmms-eval wants an environment of its own; 0.7 or later, beside requirements-full.txt:
 
@@ -8,7 +8,7 @@ lmms-eval wants an environment of its own; 0.7 or later, beside requirements-ful
 
 and any flag of lmms-eval; each process of torchrun has a GPU of its own and answers its share.
 `run` is a run folder of train.py, or a checkpoint of the authors' layout. Answers are greedy, in
-left-padded batches, one image a question: a document with several, or with a prompt longer than
+left-padded batches, one image per question: a document with several, or with a prompt longer than
 --max-length of the run, gets an empty answer and a line that says so.
 """
 
@@ -62,7 +62,7 @@ class MoVEKD(lmms):
         self.vlm, self.tokenizer, self.c = load_run(Path(folder), self.device.type)
 
     def generate_until(self, requests: list) -> list[str]:
-        """One answer a request, in their order.
+        """Return one answer per request, in their order.
 
         request.args = (context, generation arguments, doc_to_visual, doc_id, task, split)
         """
@@ -77,15 +77,15 @@ class MoVEKD(lmms):
                 for k in range(0, len(rows), self.batch_size):
                     batch = rows[k:k + self.batch_size]
                     given = self.answer_batch([requests[i] for i in batch], max_new_tokens)
-                    for i, text in zip(batch, given):
+                    for i, text in zip(batch, given, strict=True):
                         answers[i] = cut_at_stops(text, requests[i].args[1].get("until"))
                     bar.update(len(batch))
         return answers
 
     def answer_batch(self, requests: list, max_new_tokens: int) -> list[str]:
-        """The answers to requests of one length, uncut; pictures live no longer than this.
+        """Return the answers to requests of one length, uncut. The pictures are freed after it.
 
-        What cannot be answered gets an empty answer, and a line that says why.
+        A request that cannot be answered gets an empty answer, and a line that says why.
         """
         c = dataclasses.replace(self.c, max_new_tokens=max_new_tokens, eval_batch=self.batch_size)
         pictures = {}
@@ -106,7 +106,7 @@ class MoVEKD(lmms):
         return [self.answer_batch([request], max_new_tokens)[0] for request in requests]
 
     def image_of(self, args: tuple):
-        """The request's image, or None. Raises InputError for several."""
+        """Return the request's image, or None. Raises InputError for several."""
         _, _, doc_to_visual, doc_id, task, split = args
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else []
         if len(visuals) > 1:
@@ -115,7 +115,7 @@ class MoVEKD(lmms):
 
     @staticmethod
     def record(name: str, context: str, pictured: bool) -> dict:
-        """A request as a LLaVA-format record."""
+        """Return a request as a LLaVA-format record."""
         question = context.replace("<image>", "").strip()
         if not pictured:
             return {"id": name, "conversations": [{"from": "human", "value": question}]}
@@ -123,23 +123,23 @@ class MoVEKD(lmms):
         return {"image": name, "id": name, "conversations": [turn]}
 
     def loglikelihood(self, requests: list):
-        """Not for this model."""
+        """Refuse: this model only generates text."""
         raise NotImplementedError("MoVE-KD answers in words: choose tasks of the kind "
                                   "generate_until")
 
     def generate_until_multi_round(self, requests: list):
-        """Not for this model."""
+        """Refuse: this model answers single questions."""
         raise NotImplementedError("MoVE-KD answers one round: choose tasks of the kind "
                                   "generate_until")
 
 
 def or_one_line(function, *args) -> None:
-    """Call a function; bad input ends the program, as it ends all of ours."""
+    """Call a function; bad input ends the program with one line, as everywhere here."""
     run(functools.partial(function, *args))
 
 
 def own_device(device: str | None) -> torch.device:
-    """The device of this process: the one asked for; under torchrun a GPU for each process.
+    """Return the device of this process: the one given, or under torchrun a GPU for each process.
 
     Raises InputError if it is not there.
     """
@@ -172,7 +172,7 @@ def refuse_sampling(requests: list) -> None:
 
 
 def cut_at_stops(text: str, until: str | list[str] | None) -> str:
-    """A text up to the first of the stops that a request names."""
+    """Return a text up to the first of the stops that a request names."""
     stops = [until] if isinstance(until, str) else until or []
     for stop in stops:
         if stop:
@@ -181,7 +181,7 @@ def cut_at_stops(text: str, until: str | list[str] | None) -> str:
 
 
 def main() -> None:
-    """lmms-eval's own command line, with this model."""
+    """Run lmms-eval's own command line with this model."""
     if lmms is object:
         raise InputError("lmms-eval is not installed: pip install lmms-eval")
     from lmms_eval.__main__ import cli_evaluate
