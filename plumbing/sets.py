@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from data import Conversations, InputError, collate
 from plumbing.config import Config
 from plumbing.files import digest, read_about, read_json
-from plumbing.signals import SIGNALS
+from plumbing.signals import listen
 from teachers import parse_spec
 from tiny.llm import WordTokenizer
 
@@ -109,8 +108,7 @@ def read_words(run: Path) -> list[str]:
     for weights in run.glob("model*.safetensors"):
         known = read_about(weights).get("words")
         if known and known != digest(*words):
-            raise InputError(f"{file}: has changed since {weights} was written, so its numbers "
-                             "mean other words; copy it again")
+            raise InputError(f"{file}: has changed since {weights} was written; copy it again")
     return words
 
 
@@ -131,12 +129,12 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
 
 
-def rows_digest(records: Sequence) -> str:
-    """Return a hash of all rows: that of their JSON list."""
+def rows_digest(records) -> str:
+    """Return a hash of all rows: that of their JSON list, which is never in memory."""
     h = hashlib.sha256(b"[")
     for row, record in enumerate(records):
-        text = json.dumps(record, sort_keys=True)
-        h.update((", " if row else "").encode() + text.encode())
+        h.update(b", " if row else b"")
+        h.update(json.dumps(record, sort_keys=True).encode())
     h.update(b"]")
     return h.hexdigest()
 
@@ -169,16 +167,13 @@ def image_bytes(size: int | tuple[int, ...]) -> int:
 
 def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int,
                 group: int = 1) -> list[list[int]]:
-    """Return the rows of each batch of an epoch, a function of the arguments alone.
-
-    A last, smaller batch is dropped, unless it is the only one. group > 1 saves padding: it sorts
-    runs of `group` batches by length, samples with and without an image apart.
-    """
+    """Return the rows of each batch of an epoch; a last, smaller one only if it is the only one."""
     generator = torch.Generator().manual_seed(seed * 1_000 + epoch)
     order = torch.randperm(len(dataset), generator=generator).tolist()
     if group == 1:
         count = max(1, len(dataset) // batch_size)
         return [order[k * batch_size:(k + 1) * batch_size] for k in range(count)]
+    # To save padding, sort runs of `group` batches by length, with and without an image apart.
     sizes = dataset.sizes()
     batches, left_over = [], []
     for has_image in (True, False):
@@ -223,8 +218,13 @@ PREFETCH = 2  # batches that a worker makes in advance, torch's default
 def loader_options(c: Config) -> dict:
     """Return the arguments of torch's DataLoader that a Config decides."""
     options = {"num_workers": c.workers, "pin_memory": c.device == "cuda"}
+
+    def kill_workers() -> None:     # they ignore the signal that Python sends and then waits for
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
     if c.workers:
-        atexit.register(end_workers)
+        atexit.register(kill_workers)
         options.update(worker_init_fn=begin_worker, multiprocessing_context=START)
     return options
 
@@ -232,11 +232,4 @@ def loader_options(c: Config) -> dict:
 def begin_worker(worker: int) -> None:
     """Leave signals to the run, which needs its loader to finish a step: all processes get them."""
     gc.freeze()  # a collection writes into every object, and would copy the memory they share
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def end_workers() -> None:
-    """Kill the workers at exit: they ignore the signal that Python sends and then waits for."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    listen(signal.SIG_IGN)

@@ -1,8 +1,7 @@
 """The teachers' outputs for all training images: computed once, kept on disk, and measured.
 
-One safetensors file per teacher has (images, ...) in fp16 for each field of its output. It is read
-by memory mapping, but written from two copies in memory: large sets need --cache-teachers ''.
-
+One safetensors file per teacher has (images, ...) in fp16 for each field of its output. Writing it
+takes two copies in memory, reading it none: large sets need --cache-teachers ''.
 Letters: B images, R pixels of the loader's square image, n_i tokens and d_i width of teacher i.
 """
 
@@ -31,8 +30,7 @@ class CachedTeachers(Teachers):
 
     def __init__(self, teachers: Teachers, rows: dict[str, int], outputs: dict[str, dict]):
         super().__init__(dict(teachers.encoders))
-        self.rows = rows            # image name: its row
-        self.outputs = outputs      # teacher: {field of TeacherOutput: (images, ...) in fp16}
+        self.rows, self.outputs = rows, outputs     # fields of TeacherOutput: (images, ...) in fp16
 
     def forward(self, images: torch.Tensor | dict, names: list) -> dict[str, TeacherOutput]:
         """Return the outputs for the images of these names; their pixels are not used."""
@@ -66,16 +64,15 @@ def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> Cache
         weights = [f"{key} {checksum(value)}" for key, value in encoder.state_dict().items()]
         key = digest(encoder.spec, digest(*weights), R, *sorted(origins), *images)[:12]
         path = folder / f"{name}-{encoder.image_size}px-{key}.safetensors"
-        if path.exists():
-            try:
-                outputs[name] = read_outputs(path, fingerprint, len(images))
-                continue
-            except InputError as e:
+        try:
+            outputs[name] = read_outputs(path, fingerprint, len(images))
+        except InputError as e:
+            if path.exists():
                 print(f"note: the outputs of teacher {name} are made again: {e}", file=sys.stderr)
-        if path.is_dir():
-            path.rmdir()    # OSError, which names it, if anything is in it
-        write_tensors(path, run_encoder(name, encoder, source), images=fingerprint)
-        outputs[name] = read_outputs(path, fingerprint, len(images))
+            if path.is_dir():
+                path.rmdir()    # OSError, which names it, if anything is in it
+            write_tensors(path, run_encoder(name, encoder, source), images=fingerprint)
+            outputs[name] = read_outputs(path, fingerprint, len(images))
     return CachedTeachers(teachers, {image: row for row, image in enumerate(images)}, outputs)
 
 
@@ -100,9 +97,9 @@ def run_encoder(name: str, encoder: VisionEncoder, source: dict) -> dict[str, to
                 continue
             value = value.half().cpu()                                              # (B, ...)
             if not value.isfinite().all():
-                raise InputError(f"teacher {name}: its {field} are NaN or infinite in one of the "
-                                 f"images from {images[0]} on; its weights are damaged, or its "
-                                 "numbers too large for fp16: then --cache-teachers ''")
+                raise InputError(f"teacher {name}: its {field} are NaN or infinite, or too large "
+                                 f"for fp16, from image {images[0]} on; mend its weights, or use "
+                                 "--cache-teachers ''")
             pieces[field].append(value)
     return {field: torch.cat(values) for field, values in pieces.items()}
 
