@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.optim import Optimizer
 
 from data import InputError
 from plumbing.files import read_json, write_json
@@ -76,9 +77,11 @@ class Checkpoints:
         # of its own: what is sent while files are written must not mix with what the run sends
         self.group = dist.new_group(backend="gloo") if world > 1 else None
 
-    def save(self, name: str, root: nn.Module, optimizer: torch.optim.Optimizer,
-             progress: dict) -> None:
-        """Return when the state is copied; the files follow. Raises InputError as below."""
+    def save(self, name: str, root: nn.Module, optimizer: Optimizer, progress: dict) -> None:
+        """Return when the state is copied; the files follow. All processes call it.
+
+        Raises InputError if a parameter is NaN or infinite, or if the last save has failed.
+        """
         self.finish()
         check_parameters(root)
         temporary = self.folder / (name + ".tmp")
@@ -122,12 +125,12 @@ def check_parameters(root: nn.Module) -> None:
                              "go on from it with a lower learning rate")
 
 
-def trained_state(root: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def trained_state(root: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """Return the tensors of what is trained, and of its optimizer, by name. None is a copy."""
     options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
     state, moments = get_state_dict(root, optimizer, options=options)
     state.update(moments)
-    # The optimizer's settings are no tensors: the schedule sets the learning rate, the code the rest
+    # The optimizer's settings are numbers: the schedule sets the learning rate, the code the rest.
     return {name: value for name, value in state.items() if torch.is_tensor(value)}
 
 
@@ -185,8 +188,7 @@ def examine(path: Path) -> tuple[str | None, dict]:
     return None, progress
 
 
-def load_checkpoint(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer,
-                    world: int) -> None:
+def load_checkpoint(path: Path, root: nn.Module, optimizer: Optimizer, world: int) -> None:
     """Fill what is trained, and its optimizer, from a checkpoint. Raises InputError."""
     state = trained_state(root, optimizer)
     reader = dcp.HuggingFaceStorageReader(str(path))

@@ -84,7 +84,6 @@ def write_json(path: Path, value) -> None:
 
 
 def digest(*texts: str) -> str:
-    """Return a hash of texts."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 

@@ -107,8 +107,7 @@ class RunLog:
 
     def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress,
                  steps: dict[int, int], held_out: HeldOut | None):
-        self.c, self.first, self.held_out = c, first, held_out
-        self.steps = steps              # of each stage
+        self.c, self.first, self.held_out, self.steps = c, first, held_out, steps
         self.collapsed_steps = {}       # layer: for how many steps one expert has had its tokens
         self.losses = {}                # (stage, teacher): its loss in each of the first steps
         self.next_drawing = time.perf_counter() + DRAW_SECONDS
@@ -127,7 +126,6 @@ class RunLog:
         return [len(content), zlib.crc32(content)]
 
     def say(self, text: str) -> None:
-        """Print a text, if there is any."""
         if self.first and text:
             print(text, flush=True)
 

@@ -117,9 +117,10 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
     # Stage 1 has captions, if there are any, and no row without an image: it has nothing to align.
     records, get_image = sets["pretrain"]
     rows = [row for row, record in enumerate(records) if "image" in record]
-    # Records of a file are read when they are used: a list of them would hold them all.
-    in_memory = isinstance(records, list)
-    pictured = [records[row] for row in rows] if in_memory else records.select(rows)
+    if isinstance(records, list):
+        pictured = [records[row] for row in rows]
+    else:
+        pictured = records.select(rows)     # they are read when they are used
     if not rows:
         raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
                          "nothing to align")
@@ -130,7 +131,7 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
 
 
 def rows_digest(records) -> str:
-    """Return a hash of all rows: that of their JSON list, which is never in memory."""
+    """Return a hash of all rows: that of their JSON list."""
     h = hashlib.sha256(b"[")
     for row, record in enumerate(records):
         h.update(b", " if row else b"")
@@ -191,7 +192,6 @@ def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int,
 
 
 def count_steps(rows: int, batch_size: int, epochs: float) -> int:
-    """Return the number of steps of a stage."""
     return max(1, round(epochs * max(1, rows // batch_size)))
 
 

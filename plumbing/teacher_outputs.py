@@ -1,7 +1,7 @@
 """The teachers' outputs for all training images: computed once, kept on disk, and measured.
 
-One safetensors file per teacher has (images, ...) in fp16 for each field of its output. Writing it
-takes two copies in memory, reading it none: large sets need --cache-teachers ''.
+One safetensors file per teacher has (images, ...) in fp16 for each field of its output. It is read
+by memory mapping, but written from two copies in memory: large sets need --cache-teachers ''.
 Letters: B images, R pixels of the loader's square image, n_i tokens and d_i width of teacher i.
 """
 
@@ -30,7 +30,8 @@ class CachedTeachers(Teachers):
 
     def __init__(self, teachers: Teachers, rows: dict[str, int], outputs: dict[str, dict]):
         super().__init__(dict(teachers.encoders))
-        self.rows, self.outputs = rows, outputs     # fields of TeacherOutput: (images, ...) in fp16
+        self.rows = rows            # image name: its row
+        self.outputs = outputs      # teacher: {field of TeacherOutput: (images, ...) in fp16}
 
     def forward(self, images: torch.Tensor | dict, names: list) -> dict[str, TeacherOutput]:
         """Return the outputs for the images of these names; their pixels are not used."""
@@ -97,9 +98,9 @@ def run_encoder(name: str, encoder: VisionEncoder, source: dict) -> dict[str, to
                 continue
             value = value.half().cpu()                                              # (B, ...)
             if not value.isfinite().all():
-                raise InputError(f"teacher {name}: its {field} are NaN or infinite, or too large "
-                                 f"for fp16, from image {images[0]} on; mend its weights, or use "
-                                 "--cache-teachers ''")
+                raise InputError(f"teacher {name}: its {field} are NaN or infinite in one of the "
+                                 f"images from {images[0]} on; its weights are damaged, or its "
+                                 "numbers too large for fp16: then --cache-teachers ''")
             pieces[field].append(value)
     return {field: torch.cat(values) for field, values in pieces.items()}
 
