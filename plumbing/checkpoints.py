@@ -3,6 +3,7 @@
 They hold safetensors and JSON only, so nothing that is read from a checkpoint can run code.
 """
 
+import hashlib
 import json
 import shutil
 import zlib
@@ -14,15 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.optim import Optimizer
 
 from data import InputError
 from plumbing.files import read_json, write_json
 
 FILES = 8           # of each process: DCP puts a file together in memory before it writes it
-BLOCK = 1 << 24     # bytes that are read at a time
+ERRORS = (Exception, dcp.CheckpointException)   # DCP's is no Exception
 
 
 @dataclass
@@ -44,14 +44,13 @@ class Progress:
         self.cut += counts["cut"]
 
 
-class Writer(HuggingFaceStorageWriter):
+class Writer(dcp.HuggingFaceStorageWriter):
     """DCP's writer of safetensors, which completes the checkpoint when all files are written."""
 
     def __init__(self, folder: Path, state: dict[str, torch.Tensor], progress: dict, keep: int):
         numbers = {name: 1 + i % FILES for i, name in enumerate(state)}
         super().__init__(str(folder), numbers, save_distributed=True)
-        self.progress = progress
-        self.keep = keep
+        self.progress, self.keep = progress, keep
 
     def finish(self, **_) -> None:
         """Complete the checkpoint and drop old ones. DCP calls it in the first process only."""
@@ -66,23 +65,19 @@ class Writer(HuggingFaceStorageWriter):
 
 
 class Checkpoints:
-    """The last `keep` states of a run: folder/stage2-00000500/ and so on.
+    """The last `keep` states of a run, in folder/stage2-00000500/ and so on; .tmp until complete.
 
-    A state is what is trained, its optimizer's, and a Progress. It is written in the background,
-    to a folder that ends in .tmp until it is complete, and can be loaded by another number of
-    processes. What a killed run has left there is cleared when the next one locks the run folder.
+    A state is what is trained, its optimizer's, and a Progress; any number of processes can load
+    it. What a killed run has left is cleared when the next one locks the run folder.
     """
 
     def __init__(self, folder: Path, keep: int, rank: int, world: int):
-        self.folder = folder
-        self.keep = keep
-        self.rank = rank
+        self.folder, self.keep, self.rank = folder, keep, rank
         self.pending = None     # a future, and the folder that is written to
         # of its own: what is sent while files are written must not mix with what the run sends
         self.group = dist.new_group(backend="gloo") if world > 1 else None
 
-    def save(self, name: str, root: nn.Module, optimizer: torch.optim.Optimizer,
-             progress: dict) -> None:
+    def save(self, name: str, root: nn.Module, optimizer: Optimizer, progress: dict) -> None:
         """Return when the state is copied; the files follow. All processes call it.
 
         Raises InputError if a parameter is NaN or infinite, or if the last save has failed.
@@ -108,7 +103,7 @@ class Checkpoints:
         self.pending = None
         try:
             future.result()
-        except (Exception, CheckpointException) as e:  # DCP's is no Exception
+        except ERRORS as e:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             free = shutil.disk_usage(self.folder).free // 2 ** 20
@@ -117,7 +112,7 @@ class Checkpoints:
 
 
 def last_line(error: BaseException) -> str:
-    """Return what an error says; DCP's says it in the last line of a traceback."""
+    """Return the last line of an error: there DCP's, which hold a traceback, say what is wrong."""
     return str(error).rstrip().rpartition("\n")[2]
 
 
@@ -130,32 +125,25 @@ def check_parameters(root: nn.Module) -> None:
                              "go on from it with a lower learning rate")
 
 
-def trained_state(root: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def trained_state(root: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """Return the tensors of what is trained, and of its optimizer, by name. None is a copy."""
     options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
     state, moments = get_state_dict(root, optimizer, options=options)
     state.update(moments)
-    # The optimizer's settings are numbers: the schedule sets the learning rate at every step, and
-    # the others stand in the code.
+    # The optimizer's settings are numbers: the schedule sets the learning rate, the code the rest.
     return {name: value for name, value in state.items() if torch.is_tensor(value)}
 
 
-def checksums(folder: Path) -> dict[str, list[int]]:
-    """Return {file: [bytes, CRC-32]} of the safetensors files in a checkpoint's folder."""
+def checksums(folder: Path) -> dict[str, str]:
+    """Return {file: its SHA-256} of the safetensors files in a checkpoint's folder."""
+    def checksum(path: Path) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
     paths = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    sizes = [path.stat().st_size for path in paths]
     with ThreadPoolExecutor() as pool:  # they may be many GB
-        sums = list(pool.map(crc_of_start, paths, sizes))
-    return {path.name: [size, crc] for path, size, crc in zip(paths, sizes, sums, strict=True)}
-
-
-def crc_of_start(path: Path, size: int) -> int:
-    """Return the CRC-32 of the first `size` bytes of a file."""
-    crc = 0
-    with open(path, "rb") as file:
-        for start in range(0, size, BLOCK):
-            crc = zlib.crc32(file.read(min(BLOCK, size - start)), crc)
-    return crc
+        sums = pool.map(checksum, paths)
+    return {path.name: value for path, value in zip(paths, sums, strict=True)}
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
@@ -195,18 +183,17 @@ def examine(path: Path) -> tuple[str | None, dict]:
             return f"{name} is missing, has changed since it was written, or was put there", {}
     log = path.parent.parent / "log.jsonl"  # resumed with it
     log_bytes, log_crc = progress["log"]
-    if not log.is_file() or crc_of_start(log, log_bytes) != log_crc:
+    if not log.is_file() or zlib.crc32(log.read_bytes()[:log_bytes]) != log_crc:
         return "log.jsonl, up to where the checkpoint was made, is missing or has changed", {}
     return None, progress
 
 
-def load_checkpoint(path: Path, root: nn.Module, optimizer: torch.optim.Optimizer,
-                    world: int) -> None:
+def load_checkpoint(path: Path, root: nn.Module, optimizer: Optimizer, world: int) -> None:
     """Fill what is trained, and its optimizer, from a checkpoint. Raises InputError."""
     state = trained_state(root, optimizer)
-    reader = HuggingFaceStorageReader(str(path))
+    reader = dcp.HuggingFaceStorageReader(str(path))
     try:
         reader.read_metadata()  # here too: what fails there DCP logs with its traceback
         dcp.load(state, storage_reader=reader, no_dist=world == 1)  # in place
-    except (Exception, CheckpointException) as e:
+    except ERRORS as e:
         raise InputError(f"{path}: cannot be read: {last_line(e)}") from None

@@ -20,10 +20,9 @@ from data import InputError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write a file to; when the block ends, it replaces `path`.
+    """Yield a temporary path, which replaces `path` when the block ends, unless the block fails.
 
-    A reader sees the old file or the new one, never half of one. If the block fails, the old file
-    stays. Raises OSError that names `path`: a full disk names no file.
+    Raises OSError that names `path`: a full disk names no file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
@@ -37,26 +36,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a name that only this process uses, so that two runs may write a file at once.
-
-    Deletes what ended processes of this machine left under such names.
-    """
+    """Return a name of this process's own, and delete what ended ones left under such names."""
     stem = f"{path.name}.{platform.node()}-"
     for leftover in path.parent.glob(f"{glob.escape(stem)}*.tmp"):
         process = leftover.name.removeprefix(stem).removesuffix(".tmp")
-        if process.isdigit() and not is_alive(int(process)):
+        if not process.isdigit() or os.name == "nt":    # there, asking would end the process
+            continue
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
             leftover.unlink(missing_ok=True)
+        except PermissionError:
+            pass    # it is alive, and another user's
     return path.with_name(f"{stem}{os.getpid()}.tmp")
-
-
-def is_alive(process: int) -> bool:
-    """Return whether a process exists; on Windows, where asking would end it, True."""
-    try:
-        if os.name != "nt":
-            os.kill(process, 0)
-    except OSError as e:
-        return isinstance(e, PermissionError)  # another user's process
-    return True
 
 
 def require_file(path: Path, remedy: str = "") -> None:
@@ -66,28 +58,22 @@ def require_file(path: Path, remedy: str = "") -> None:
         raise InputError(f"{path}: {fault}{remedy}")
 
 
-# --- JSON: UTF-8 whatever the locale
-
 def read_json(path: Path):
-    """Return the value of a JSON file, or a list of the values of a JSON Lines file.
-
-    It may begin with a byte order mark. Raises InputError if it is missing or not JSON.
-    """
+    """Return the value of a JSON file, or a list of those of JSON Lines. Raises InputError."""
     path = Path(path)
     require_file(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")     # it may begin with a byte order mark
         return json.loads(text)
     except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not valid JSON: not UTF-8: {e}") from None
+        fault = f"not UTF-8: {e}"
     except RecursionError:
-        raise InputError(f"{path}: not valid JSON: nested too deep") from None
+        fault = "nested too deep"
     except json.JSONDecodeError as e:
-        fault = e
-    try:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (json.JSONDecodeError, RecursionError):
-        raise InputError(f"{path}: not valid JSON: {fault}") from None
+        fault = str(e)
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+    raise InputError(f"{path}: not valid JSON: {fault}")
 
 
 def write_json(path: Path, value) -> None:
@@ -98,7 +84,6 @@ def write_json(path: Path, value) -> None:
 
 
 def digest(*texts: str) -> str:
-    """Return a hash of texts."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
@@ -137,16 +122,11 @@ def read_about(path: Path) -> dict:
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file.
-
-    Raises InputError, which ends with the remedy, if it is missing, is cut, has changed since it
-    was written, or holds a value that is NaN or infinite.
-    """
+    """Return a file's tensors. Raises InputError, with the remedy, if it is damaged or has NaN."""
     require_file(path, f"; {remedy}")
     try:
         with safe_open(path, "pt") as file:
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except (SafetensorError, ValueError, OSError) as e:
         raise InputError(f"{path}: damaged: {str(e).splitlines()[0]}; {remedy}") from None
     sums = read_about(path).get("crc32", {})
@@ -161,24 +141,20 @@ def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
 # --- FLOPs: torch's counter takes the CPU's fused attention for 0, and before torch 2.14 it fails
 # if keys have fewer heads than queries. Shapes: (B, h, T, d), of keys and values (B, h', T', d).
 
-def _forward(q, k, v, *_, **__) -> int:
-    """Return the FLOPs of q k^T and of its product with v."""
-    B, h, T, d = q
-    return 2 * B * h * T * k[2] * (d + v[3])
-
-
-def _backward(grad, q, k, v, *_, **__) -> int:
-    """Return the FLOPs of q k^T again, of its gradient, and of those of q, k and v."""
-    B, h, T, d = q
-    return 2 * B * h * T * k[2] * (3 * d + 2 * v[3])
-
-
 def flop_counter() -> FlopCounterMode:
     """Return a context that counts what runs inside it: `counter.get_total_flops()`."""
+    def forward(q, k, v, *_, **__) -> int:          # q k^T, and its product with v
+        B, h, T, d = q
+        return 2 * B * h * T * k[2] * (d + v[3])
+
+    def backward(grad, q, k, v, *_, **__) -> int:   # q k^T again, its gradient, those of q, k, v
+        B, h, T, d = q
+        return 2 * B * h * T * k[2] * (3 * d + 2 * v[3])
+
     mapping = {}
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention",
                  "cudnn_attention"):
         name = f"_scaled_dot_product_{kind}"
-        mapping[getattr(torch.ops.aten, name)] = _forward
-        mapping[getattr(torch.ops.aten, f"{name}_backward")] = _backward
+        mapping[getattr(torch.ops.aten, name)] = forward
+        mapping[getattr(torch.ops.aten, f"{name}_backward")] = backward
     return FlopCounterMode(display=False, custom_mapping=mapping)

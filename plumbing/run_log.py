@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from data import Conversations
 from model import VLM
 from plumbing import evaluate, files, sets
-from plumbing.checkpoints import Progress, crc_of_start
+from plumbing.checkpoints import Progress
 from plumbing.config import Config, is_real
 
 HEADING = ("each line: losses, each teacher's own loss (kd_) and weight (w_), then `experts`: one "
@@ -41,14 +42,14 @@ def stage_words(c: Config, stage: int) -> str:
                 f"{c.data}; --stage0-pictures data trains them on its own first")
     if not is_lesson(c):
         return ""
-    conversations = c.n_train + c.n_described + c.n_text
     return {
         0: "stage 0 stands for the downloads of the real method: a small CLIP, EVA, ConvNeXt and "
            "LLM, each trained by itself on drawn pictures or on text (once, a minute or two)",
         1: f"stage 1 aligns: experts, adapters and projector learn from {c.n_pretrain:,} captioned "
            "pictures, so that the LLM can read the student's tokens; student and LLM stay frozen",
-        2: f"stage 2 finetunes: all but the teachers learns from {conversations:,} conversations, "
-           "so that questions are answered from what the student sees",
+        2: "stage 2 finetunes: all but the teachers learns from "
+           f"{c.n_train + c.n_described + c.n_text:,} conversations, so that questions are "
+           "answered from what the student sees",
     }[stage]
 
 
@@ -106,8 +107,7 @@ class RunLog:
 
     def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress,
                  steps: dict[int, int], held_out: HeldOut | None):
-        self.c, self.first, self.held_out = c, first, held_out
-        self.steps = steps              # of each stage
+        self.c, self.first, self.held_out, self.steps = c, first, held_out, steps
         self.collapsed_steps = {}       # layer: for how many steps one expert has had its tokens
         self.losses = {}                # (stage, teacher): its loss in each of the first steps
         self.next_drawing = time.perf_counter() + DRAW_SECONDS
@@ -122,11 +122,10 @@ class RunLog:
 
     def position(self) -> list[int]:
         """Return the bytes written so far, and their CRC-32."""
-        size = self.file.stat().st_size if self.first else 0
-        return [size, crc_of_start(self.file, size)]
+        content = self.file.read_bytes() if self.first else b""
+        return [len(content), zlib.crc32(content)]
 
     def say(self, text: str) -> None:
-        """Print a text, if there is any."""
         if self.first and text:
             print(text, flush=True)
 

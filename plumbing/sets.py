@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import DataLoader
 from data import Conversations, InputError, collate
 from plumbing.config import Config
 from plumbing.files import digest, read_about, read_json
-from plumbing.signals import SIGNALS
+from plumbing.signals import listen
 from teachers import parse_spec
 from tiny.llm import WordTokenizer
 
@@ -109,8 +108,7 @@ def read_words(run: Path) -> list[str]:
     for weights in run.glob("model*.safetensors"):
         known = read_about(weights).get("words")
         if known and known != digest(*words):
-            raise InputError(f"{file}: has changed since {weights} was written, so its numbers "
-                             "mean other words; copy it again")
+            raise InputError(f"{file}: has changed since {weights} was written; copy it again")
     return words
 
 
@@ -119,9 +117,10 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
     # Stage 1 has captions, if there are any, and no row without an image: it has nothing to align.
     records, get_image = sets["pretrain"]
     rows = [row for row, record in enumerate(records) if "image" in record]
-    # Records of a file are read when they are used: a list of them would hold them all.
-    in_memory = isinstance(records, list)
-    pictured = [records[row] for row in rows] if in_memory else records.select(rows)
+    if isinstance(records, list):
+        pictured = [records[row] for row in rows]
+    else:
+        pictured = records.select(rows)     # they are read when they are used
     if not rows:
         raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
                          "nothing to align")
@@ -131,12 +130,12 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
 
 
-def rows_digest(records: Sequence) -> str:
+def rows_digest(records) -> str:
     """Return a hash of all rows: that of their JSON list."""
     h = hashlib.sha256(b"[")
     for row, record in enumerate(records):
-        text = json.dumps(record, sort_keys=True)
-        h.update((", " if row else "").encode() + text.encode())
+        h.update(b", " if row else b"")
+        h.update(json.dumps(record, sort_keys=True).encode())
     h.update(b"]")
     return h.hexdigest()
 
@@ -169,16 +168,13 @@ def image_bytes(size: int | tuple[int, ...]) -> int:
 
 def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int,
                 group: int = 1) -> list[list[int]]:
-    """Return the rows of each batch of an epoch, a function of the arguments alone.
-
-    A last, smaller batch is dropped, unless it is the only one. group > 1 saves padding: it sorts
-    runs of `group` batches by length, samples with and without an image apart.
-    """
+    """Return the rows of each batch of an epoch; a last, smaller one only if it is the only one."""
     generator = torch.Generator().manual_seed(seed * 1_000 + epoch)
     order = torch.randperm(len(dataset), generator=generator).tolist()
     if group == 1:
         count = max(1, len(dataset) // batch_size)
         return [order[k * batch_size:(k + 1) * batch_size] for k in range(count)]
+    # To save padding, sort runs of `group` batches by length, with and without an image apart.
     sizes = dataset.sizes()
     batches, left_over = [], []
     for has_image in (True, False):
@@ -196,7 +192,6 @@ def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int,
 
 
 def count_steps(rows: int, batch_size: int, epochs: float) -> int:
-    """Return the number of steps of a stage."""
     return max(1, round(epochs * max(1, rows // batch_size)))
 
 
@@ -223,8 +218,13 @@ PREFETCH = 2  # batches that a worker makes in advance, torch's default
 def loader_options(c: Config) -> dict:
     """Return the arguments of torch's DataLoader that a Config decides."""
     options = {"num_workers": c.workers, "pin_memory": c.device == "cuda"}
+
+    def kill_workers() -> None:     # they ignore the signal that Python sends and then waits for
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
     if c.workers:
-        atexit.register(end_workers)
+        atexit.register(kill_workers)
         options.update(worker_init_fn=begin_worker, multiprocessing_context=START)
     return options
 
@@ -232,11 +232,4 @@ def loader_options(c: Config) -> dict:
 def begin_worker(worker: int) -> None:
     """Leave signals to the run, which needs its loader to finish a step: all processes get them."""
     gc.freeze()  # a collection writes into every object, and would copy the memory they share
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def end_workers() -> None:
-    """Kill the workers at exit: they ignore the signal that Python sends and then waits for."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    listen(signal.SIG_IGN)

@@ -2,7 +2,6 @@
 
 One safetensors file per teacher has (images, ...) in fp16 for each field of its output. It is read
 by memory mapping, but written from two copies in memory: large sets need --cache-teachers ''.
-
 Letters: B images, R pixels of the loader's square image, n_i tokens and d_i width of teacher i.
 """
 
@@ -66,16 +65,15 @@ def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> Cache
         weights = [f"{key} {checksum(value)}" for key, value in encoder.state_dict().items()]
         key = digest(encoder.spec, digest(*weights), R, *sorted(origins), *images)[:12]
         path = folder / f"{name}-{encoder.image_size}px-{key}.safetensors"
-        if path.exists():
-            try:
-                outputs[name] = read_outputs(path, fingerprint, len(images))
-                continue
-            except InputError as e:
+        try:
+            outputs[name] = read_outputs(path, fingerprint, len(images))
+        except InputError as e:
+            if path.exists():
                 print(f"note: the outputs of teacher {name} are made again: {e}", file=sys.stderr)
-        if path.is_dir():
-            path.rmdir()    # OSError, which names it, if anything is in it
-        write_tensors(path, run_encoder(name, encoder, source), images=fingerprint)
-        outputs[name] = read_outputs(path, fingerprint, len(images))
+            if path.is_dir():
+                path.rmdir()    # OSError, which names it, if anything is in it
+            write_tensors(path, run_encoder(name, encoder, source), images=fingerprint)
+            outputs[name] = read_outputs(path, fingerprint, len(images))
     return CachedTeachers(teachers, {image: row for row, image in enumerate(images)}, outputs)
 
 
