@@ -1,8 +1,4 @@
-"""Many processes, one run: start them, divide each step's work among them, keep them in step.
-
-train.py is written as if it were alone. With one process most of this does nothing. There is
-nothing of the method here.
-"""
+"""Many processes, one run: start them, divide each step's work among them, keep them in step."""
 
 import atexit
 import logging
@@ -10,32 +6,22 @@ import math
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing import ProcessExitedException, get_context, start_processes
 from tqdm import tqdm
 
 from data import IGNORE, InputError, blank_image, to_device
 from model import VLM
-from plumbing.cli import run
+from plumbing import cli, signals
 from plumbing.config import Config
-from plumbing.signals import STOPPED, Stopped, block, listen, listen_while_loading
-
-# one process is meant
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-
-# ------------------------------------------------------------------------------------------------
-# Starting processes
 
 
 def launched() -> bool:
@@ -51,23 +37,21 @@ def wanted_processes(c: Config) -> int:
 
 
 def launch(work: Callable, arguments: tuple, processes: int) -> int:
-    """Run `work(*arguments)` in so many processes of this machine; return the exit status.
-
-    Signals are passed on. If a process fails, the others get SIGTERM, and SIGKILL 30 s later.
-    """
-    # libraries read these while they load
+    """Run `work(*arguments)` in so many processes; pass signals on; return the exit status."""
+    # Libraries read these while they load. Batches differ in length: without expandable segments
+    # CUDA's allocator is left with gaps.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # batches differ in length: without it CUDA's allocator is left with gaps
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     received = []
-    listen(lambda number, _: received.append(number))
+    signals.listen(lambda number, _: received.append(number))
     stopped = get_context("spawn").Event()
-    block(True)  # a process that is started inherits it, and lets signals through when it listens
+    signals.block(True)  # a new process inherits it, and lets signals through when it listens
     everyone = (work, arguments, processes, get_free_port(), stopped)
     context = start_processes(run_one, everyone, processes, join=False)
-    block(False)
+    signals.block(False)
     try:
+        # if one fails, join sends the others SIGTERM, and SIGKILL 30 s later
         while not context.join(timeout=0.1):
             while received:
                 number = received.pop(0)
@@ -80,7 +64,7 @@ def launch(work: Callable, arguments: tuple, processes: int) -> int:
         hint = "; the machine's memory may have run out" if e.signal_name == "SIGKILL" else ""
         print(f"error: process {e.error_index} was ended by {e.signal_name}{hint}", file=sys.stderr)
         return 1
-    return STOPPED if stopped.is_set() else 0
+    return signals.STOPPED if stopped.is_set() else 0
 
 
 def run_one(rank: int, work: Callable, arguments: tuple, world: int, port: int, stopped) -> None:
@@ -89,43 +73,34 @@ def run_one(rank: int, work: Callable, arguments: tuple, world: int, port: int, 
                       LOCAL_WORLD_SIZE=f"{world}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
     if hasattr(os, "setsid"):
         os.setsid()  # a terminal's Ctrl-C reaches it once, through `launch`
-    listen_while_loading()
-    block(False)
+    signals.listen_while_loading()
+    signals.block(False)
     status = 0
     try:
-        run(lambda: work(*arguments))
+        cli.run(lambda: work(*arguments))
     except SystemExit as e:
         status = e.code
-    if status == STOPPED:
+    if status == signals.STOPPED:
         stopped.set()
         status = 0  # another status would end those that still save
-    # the end of the interpreter is left out: a thread of gloo's sometimes aborts it there
+    # leave out the end of the interpreter: a thread of gloo's sometimes aborts it there
     atexit.register(os._exit, status)
 
 
-# ------------------------------------------------------------------------------------------------
-# One process among them
-
-
 class Weights(NamedTuple):
-    """A micro-batch's fractions of a step's answer tokens and images, over all processes.
-
-    Weighted so, the means over micro-batches add up to the means over the step's batch.
-    """
+    """A micro-batch's fractions of a step's answer tokens and images, over all processes."""
 
     text: float
     images: float
 
     def apply(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weight L_text, a mean over answer tokens, and all other terms, means over images."""
-        weighted = {}
-        for name, term in terms.items():
-            weighted[name] = (self.text if name == "L_text" else self.images) * term
-        return weighted
+        """Weight terms, so that those of micro-batches add up to those of the step's batch."""
+        # L_text is a mean over answer tokens, any other term one over images
+        weights = {"L_text": self.text}
+        return {name: weights.get(name, self.images) * term for name, term in terms.items()}
 
 
-@dataclass
-class Step:
+class Step(NamedTuple):
     """One process's work of one step: its micro-batches, and counts over all processes."""
 
     number: int                                     # from 0
@@ -150,7 +125,13 @@ class Machine:
         self.former_handlers = {}
         self.launcher = os.getppid() if launched() else None
         if launched() or c.precision == "bf16":
-            self.join()
+            backend = "cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo"
+            if c.device == "cuda":
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            if launched():
+                dist.init_process_group(backend)
+            else:  # FSDP's mixed precision needs a group even of one
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.first = self.rank == 0
@@ -158,17 +139,6 @@ class Machine:
         # Rank 0 may work alone for hours, while messages of the training come within minutes.
         week = timedelta(days=7)
         self.patient = dist.new_group(backend="gloo", timeout=week) if self.world > 1 else None
-
-    def join(self) -> None:
-        """Join the other processes. A single process joins too, for FSDP's mixed precision."""
-        backend = "gloo"
-        if self.c.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            backend = "cpu:gloo,cuda:nccl"
-        if launched():
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
     def leave(self) -> None:
         """Part from the other processes, stop listening, and let another run into the folder."""
@@ -179,17 +149,11 @@ class Machine:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    # --- signals
-
-    def listen(self) -> None:
-        """End the run in order on SIGTERM, Ctrl-C and a closed terminal (SIGHUP) from now on."""
-        self.former_handlers = listen(self.on_signal)
-
     def on_signal(self, number: int, _) -> None:
         """Note the signal while a stage is trained, so that its step is saved; else end the run."""
         self.stop = signal.Signals(number).name
         if not self.training:
-            raise Stopped(f"stopped by {self.stop} {self.state}")
+            raise signals.Stopped(f"stopped by {self.stop} {self.state}")
 
     def end_training(self, state: str) -> None:
         """Part from the others: the model is written, and a signal ends the run, saying `state`."""
@@ -198,9 +162,7 @@ class Machine:
         self.training = False
         self.state = state
         if self.stop:
-            raise Stopped(f"stopped by {self.stop} {state}")
-
-    # --- together
+            raise signals.Stopped(f"stopped by {self.stop} {state}")
 
     @contextmanager
     def first_alone(self):
@@ -218,8 +180,6 @@ class Machine:
 
     def check_folder(self, out: Path) -> None:
         """Raise InputError unless this process sees the lock that rank 0 has just written."""
-        if self.world == 1:
-            return
         lock = out / "run.lock"
         written = [lock.read_text(encoding="utf-8") if self.first else ""]
         dist.broadcast_object_list(written, src=0, group=self.patient)
@@ -235,27 +195,18 @@ class Machine:
         flat = torch.cat([value.detach().cpu().double().flatten() for value in values.values()])
         dist.all_reduce(flat)
         pieces = flat.split([value.numel() for value in values.values()])
-        sums = {}
-        for (name, value), piece in zip(values.items(), pieces, strict=True):
-            sums[name] = piece.view(value.shape).to(value.dtype)
-        return sums
-
-    # --- a step
+        return {name: piece.view(value.shape).to(value.dtype)
+                for (name, value), piece in zip(values.items(), pieces, strict=True)}
 
     def micro_batches(self, stage: int) -> tuple[int, range]:
         """Return how many micro-batches a batch of a stage has, and which are this process's."""
         batch_size = getattr(self.c, f"stage{stage}_batch")
-        own = 1
-        if self.c.micro_batch:
-            own = math.ceil(batch_size / self.world / self.c.micro_batch)
+        size = self.c.micro_batch
+        own = math.ceil(batch_size / self.world / size) if size else 1
         return self.world * own, range(self.rank * own, (self.rank + 1) * own)
 
-    def make_step(self, number: int, batches: list[dict], vlm: VLM,
-                  written: bool = False) -> Step:
-        """Make a step of this process's batches. Raises InputError for a row that cannot be used.
-
-        `written`: whether this process has written its files of the last checkpoint.
-        """
+    def make_step(self, number: int, batches: list[dict], vlm: VLM, written: bool = False) -> Step:
+        """Make a step of this process's batches. Raises InputError for a row that is unusable."""
         for batch in batches:
             if "fault" in batch:
                 raise InputError(f'{batch["fault"]}; --skip-bad leaves such rows out')
@@ -265,15 +216,12 @@ class Machine:
             self.stop = "the end of its launcher"  # which was killed, and can pass on no signal
         texts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches]
         images = [len(batch["image_names"]) for batch in batches]
-        own = {
-            "text": sum(texts),
-            "images": sum(images),
-            "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
-            "skipped": sum(len(batch["skipped"]) for batch in batches),
-            "cut": sum(batch["cut"] for batch in batches),
-            "stop": int(bool(self.stop)),
-            "written": int(written),
-        }
+        # "written": whether this process has written its files of the last checkpoint
+        own = {"text": sum(texts), "images": sum(images),
+               "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
+               "skipped": sum(len(batch["skipped"]) for batch in batches),
+               "cut": sum(batch["cut"] for batch in batches),
+               "stop": int(bool(self.stop)), "written": int(written)}
         sums = self.total({name: torch.tensor(count) for name, count in own.items()})
         counts = {name: int(count) for name, count in sums.items()}
         micro_batches = []
@@ -287,16 +235,12 @@ class Machine:
 
 
 def with_stand_in(batch: dict, vlm: VLM, image_size: int) -> dict:
-    """Add a sample with a blank picture and nothing to learn to a batch without images.
-
-    A sharded student must run in every process at the same time: one that left it out would keep
-    the others waiting. The sample's image terms have weight 0, because there are no images.
-    """
-    image = torch.full((1, vlm.student.num_tokens), vlm.image_token)        # (1, n)
-    nothing = torch.full_like(image, IGNORE)
+    """Add a sample with a blank picture and nothing to learn to a batch without images."""
+    # A sharded student must run in every process at once. The sample's image terms have weight 0.
     samples = {}
-    for name, row, pad in (("input_ids", image, 0), ("labels", nothing, IGNORE)):
-        rows = [*batch[name], row[0]]                                       # B + 1 of any length
-        samples[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    for name, token, pad in (("input_ids", vlm.image_token, 0), ("labels", IGNORE, IGNORE)):
+        row = torch.full((vlm.student.num_tokens,), token)                  # (n,)
+        rows = [*batch[name], row]                                          # B + 1 of any length
+        samples[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     return {**batch, **samples, "image_names": [None],
             "images": blank_image(image_size)[None]}                        # (1, 3, R, R)

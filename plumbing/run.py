@@ -9,19 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from data import InputError
-from model import MoVEKD
-from plumbing import build, checks, run_folder, run_log, sets
+from model import VLM, MoVEKD
+from plumbing import build, checks, evaluate, files, run_folder, run_log, sets, sharding, signals
 from plumbing.checkpoints import Checkpoints, load_checkpoint
 from plumbing.config import Config
-from plumbing.evaluate import evaluate, print_accuracy, print_result
-from plumbing.files import flop_counter, write_json
 from plumbing.flags import parse_flags
 from plumbing.processes import Machine, Step, launch, wanted_processes
-from plumbing.sharding import place_models, refresh_trained, send_from_first
-from plumbing.signals import Stopped
 from teachers import Teachers
 
 
@@ -32,7 +26,13 @@ def start(argv: list[str] | None, train: Callable, description: str) -> None:
     c.device = checks.find_device(c.device)
     checks.check_machine(c, trains=mode != "evaluate")
     if mode == "evaluate":
-        evaluate_run(c)
+        held_out = sets.load_eval_set(c)
+        checks.refuse_if(held_out is None, f"{Path(c.out)}: has no held-out set; name one with "
+                                           "--eval-data FILE --image-folder DIR")
+        result = evaluate_run(c, held_out)
+        files.write_json(Path(c.out) / "evaluation.json", result)
+        evaluate.print_accuracy(result)
+        print("result: " + json.dumps(result))
         return
     arguments = (train, c, mode == "resume", begin)
     if wanted_processes(c) > 1:
@@ -66,13 +66,14 @@ class Run:
 
     def __init__(self, c: Config, machine: Machine, resumed: bool, begin: float):
         self.c, self.machine, self.begin = c, machine, begin
-        machine.listen()
+        machine.former_handlers = signals.listen(machine.on_signal)
 
         # The folder and the data: rank 0 checks them first.
         with machine.first_alone():
             opened = run_folder.open_run_folder(c, machine.first, resumed)
             machine.lock, self.checkpoint, self.progress = opened
-        machine.check_folder(Path(c.out))
+        if machine.world > 1:
+            machine.check_folder(Path(c.out))
         self.sets = sets.load_sets(c)
         self.tokenizer = sets.build_tokenizer(c, self.sets)
         if machine.first:
@@ -102,50 +103,42 @@ class Run:
         held_out = None
         if not machine.sharded:
             held_out = run_log.HeldOut(c, vlm, self.tokenizer, self.sets.get("eval"))
-        self.stage_steps = run_log.count_stage_steps(c, self.datasets)
-        self.log = run_log.RunLog(c, machine.first, resumed, self.progress, self.stage_steps,
-                                  held_out)
-        self.checkpoints = Checkpoints(Path(c.out) / "checkpoints", c.keep, machine.rank,
-                                       machine.world)
+        self.stage_steps = steps = run_log.count_stage_steps(c, self.datasets)
+        self.log = run_log.RunLog(c, machine.first, resumed, self.progress, steps, held_out)
+        folder = Path(c.out) / "checkpoints"
+        self.checkpoints = Checkpoints(folder, c.keep, machine.rank, machine.world)
 
     def build_models(self, weights: dict, resumed: bool) -> tuple[MoVEKD, Teachers]:
-        """Return the student's side and the teachers, on their devices.
-
-        Only rank 0 reads weights: the others build without numbers, and get them from it.
-        """
+        """Return the student's side and the teachers, on their devices."""
         c, first = self.c, self.machine.first
+        # Only rank 0 reads weights: the others build without numbers, and get them from it.
         weights = weights if first else {}
         released = None
         if c.init_from:
+            from plumbing.finished_run import load_vlm
             from real.released_checkpoint import load_released, released_config
             released = released_config(Path(c.init_from))
         with nullcontext() if first else torch.device("meta"):
             llm = build.build_llm(c, released, first)
             vlm = build.build_vlm(c, self.tokenizer, weights, llm)
             teachers = build.build_teachers(c, weights)
-        if first and released:
-            load_released(vlm, Path(c.init_from))
-        elif first and c.init_from:
-            from plumbing.finished_run import load_vlm
-            load_vlm(vlm, Path(c.init_from))
+        if first and c.init_from:
+            load = load_released if released else load_vlm
+            load(vlm, Path(c.init_from))
         self.machine.wait()  # the first may load for long
-        send_from_first(teachers, c.device)
+        sharding.send_from_first(teachers, c.device)
         if c.lambda_kd:
-            from plumbing import teacher_outputs
-            training_sets = [self.sets["pretrain"], self.sets["train"]]
+            from plumbing.teacher_outputs import cache_teachers, check_teachers, measure_targets
+            data = [self.sets["pretrain"], self.sets["train"]]
             if c.cache_teachers:
                 with self.machine.first_alone():
-                    teachers = teacher_outputs.cache_teachers(teachers, Path(c.cache_teachers),
-                                                              training_sets)
-            teacher_outputs.check_teachers(teachers, training_sets, c.device)
+                    teachers = cache_teachers(teachers, Path(c.cache_teachers), data)
+            check_teachers(teachers, data, c.device)
         model = build.build_movekd(c, vlm, teachers)
         if c.lambda_kd and not resumed:  # a checkpoint has them
-            teacher_outputs.measure_targets(model.target_norms, teachers, training_sets, first,
-                                            c.device, c.skip_bad)
-        place_models(model, teachers, c, self.machine.world)
+            measure_targets(model.target_norms, teachers, data, first, c.device, c.skip_bad)
+        sharding.place_models(model, teachers, c, self.machine.world)
         return model, teachers
-
-    # --- stages and steps
 
     def stages_left(self) -> Iterator[int]:
         """Yield the stages that are left, from the one in which a resumed run stands."""
@@ -161,13 +154,12 @@ class Run:
         """Print what the stage trains, and return its steps, its learning rate and its batches."""
         c = self.c
         if self.machine.sharded:
-            refresh_trained(self.model)
+            sharding.refresh_trained(self.model)
         self.log.say(stage_table(stage, self.model, self.teachers))
-        batch_size, epochs, lr = (getattr(c, f"stage{stage}_{name}")
-                                  for name in ("batch", "epochs", "lr"))
+        size, epochs, lr = (getattr(c, f"stage{stage}_{x}") for x in ("batch", "epochs", "lr"))
         pieces, own = self.machine.micro_batches(stage)
         loader = sets.make_loader(
-            self.datasets[stage], batch_size, epochs, c.seed + stage, self.tokenizer.pad,
+            self.datasets[stage], size, epochs, c.seed + stage, self.tokenizer.pad,
             c.group_batches, pieces, own, self.progress.step, **sets.loader_options(c))
         return StagePlan(stage, self.stage_steps[stage], lr, own, iter(loader))
 
@@ -194,7 +186,7 @@ class Run:
         if str(plan.stage) in self.progress.flops:
             yield
             return
-        with flop_counter() as counter:
+        with files.flop_counter() as counter:
             yield
         count = torch.tensor(float(counter.get_total_flops()), dtype=torch.float64)
         total = self.machine.total({"": count})[""].item()
@@ -220,45 +212,36 @@ class Run:
                                   self.optimizer, asdict(progress))
         if stop:
             self.checkpoints.finish()
-            raise Stopped(f"stopped by {self.machine.stop or 'a signal'} at stage {plan.stage}, "
-                          f"step {progress.step}; to go on: python train.py --resume {c.out}")
-
-    # --- the end
+            raise signals.Stopped(
+                f"stopped by {self.machine.stop or 'a signal'} at stage {plan.stage}, step "
+                f"{progress.step}; to go on: python train.py --resume {c.out}")
 
     def finish(self) -> None:
-        """Write the model, then evaluate it. A sharded one is read back from its files."""
-        c, machine = self.c, self.machine
+        """Write the model, evaluate it if there is a held-out set, draw, and write result.json."""
+        c, machine, out = self.c, self.machine, Path(self.c.out)
         run_folder.export(c, machine.first, self.model, self.tokenizer)
         machine.end_training(f"after training; to evaluate: python train.py --evaluate {c.out}")
-        vlm = None if machine.sharded else self.model.vlm
+        vlm = None if machine.sharded else self.model.vlm  # a sharded one is read from its files
         del self.model, self.teachers, self.optimizer  # a GPU has no room for a second model
-        if machine.first:
-            self.report(vlm)
-        machine.leave()
-
-    def report(self, vlm: nn.Module | None) -> None:
-        """Evaluate if there is a held-out set, draw, and write result.json."""
+        if not machine.first:
+            return
         from plumbing.plots import plot_curves  # matplotlib takes long to load
-        out, progress = Path(self.c.out), self.progress
         plot_curves(out)
         result = {}
         if "eval" in self.sets:
-            if vlm is None:
-                from plumbing.finished_run import load_run
-                vlm, *_ = load_run(out, self.c.device)
-            result = evaluate_and_draw(self.c, vlm, self.tokenizer, self.sets["eval"])
+            result = evaluate_run(c, self.sets["eval"], vlm, self.tokenizer)
         seconds_stage0, tflops_stage0 = self.stage0
         result.update({
             "seconds": round(time.perf_counter() - self.begin, 1),
             "seconds_stage0": round(seconds_stage0, 1),
-            "tflops": round(sum(progress.flops.values()) / 1e12, 3),
+            "tflops": round(sum(self.progress.flops.values()) / 1e12, 3),
             "tflops_stage0": round(tflops_stage0, 3),
             "peak_rss_mb": round(run_folder.peak_rss_mb()),
-            "seed": self.c.seed, "skipped": progress.skipped, "cut": progress.cut})
-        if self.c.device == "cuda":
+            "seed": c.seed, "skipped": self.progress.skipped, "cut": self.progress.cut})
+        if c.device == "cuda":
             result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
-        write_json(out / "result.json", result)
-        print_result(result, out, run_log.next_commands(self.c))
+        files.write_json(out / "result.json", result)
+        evaluate.print_result(result, out, run_log.next_commands(c))
 
 
 def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
@@ -274,25 +257,13 @@ def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
     return "\n".join(rows)
 
 
-def evaluate_and_draw(c: Config, vlm: nn.Module, tokenizer, held_out: tuple) -> dict:
-    """Return the held-out accuracies of a VLM, and draw some of its answers."""
+def evaluate_run(c: Config, held_out: tuple, vlm: VLM | None = None, tokenizer=None) -> dict:
+    """Return the held-out accuracies of a VLM (None: the run's, from its files); draw answers."""
     from plumbing.plots import plot_samples
-    result, rows, answers = evaluate(c, vlm, tokenizer, *held_out)
+    if vlm is None:
+        from plumbing.finished_run import load_run
+        vlm, tokenizer, _ = load_run(Path(c.out), c.device)
+        checks.check_lengths(c, {"eval": held_out}, tokenizer, vlm.student.num_tokens)
+    result, rows, answers = evaluate.evaluate(c, vlm, tokenizer, *held_out)
     plot_samples(Path(c.out) / "samples.png", rows, answers, held_out[1])
     return result
-
-
-def evaluate_run(c: Config) -> None:
-    """Evaluate a finished run: print its accuracies, and write them to its folder."""
-    from plumbing.finished_run import load_run
-    out = Path(c.out)
-    vlm, tokenizer, _ = load_run(out, c.device)
-    held_out = sets.load_eval_set(c)
-    if held_out is None:
-        raise InputError(f"{out}: has no held-out set; name one with --eval-data FILE "
-                         "--image-folder DIR")
-    checks.check_lengths(c, {"eval": held_out}, tokenizer, vlm.student.num_tokens)
-    result = evaluate_and_draw(c, vlm, tokenizer, held_out)
-    write_json(out / "evaluation.json", result)
-    print_accuracy(result)
-    print("result: " + json.dumps(result))

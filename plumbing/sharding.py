@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +18,8 @@ from mole import mole_layers, router_probs
 from plumbing.config import Config
 from teachers import Teachers, VisionEncoder
 
+# one process saves and loads checkpoints too
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 # what the student returns is a view, which nobody adds to in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
@@ -27,23 +28,19 @@ SHARD_TEACHERS_ABOVE = 500_000_000
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
-    """Checkpoint activations: a block keeps only its input, and runs again in backward.
-
-    Its forward method is replaced, so that no parameter's name changes.
-    """
+    """Checkpoint activations: a block keeps only its input, and runs again in backward."""
     for block in blocks:
         # the contexts of a block's first and second run
         contexts = functools.partial(lambda block: (nullcontext(), restore_probs(block)), block)
+        # the method is replaced, and the block not wrapped, so that no parameter's name changes
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
                                           context_fn=contexts)
 
 
 @contextmanager
 def restore_probs(block: nn.Module):
-    """Give back to a block's MoLE, after its second run, the router probabilities of its first.
-
-    Those of the second run would hold its graph, and with it the block's activations.
-    """
+    """Give back to a block's MoLE, after its second run, the router probabilities of its first."""
+    # those of the second run would hold its graph, and with it the block's activations
     probs = router_probs(block)
     try:
         yield
@@ -59,11 +56,8 @@ def cast_vlm(vlm: VLM, dtype: torch.dtype) -> None:
 
 
 def send_from_first(module: nn.Module, device: str) -> None:
-    """Move a module to the device, in every process with the numbers of rank 0.
-
-    Other ranks may have built it on the meta device, without numbers, so that a machine holds one
-    copy while models are loaded. What is sharded already stays as it is.
-    """
+    """Move a module to the device, in every process with the numbers of rank 0."""
+    # others may have built it on the meta device: one copy on a machine while models are loaded
     if not dist.is_initialized() or dist.get_world_size() == 1:
         module.to(device)
         return
@@ -71,7 +65,7 @@ def send_from_first(module: nn.Module, device: str) -> None:
     for part in module.modules():
         own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         for name, tensor in own:
-            if isinstance(tensor, DTensor):
+            if isinstance(tensor, DTensor):  # sharded already
                 continue
             if tensor not in sent:
                 whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -103,8 +97,7 @@ def place_models(model: MoVEKD, teachers: Teachers, c: Config, world: int) -> No
         recompute(model.vlm.blocks)
     if world > 1 or bf16:
         # One unit for the student: all of it is smaller than two blocks of a 7B LLM.
-        units = [model.vlm.student, *model.vlm.llm.blocks]
-        shard(model, units, c.device, world, bf16)
+        shard(model, [model.vlm.student, *model.vlm.llm.blocks], c.device, world, bf16)
     else:
         model.float().to(c.device)
     for name, encoder in teachers.encoders.items():
@@ -117,29 +110,20 @@ def place_models(model: MoVEKD, teachers: Teachers, c: Config, world: int) -> No
         compile_parts(model, teachers)
 
 
-def shard(root: nn.Module, units: Iterable[nn.Module], device: str, world: int,
-          bf16: bool) -> None:
-    """Shard with FSDP2: each process holds a part of every parameter, gradient and Adam state.
-
-    All of these are fp32, with the numbers of rank 0. A unit is gathered when it runs, in bf16 if
-    asked for; the rest is gathered with the root, so the root's forward is the one to call.
-    """
-    mesh = init_device_mesh(device, (world,))
-    policy = MixedPrecisionPolicy()
-    if bf16:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+def shard(root: nn.Module, units: Iterable, device: str, world: int, bf16: bool) -> None:
+    """Shard with FSDP2: each process holds a part of every parameter, gradient and Adam state."""
+    # All are fp32. A unit is gathered when it runs, the rest with the root: call root's forward.
+    mesh = dist.init_device_mesh(device, (world,))
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     for module in (*units, root):
         module.float()
-        if world > 1:
-            send_from_first(module, device)
+        send_from_first(module, device)
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def refresh_trained(root: nn.Module) -> None:
-    """Tell FSDP which parameters train now. Call it at the start of a stage.
-
-    Below torch 2.14 a unit that was frozen at first would else have no precision for gradients.
-    """
+    """Tell FSDP which parameters train now. Call it at the start of a stage."""
+    # below torch 2.14 a unit that was frozen at first has no precision for gradients otherwise
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
@@ -148,20 +132,17 @@ def refresh_trained(root: nn.Module) -> None:
 
 def shard_frozen(encoder: VisionEncoder, device: str, world: int) -> None:
     """Shard a large teacher in the precision it has; its stages or blocks are gathered singly."""
-    mesh = init_device_mesh(device, (world,))
+    mesh = dist.init_device_mesh(device, (world,))
     units = getattr(encoder.net, "stages", getattr(encoder.net, "blocks", ()))
     for module in (*units, encoder):
         fully_shard(module, mesh=mesh)
 
 
 def backward(model: nn.Module, loss: torch.Tensor, last: bool) -> None:
-    """Run backward of a micro-batch. Gradients are reduced over the processes after the last one.
-
-    The factor is the world size, because FSDP averages gradients.
-    """
+    """Run backward of a micro-batch; processes add up their gradients after the last one."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-        loss = loss * dist.get_world_size()
+        loss = loss * dist.get_world_size()  # FSDP averages gradients
     loss.backward()
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 STOPPED = 3  # exit status of a program that a signal ended in order
 # what ends a run in order; Windows has no SIGHUP
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
-           if hasattr(signal, name)]
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP")]
 
 
 class Stopped(Exception):
@@ -16,12 +15,10 @@ class Stopped(Exception):
 
 
 def listen(handler: Callable) -> dict:
-    """Call `handler(number, frame)` on each of SIGNALS; returns the former handlers.
-
-    A signal that was ignored when the program started stays ignored: `nohup` asks for that.
-    """
+    """Call `handler(number, frame)` on each of SIGNALS; return the former handlers."""
     former = {}
     for number in SIGNALS:
+        # what was ignored when the program started stays ignored: `nohup` asks for that
         if signal.getsignal(number) != signal.SIG_IGN:
             former[number] = signal.signal(number, handler)
     return former
@@ -34,17 +31,11 @@ def block(on: bool) -> None:
 
 
 def listen_while_loading() -> None:
-    """End at once on a signal, with one line. Call it before the libraries load: they take seconds.
+    """End with one line on a signal from now on, until the program listens anew."""
+    def end(number: int, _) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            print(f"stopped by {name} before the first step: nothing is lost", file=sys.stderr)
+        os._exit(STOPPED)
 
-    A program that starts its work listens anew, with a handler that ends the work in order.
-    """
-    listen(end_at_once)
-
-
-def end_at_once(number: int, _) -> None:
-    """Print one line, in the first process only, and end with the status of a stopped run."""
-    if os.environ.get("RANK", "0") == "0":
-        name = signal.Signals(number).name
-        print(f"stopped by {name} before the first step: nothing is lost", file=sys.stderr)
-        sys.stderr.flush()
-    os._exit(STOPPED)
+    listen(end)
