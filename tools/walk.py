@@ -23,6 +23,7 @@ from plumbing.cli import Parser, run
 from plumbing.config import TINY
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.world import WorldImages, world_records
+from train import total_loss
 
 # in the order in which a step comes to them: a function, and the words before its lines
 STOPS = {
@@ -111,7 +112,7 @@ def tiny_step():
 def print_loss(model: method.MoVEKD, terms: dict[str, torch.Tensor]) -> None:
     """Print L_total, as train.py's loop adds it up, and the norms of its gradients."""
     learnt = terms["L_text"] + TINY.lambda_kd * terms["L_kd"]
-    L_total = learnt + TINY.balance_weight * terms["L_balance"]
+    L_total = total_loss(TINY, terms)
     print(f"\n=== the loop of train.py\n    L_total = L_text {terms['L_text']:.4f} + lambda_kd "
           f"{TINY.lambda_kd:g} * L_kd {terms['L_kd']:.4f} + balance_weight "
           f"{TINY.balance_weight:g} * L_balance {terms['L_balance']:.4f} = {L_total:.4f}")
@@ -130,8 +131,7 @@ def print_loss(model: method.MoVEKD, terms: dict[str, torch.Tensor]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run one step under the tracer and print what it saw."""
     parser = Parser(__doc__)
-    parser.add_argument("--all-lines", action="store_true",
-                        help="print every line of the functions")
+    parser.add_argument("--all-lines", action="store_true", help="print all lines of the functions")
     args = parser.parse_args(argv)
     model, teachers, batch = tiny_step()
     tracer = Tracer(STOPS)
