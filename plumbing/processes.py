@@ -38,8 +38,7 @@ def wanted_processes(c: Config) -> int:
 
 def launch(work: Callable, arguments: tuple, processes: int) -> int:
     """Run `work(*arguments)` in so many processes; pass signals on; return the exit status."""
-    # Libraries read these while they load. Batches differ in length: without expandable segments
-    # CUDA's allocator is left with gaps.
+    # Libraries read these as they load. Without the second, uneven batches fragment CUDA memory.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)

@@ -18,7 +18,7 @@ from mole import mole_layers, router_probs
 from plumbing.config import Config
 from teachers import Teachers, VisionEncoder
 
-# one process saves and loads checkpoints too
+# torch says so when a single process loads or saves a checkpoint
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 # what the student returns is a view, which nobody adds to in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -57,7 +57,7 @@ def cast_vlm(vlm: VLM, dtype: torch.dtype) -> None:
 
 def send_from_first(module: nn.Module, device: str) -> None:
     """Move a module to the device, in every process with the numbers of rank 0."""
-    # others may have built it on the meta device: one copy on a machine while models are loaded
+    # the others may have built it on the meta device: a machine then holds one copy while loading
     if not dist.is_initialized() or dist.get_world_size() == 1:
         module.to(device)
         return
@@ -112,7 +112,8 @@ def place_models(model: MoVEKD, teachers: Teachers, c: Config, world: int) -> No
 
 def shard(root: nn.Module, units: Iterable, device: str, world: int, bf16: bool) -> None:
     """Shard with FSDP2: each process holds a part of every parameter, gradient and Adam state."""
-    # All are fp32. A unit is gathered when it runs, the rest with the root: call root's forward.
+    # All are fp32, with the numbers of rank 0. A unit is gathered when it runs, in bf16 if asked
+    # for; the rest is gathered with the root, so the root's forward is the one to call.
     mesh = dist.init_device_mesh(device, (world,))
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     for module in (*units, root):

@@ -30,10 +30,7 @@ def test_padding_to_square_keeps_the_whole_image(tmp_path):
 
 
 def llavas_pixels(picture: Image.Image, encoder: VisionEncoder) -> torch.Tensor:
-    """Return LLaVA's preprocessing, step by step: (1, 3, R_i, R_i).
-
-    Pad with CLIP's mean colour, whatever the encoder; bring to R_i, bicubically; normalise.
-    """
+    """Return LLaVA's preprocessing: padded with CLIP's mean colour, bicubic, normalised."""
     side, size = max(picture.size), encoder.image_size
     colour = tuple(int(255 * mean) for mean in timm.data.OPENAI_CLIP_MEAN)
     square = Image.new("RGB", (side, side), colour)
@@ -60,9 +57,7 @@ def test_views_are_llavas_pixels(form):
 def test_batches_are_a_function_of_seed_and_epoch():
     """The same seed gives the same order, another seed or epoch another; all samples, each once."""
     dataset = some_conversations(2, 6)
-    orders = []
-    for seed in (0, 0, 1):
-        orders.append(list(make_loader(dataset, 2, 2, seed, 0).batch_sampler))
+    orders = [list(make_loader(dataset, 2, 2, seed, 0).batch_sampler) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     first, second = sum(orders[0][:4], []), sum(orders[0][4:], [])
     assert sorted(first) == sorted(second) == list(range(8))
@@ -70,10 +65,10 @@ def test_batches_are_a_function_of_seed_and_epoch():
 
 
 def test_grouped_batches_hold_every_row_once():
-    """Each row is in one batch or left over; all batches but one are of one kind, of like lengths."""
+    """Each row is in one batch or left over; all batches but one have one kind, similar lengths."""
     dataset = some_conversations(40, 25)
     batches = batch_order(dataset, 4, seed=1, epoch=0, group=3)
-    rows = [row for batch in batches for row in batch]
+    rows = sum(batches, [])
     assert len(rows) == len(set(rows)) == 64
     assert all(len(batch) == 4 for batch in batches)
     assert batches == batch_order(dataset, 4, 1, 0, 3) != batch_order(dataset, 4, 1, 1, 3)

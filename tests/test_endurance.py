@@ -5,6 +5,7 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -15,22 +16,19 @@ import pytest
 from data import InputError
 from plumbing.config import TINY
 from plumbing.flags import flag, parse_config
-from tests.common import HERE, SHORT, assert_same_run, run_here, run_script
+from tests.common import HERE, SHORT, assert_same_run, run_here, run_script, start
 
 MINUTES = 30
 
 
-def start(folder: Path, *flags: str) -> subprocess.Popen:
+def start_silent(folder: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(HERE / "train.py"), *flags], cwd=folder,
                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
-    """kill -9 at ten random moments, from stage 0 to the evaluation: log and weights bit for bit.
-
-    After each kill the run is started again, or resumed if it has left a checkpoint.
-    """
+    """kill -9 at ten random moments, from stage 0 to the evaluation: log and weights bit for bit."""
     flags = [*SHORT, "--max-steps", "0", "--stage1-epochs", "40", "--stage2-epochs", "20",
              "--save-every", "2"]
     begun = time.monotonic()
@@ -45,7 +43,7 @@ def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
     generator = random.Random(0)
     out = tmp_path / "runs/killed"
     for _ in range(10):
-        process = start(tmp_path, *again(out, flags))
+        process = start_silent(tmp_path, *again(out, flags))
         with pytest.raises(subprocess.TimeoutExpired):
             # short enough that it does not end before the tenth kill
             process.wait(timeout=loading + generator.uniform(0, 0.08) * whole)
@@ -57,7 +55,7 @@ def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
 
 
 def again(out: Path, flags: list[str]) -> list[str]:
-    """The arguments to go on: --resume, or all of them if there is no checkpoint yet."""
+    """Return the arguments to go on: --resume, or all of them if there is no checkpoint yet."""
     if list(out.glob("checkpoints/stage*[0-9]")):
         return ["--resume", f"runs/{out.name}"]
     return [*flags, "--out", f"runs/{out.name}"]
@@ -66,15 +64,12 @@ def again(out: Path, flags: list[str]) -> list[str]:
 @pytest.mark.slow
 def test_processes_do_not_outlive_their_launcher(workplace):
     """kill -9 of the launcher of two processes: they finish their step, save and end."""
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "train.py"), *SHORT, "--max-steps", "0", "--stage1-epochs",
-         "500", "--processes", "2", "--out", "runs/orphans"], cwd=workplace,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
+    flags = "--max-steps 0 --stage1-epochs 500 --processes 2 --out runs/orphans".split()
+    process = start(workplace, *flags)
     for line in process.stdout:
         if line.startswith("stage 1 step 3 "):
             break
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(
-        encoding="utf-8").split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     process.kill()
     process.wait()
@@ -86,21 +81,17 @@ def test_processes_do_not_outlive_their_launcher(workplace):
 
 
 def memory_and_files(process: int) -> tuple[float, int]:
-    """Memory of its own in MB (mapped files apart), and open files, of a process."""
-    for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) / 1024, len(os.listdir(f"/proc/{process}/fd"))
-    raise AssertionError("the process has no memory")
+    """Return a process's own memory in MB, without mapped files, and its number of open files."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    kilobytes = re.search(r"RssAnon:\s*(\d+)", status)[1]
+    return int(kilobytes) / 1024, len(os.listdir(f"/proc/{process}/fd"))
 
 
 @pytest.mark.slow
 def test_memory_is_constant_for_half_an_hour(tmp_path):
-    """Steps, log lines and checkpoints for 30 minutes: no more memory or files at the end.
-
-    The first five minutes do not count: caches fill. Prints a line a minute.
-    """
-    process = start(tmp_path, "--tiny", "--stage0-scale", "0.01", "--stage1-epochs", "0",
-                    "--stage2-epochs", "1000", "--save-every", "100")
+    """Steps, log lines and checkpoints for 30 minutes: no more memory or files at the end."""
+    flags = "--stage0-scale 0.01 --stage1-epochs 0 --stage2-epochs 1000 --save-every 100".split()
+    process = start_silent(tmp_path, "--tiny", *flags)
     seen = []
     try:
         for minute in range(5 + MINUTES):
@@ -111,8 +102,7 @@ def test_memory_is_constant_for_half_an_hour(tmp_path):
     finally:
         process.kill()
         process.wait()
-    memory = [megabytes for megabytes, _ in seen[5:]]
-    files = [count for _, count in seen[5:]]
+    memory, files = zip(*seen[5:], strict=True)     # in the first five minutes caches fill
     assert max(memory[-5:]) < 1.03 * max(memory[:5])
     assert max(files[-5:]) <= max(files[:5])
 
@@ -121,7 +111,7 @@ VALUES = ("-1", "0", "nan", "inf", "1000000000000", "", "word")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in vars(TINY) if name not in ("processes",)])
+@pytest.mark.parametrize("name", sorted(vars(TINY).keys() - {"processes"}))
 def test_what_a_field_accepts_runs_two_steps(workplace, name):
     """Each of -1, 0, nan, inf, 10^12, an empty string and a word: one line, or a run to its end."""
     for value in VALUES:

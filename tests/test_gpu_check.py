@@ -37,10 +37,7 @@ def failing(setup: Setup):
 
 
 def test_a_check_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
-    """The row has the exception, other checks go on, and the exit status is 1.
-
-    What is left out has its reason and is no failure. --out holds the same table.
-    """
+    """The exception is in its row, other checks go on, status 1; what is left out is no failure."""
     left_out = {"gpu": lambda setup: setup.require_gpu("it is about one"),
                 "late": lambda setup: setup.require_seconds(1e9)}
     monkeypatch.setattr(program, "CHECKS", {"failing": failing, **left_out})

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import namedtuple
@@ -22,24 +20,12 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing import spawn, start_processes
 
 from data import InputError
-from plumbing import checks, processes
-from plumbing.checks import check_shared_memory
+from plumbing import checks, processes, sharding
 from plumbing.processes import Machine, launch
 from plumbing.sets import loader_options, make_loader
-from plumbing.sharding import (
-    cast_vlm,
-    gather_full,
-    place_models,
-    refresh_trained,
-    send_from_first,
-    shard,
-)
 from plumbing.signals import SIGNALS
 from tests import launched
-from tests.common import HERE, SHORT, C, small_vlm, some_conversations, total_loss, whole_method
-
-# ------------------------------------------------------------------------------------------------
-# The launcher
+from tests.common import C, small_vlm, some_conversations, start, stop, total_loss, whole_method
 
 
 @pytest.fixture
@@ -96,24 +82,12 @@ def test_a_process_that_is_killed_is_named(start_two, capsys):
     assert re.fullmatch(line, capsys.readouterr().err)
 
 
-# ------------------------------------------------------------------------------------------------
-# Loader workers
-
-
 def test_sigterm_to_all_processes_saves(workplace):
     """A run with loader workers, all of whose processes get SIGTERM, saves and ends with 3."""
-    flags = [*SHORT, "--max-steps", "0", "--stage1-epochs", "9", "--workers", "2", "--out",
-             "runs/workers"]
-    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *flags], cwd=workplace,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True, encoding="utf-8")
-    for line in process.stdout:
-        if line.startswith("stage 1 step 3 "):
-            os.killpg(process.pid, signal.SIGTERM)
-            break
-    _, errors = process.communicate()
-    assert process.returncode == 3, errors[-2000:]
-    assert "stopped by SIGTERM at stage 1, step " in errors
+    flags = "--max-steps 0 --stage1-epochs 9 --workers 2 --out runs/workers".split()
+    process = start(workplace, *flags)
+    process.send_signal = lambda number: os.killpg(process.pid, number)     # the workers too
+    stop(process, "SIGTERM")
     assert len(list((workplace / "runs/workers/checkpoints").iterdir())) == 1
 
 
@@ -136,12 +110,8 @@ def test_small_shared_memory_is_one_line(monkeypatch):
     monkeypatch.setattr(checks, "SHARED_MEMORY", Path("/"))
     full = dataclasses.replace(C, workers=8, micro_batch=16, image_size=1024, processes=8)
     with pytest.raises(InputError, match="has 64 MB free.* want 6,442 MB.* --shm-size=7g"):
-        check_shared_memory(full)
-    check_shared_memory(dataclasses.replace(full, workers=0))
-
-
-# ------------------------------------------------------------------------------------------------
-# Precision
+        checks.check_shared_memory(full)
+    checks.check_shared_memory(dataclasses.replace(full, workers=0))
 
 
 def test_a_stage_unfreezes_in_bf16():
@@ -152,13 +122,14 @@ def test_a_stage_unfreezes_in_bf16():
     for stage in (1, 2):
         model.set_stage(stage)
         if stage == 1:
-            place_models(model, teachers, c, machine.world)
-        refresh_trained(model)
+            sharding.place_models(model, teachers, c, machine.world)
+        sharding.refresh_trained(model)
         total_loss(model(batch, teachers)).backward()
     machine.leave()
     for name, p in model.named_parameters():
         assert p.grad.dtype == torch.float32, name
-    assert gather_full(model.vlm.llm.layers[0].mlp.gate_proj.weight.grad).abs().max() > 0
+    gradient = model.vlm.llm.layers[0].mlp.gate_proj.weight.grad
+    assert sharding.gather_full(gradient).abs().max() > 0
 
 
 def test_angles_stay_in_fp32():
@@ -166,13 +137,9 @@ def test_angles_stay_in_fp32():
     vlm = small_vlm()
     vlm.llm.register_buffer("inv_freq", torch.rand(4))
     angles = vlm.llm.inv_freq.clone()
-    cast_vlm(vlm, torch.bfloat16)
+    sharding.cast_vlm(vlm, torch.bfloat16)
     assert all(p.dtype == torch.bfloat16 for p in vlm.parameters())
     assert torch.equal(vlm.llm.inv_freq, angles)
-
-
-# ------------------------------------------------------------------------------------------------
-# Several processes at once, each check in the same two
 
 
 class Twins(nn.Module):
@@ -196,7 +163,7 @@ def check_numbers_are_sent(rank: int) -> None:
         model = Twins()
     if rank == 0:
         model.load_state_dict(expected.state_dict())
-    send_from_first(model, "cpu")
+    sharding.send_from_first(model, "cpu")
     assert model.a.weight is model.b.weight
     assert torch.equal(model(torch.ones(1, 3)), expected(torch.ones(1, 3)))
 
@@ -204,8 +171,8 @@ def check_numbers_are_sent(rank: int) -> None:
         model = nn.Sequential(Twins(), nn.Linear(3, 2))
     if rank == 0:
         model[0].load_state_dict(expected.state_dict())
-    shard(model, [model[0]], "cpu", 2, bf16=False)
-    refresh_trained(model)
+    sharding.shard(model, [model[0]], "cpu", 2, bf16=False)
+    sharding.refresh_trained(model)
     assert torch.equal(model[0](torch.ones(1, 3)), expected(torch.ones(1, 3)))
 
 
@@ -237,7 +204,7 @@ def check_folder_is_seen(machine: Machine) -> None:
 
 
 def both(rank: int, folder: Path, port: int) -> None:
-    """What each of two processes checks."""
+    """Run the checks of one of two processes."""
     os.chdir(folder)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))

@@ -91,13 +91,9 @@ def llavas(llava, tokenizer, record: dict, template: str) -> tuple[list, list]:
 
 
 def test_ids_and_labels_of_dialogues_are_llavas(llava, tokenizers, capsys):
-    """Ids always; labels wherever LLaVA has any: it gives a dialogue up that types its separator.
-
-    LLaVA's one image token, -200, is ours with n = 1. What it gives up, a text with " ASSISTANT: "
-    inside or an empty question without an image, is learnt here.
-    """
+    """Ids always, labels wherever LLaVA has any; what it gives up is learnt here."""
     ours, theirs = tokenizers
-    compared = 0
+    compared = 0    # with n = 1 the image is one token, as LLaVA's -200 is
     for record in words.some_records(5000):
         ids, labels = conversation_ids(record, "v1", ours, n=1)
         expected_ids, expected = llavas(llava, theirs, record, "vicuna_v1")

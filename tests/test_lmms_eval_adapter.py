@@ -10,7 +10,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from data import InputError
 from tests.common import images
 from tools import lmms_eval_adapter as adapter
-from tools.lmms_eval_adapter import MoVEKD, own_device
+from tools.lmms_eval_adapter import own_device
 
 QUESTIONS = ["what shape?", "<image>\nwhat colour?", "what pattern?", "where?", "what shape?"]
 
@@ -28,7 +28,7 @@ def image_of(doc: dict) -> list:
 
 @pytest.fixture
 def model(workplace):
-    model = MoVEKD(str(workplace / "runs/tiny"), batch_size=4, device="cpu")
+    model = adapter.MoVEKD(str(workplace / "runs/tiny"), batch_size=4, device="cpu")
     nn.init.normal_(model.vlm.llm.lm_head.weight)  # an LLM of four steps says nothing
     documents = [{"image": to_pil_image(image)} for image in images(5)]
     model.task_dict = {"world": {"test": documents}}
@@ -36,10 +36,7 @@ def model(workplace):
 
 
 def test_answers_come_in_the_order_of_the_requests(model):
-    """In batches, with and without image, they are those given one by one.
-
-    Stops and lengths are those of the request.
-    """
+    """In batches they are those given one by one, with each request's own stops and lengths."""
     requests = []
     for i, question in enumerate(QUESTIONS):
         options = {"max_new_tokens": 3 + i % 2, "until": ["\n\n"]}
@@ -55,8 +52,7 @@ def test_answers_come_in_the_order_of_the_requests(model):
 
 def test_pictures_live_no_longer_than_their_batch(model, monkeypatch):
     """A batch's documents are decoded when it is answered, and freed after it."""
-    pictures = []
-    alive = []
+    pictures, alive = [], []
 
     def doc_to_visual(doc: dict) -> list:
         picture = doc["image"].copy()
@@ -104,7 +100,7 @@ def test_batch_size_and_device_are_looked_at_first(workplace, capsys):
                            ({"device": "tpu"}, "--device tpu: must be cpu, cuda or cuda:N"),
                            ({"device": "cuda:99"}, "--device cuda:99: torch finds")):
         with pytest.raises(SystemExit, match="2"):
-            MoVEKD(run, **options)
+            adapter.MoVEKD(run, **options)
         assert capsys.readouterr().err.startswith(f"error: {fault}")
 
 

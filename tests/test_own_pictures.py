@@ -17,12 +17,9 @@ from tiny.own_pictures import ANSWERS, IMAGES, OwnPictures, choices, patches
 
 
 def test_a_sentence_is_compared_with_other_answers_to_its_question():
-    """The right one first and once; of many others, some that are drawn anew each time.
-
-    Never with another question's, because "red? no" is true of most pictures; but a question with
-    one answer in the whole set is compared with anything.
-    """
+    """The right one first, others drawn anew; with any question's only if its own has no other."""
     chance = random.Random(0)
+    # never with another question's: "red? no" is true of most pictures
     assert choices(2, [0, 2], 5, chance) == [2, 0] and choices(1, [1, 3], 5, chance) == [1, 3]
     first, second = (choices(7, list(range(50)), 60, chance) for _ in range(2))
     assert first != second
@@ -57,14 +54,11 @@ def shapes(tmp_path):
 
 
 def test_records_of_one_picture_are_put_together(shapes, monkeypatch):
-    """Pictures by name, all questions and answers about each, <image> left out; no text alone.
-
-    A dialogue may begin with an answer, as ShareGPT's do. A changed picture or answer changes the
-    fingerprint, which names stage 0's files.
-    """
+    """Names, all turns about each, no text alone; the fingerprint follows pictures and answers."""
     records = read_json(shapes / "train.json")
     get_image = DiskImages(shapes, 32)
     before = OwnPictures(records, get_image)
+    # a dialogue may begin with an answer, as ShareGPT's do
     more = [{"from": "gpt", "value": "as I said"}, *conversation("<image> big?", "no", "why?")]
     records.append({"image": "3.png", "conversations": more})
     pictures = OwnPictures(records, get_image)

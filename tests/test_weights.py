@@ -1,5 +1,6 @@
 """Weights that others made: encoder files, the hub, pretrained LLMs, the authors' checkpoint."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,14 @@ def openai_names(source: dict) -> dict[str, torch.Tensor]:
     """Return the tensors of a transformers CLIP under OpenAI's names, q, k and v joined."""
     target = {}
     for name, tensor in source.items():
+        if name.endswith("position_ids") or ".k_proj" in name or ".v_proj" in name:
+            continue
         if "q_proj" in name:
             others = [source[name.replace("q_proj", f"{letter}_proj")] for letter in "kv"]
             tensor = torch.cat([tensor, *others])
         for theirs, openai in OPENAI.items():
             name = name.replace(theirs, openai)
-        if not name.endswith("position_ids") and ".k_proj" not in name and ".v_proj" not in name:
-            target[f"visual.{name}"] = tensor
+        target[f"visual.{name}"] = tensor
     return target
 
 
@@ -95,15 +97,15 @@ class RunsCode:
         return open, ("pwned", "w")
 
 
-def test_a_crafted_encoder_file_runs_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ending", ["pth", "pt", "bin"])
+def test_a_crafted_encoder_file_runs_nothing(tmp_path, monkeypatch, ending):
     """Whatever version of timm reads it: before 1.0.31 it unpickled anything unless told not to."""
     monkeypatch.chdir(tmp_path)
-    for ending in (".pth", ".pt", ".bin"):
-        file = tmp_path / f"crafted{ending}"
-        torch.save({"cls_token": torch.ones(1, 1, 96), "more": RunsCode()}, file)
-        with pytest.raises(InputError, match="crafted.* not readable as weights"):
-            load_net(REAL["clip"], file)
-        assert not Path("pwned").exists()
+    file = tmp_path / f"crafted.{ending}"
+    torch.save({"cls_token": torch.ones(1, 1, 96), "more": RunsCode()}, file)
+    with pytest.raises(InputError, match="crafted.* not readable as weights"):
+        load_net(REAL["clip"], file)
+    assert not Path("pwned").exists()
 
 
 def test_hub_out_of_reach_is_one_line(monkeypatch):
@@ -125,18 +127,14 @@ def test_presets_name_real_models(name):
         assert timm.data.resolve_model_data_config(net)["interpolation"] == "bicubic"
         if c is not TINY:
             model, _, _ = parse_spec(spec)
-            repository = "timm/" + model.replace("quickgelu_", "")
+            hub_id = timm.get_pretrained_cfg(model).hf_hub_id
             assert is_real(spec)
-            assert timm.get_pretrained_cfg(model).hf_hub_id == repository
+            assert hub_id == "timm/" + model.replace("quickgelu_", "")
             assert ("quickgelu" in model) == (name == "clip")
 
 
 def test_pretrained_llm_is_transformers_own(llama_folder):
-    """A causal LM from a folder gives transformers' own logits and loss.
-
-    Padding on either side changes nothing; batched cached generation inside the VLM equals
-    transformers' generate; a folder that is not there is one clear line.
-    """
+    """A causal LM from a folder gives transformers' logits, loss and answers, padded or not."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.LlamaForCausalLM.from_pretrained(llama_folder).eval()
     ids = torch.randint(5, 40, (2, 6))
@@ -151,8 +149,7 @@ def test_pretrained_llm_is_transformers_own(llama_folder):
     close(right, logits, atol=1e-5, rtol=1e-5)
     unmasked = vlm(None, F.pad(ids, (0, 2)), None)[:, :-2]  # in training: not a bit is another
     assert torch.equal(unmasked, right)
-    positions = torch.tensor([1, 4])
-    close(vlm(None, ids, None, positions), logits[:, positions])
+    close(vlm(None, ids, None, torch.tensor([1, 4])), logits[:, [1, 4]])
     expected = theirs.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None,
                                pad_token_id=0)[:, 6:]
     given = vlm.generate(None, left_ids, left_mask, eos=-1, max_new_tokens=5)
@@ -180,11 +177,7 @@ def released_ffn(tensors: dict, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_authors_checkpoint_loads(released_folder, llama_folder, tmp_path):
-    """A checkpoint of the authors' layout becomes student, projector and LLM.
-
-    An FFN is the released formula on the checkpoint's own tensors, the LLM's logits are
-    transformers', and its precision is what config.json says.
-    """
+    """An FFN is the released formula, the logits transformers', the precision config.json's."""
     transformers = pytest.importorskip("transformers")
     tensors = load_file(released_folder / "model.safetensors")
     vlm, _, c = load_run(released_folder)
@@ -205,9 +198,8 @@ def test_the_authors_checkpoint_loads(released_folder, llama_folder, tmp_path):
 @pytest.fixture
 def released(released_folder, tmp_path) -> tuple[Path, dict, dict]:
     """A copy of the authors' checkpoint without its weights; its tensors, its config."""
-    for path in released_folder.iterdir():
-        if path.suffix != ".safetensors":
-            (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(released_folder, tmp_path, ignore=weights, dirs_exist_ok=True)
     tensors = load_file(released_folder / "model.safetensors")
     return tmp_path, tensors, read_json(tmp_path / "config.json")
 
@@ -240,12 +232,12 @@ def test_what_does_not_fit_is_named(released):
         save_file(changed, folder / "model.safetensors")
         with pytest.raises(InputError, match=fault):
             load_run(folder)
-    for fault, key, value in (("moe_encoder_dense is true", "moe_encoder_dense", True),
-                              ("moe_encoder is false", "moe_encoder", False),
-                              ("lacks 'moe_encoder_lora_rank'", "moe_encoder_lora_rank", None)):
-        moe = {**config["moe"], key: value}
-        moe = {k: v for k, v in moe.items() if v is not None}
-        write_json(folder / "config.json", {**config, "moe": moe})
+    moe = config["moe"]
+    for fault, changed in {
+            "moe_encoder_dense is true": {**moe, "moe_encoder_dense": True},
+            "moe_encoder is false": {**moe, "moe_encoder": False},
+            "lacks 'moe_encoder_lora_rank'": {"moe_encoder": True}}.items():
+        write_json(folder / "config.json", {**config, "moe": changed})
         with pytest.raises(InputError, match=fault):
             load_run(folder)
 

@@ -148,10 +148,7 @@ def test_ids_are_llavas_own(small):
 @pytest.mark.slow
 @pytest.mark.parametrize("legacy", LEGACY)
 def test_ids_are_those_of_llamas_sentencepiece_model(tmp_path, legacy):
-    """With a real Llama's 32,000 pieces they are sentencepiece's own, runs of spaces too.
-
-    They stay so when the tokenizer is saved in a run's folder and read again.
-    """
+    """With a real Llama's 32,000 pieces they are sentencepiece's own, also when saved and read."""
     folder = folder_of("LLAMA_TOKENIZER")
     shutil.copytree(folder, tmp_path / "first")
     tokenizer = load(tmp_path / "first", legacy)
