@@ -1,4 +1,8 @@
-"""Config: every field is a flag (--lambda-kd 0), is saved with the run, and says why it is so."""
+"""Config: every field is a flag (--lambda-kd 0), is saved with the run, and says why it is so.
+
+The defaults stand here and nowhere else. They are the TINY preset; SMALL and FULL, below, change
+names and numbers, never the code that runs.
+"""
 
 import dataclasses
 from typing import Annotated, Literal, get_origin

@@ -1,21 +1,19 @@
-"""The model of a finished run, read to be used, explained or trained further."""
+"""The model of a finished run, read to be used or trained further."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from data import InputError, stack_images
-from model import VLM, Ensemble, MoVEKD, Student
+from model import VLM, Ensemble, Student
 from plumbing import build, checks, files, flags, sets, sharding
 from plumbing.config import FULL, Config, recipe
 from real.image_files import load_image
 from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from real.released_checkpoint import load_released, read_released, released_config
-from teachers import Teachers
 from tiny.llm import WordTokenizer
 
 
@@ -95,45 +93,3 @@ def fill_module(module: nn.Module, tensors: dict, prefix: str, folder: Path) -> 
     except RuntimeError as e:
         fault = str(e).splitlines()[1].strip()[:200]
         raise InputError(f"{folder}: its weights do not fit its config.json: {fault}") from None
-
-
-class WholeRun(NamedTuple):
-    """A run as it was trained, and as it was before."""
-
-    c: Config
-    tokenizer: object
-    model: MoVEKD               # trained
-    start: MoVEKD | None        # at step 0, with new adapters; None for the authors' checkpoint
-    teachers: Teachers | None   # likewise; without distillation CLIP alone
-
-
-def load_whole_run(folder: Path, device: str = "auto", weights: str = "") -> WholeRun:
-    """Return a run with its adapters, teachers and start; `weights` replaces its --weights."""
-    vlm, tokenizer, c = load_run(folder, device)
-    if isinstance(vlm.student, Ensemble):
-        raise InputError(f"{folder}: is the baseline that sees with all encoders; it has no "
-                         "student to look into")
-    if released_config(folder):
-        c.lambda_kd = 0.0
-        model = build.build_movekd(c, vlm, Teachers({}))
-        return WholeRun(c, tokenizer, model.to(c.device).eval(), None, None)
-    names = c.teachers if c.lambda_kd else ("clip",)
-    c = dataclasses.replace(c, teachers=names, weights=weights or c.weights)
-    records = [] if c.llm else sets.load_sets(c)["train"][0]
-    sources, _ = build.pretrained_weights(c, records, tokenizer)
-    teachers = build.build_teachers(c, sources).to(c.device)
-    model = build.build_movekd(c, vlm, teachers)
-    tensors = read_run_tensors(folder)
-    for name in model.adapters:     # fewer than the run has if it did not distil
-        fill_module(model.adapters[name], tensors, f"adapters.{name}.", folder)
-        fill_module(model.target_norms[name], tensors, f"target_norms.{name}.", folder)
-    # Step 0: the pretrained weights, or the run that it was started from. A real LLM is not loaded
-    # twice: the trained one stands in its place.
-    start_vlm = build.build_vlm(c, tokenizer, sources, vlm.llm if c.llm else None)
-    if c.init_from and not c.llm:
-        load_vlm(start_vlm, Path(c.init_from))
-    elif c.init_from:
-        start_vlm.student = load_student(c.init_from)[0]
-    start = build.build_movekd(c, start_vlm, teachers)
-    start.target_norms.load_state_dict(model.target_norms.state_dict())
-    return WholeRun(c, tokenizer, model.to(c.device).eval(), start.to(c.device).eval(), teachers)

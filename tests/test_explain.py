@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from data import InputError
 from mole import router_probs
 from plumbing.build import build_vlm, pretrained_weights
-from plumbing.finished_run import load_whole_run
 from plumbing.sets import load_eval_set, load_sets
 from tests.common import SHORT, images, run_here, save_png
 from tools.explain.__main__ import main
 from tools.explain.numbers import cls_attention, make_batch, measure, three_colours
+from tools.explain.whole_run import load_whole_run
 
 
 def explain(out, *argv) -> str:

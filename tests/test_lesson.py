@@ -5,10 +5,10 @@ import re
 import pytest
 
 from data import InputError
-from plumbing.finished_run import load_whole_run
 from plumbing.sets import load_eval_set
 from tools import lesson
 from tools.explain.numbers import make_batch, measure
+from tools.explain.whole_run import load_whole_run
 
 
 def printed(capsys, *argv) -> str:

@@ -20,12 +20,13 @@ from model import Student
 from mole import mole_layers, router_probs
 from plumbing.cli import Parser, run
 from plumbing.config import FULL
-from plumbing.finished_run import load_student, load_whole_run
+from plumbing.finished_run import load_student
 from plumbing.sets import load_eval_set
 from teachers import EncoderAdapter, VisionEncoder
 from tiny.pretrain import cells
 from tiny.scenes import ATTRIBUTES, sample_scenes, scene_geometry
 from tiny.world import WorldImages
+from tools.explain.whole_run import load_whole_run
 
 PICTURES = 500  # of the tiny world's test split
 STEPS = (0, 30, 100, 300, 1000, 3000)  # after which `direction` measures the student

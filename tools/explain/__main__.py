@@ -14,13 +14,13 @@ from pathlib import Path
 
 from plumbing.cli import Parser, run
 from plumbing.config import Config
-from plumbing.finished_run import load_whole_run
 from plumbing.run_folder import read_log
 from plumbing.sets import load_eval_set
 from real.image_files import load_image
 from tools.explain.numbers import explain_image
 from tools.explain.page import render
 from tools.explain.pictures import draw
+from tools.explain.whole_run import load_whole_run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,8 +15,8 @@ from data import IGNORE, Conversations, collate
 from kd_loss import kd_loss, token_errors, token_weights
 from model import MoVEKD, Student, text_loss
 from mole import router_probs
-from plumbing.finished_run import WholeRun
 from teachers import ClipEncoder, TeacherOutput, VisionEncoder
+from tools.explain.whole_run import WholeRun
 
 FORMS = ("paper", "released", "uniform")    # of W^tok
 
