@@ -9,9 +9,9 @@ import warnings
 import pytest
 
 from data import Conversations, InputError
-from plumbing import batches, plots
-from plumbing.checks import check_mps, check_place, find_device
-from plumbing.config import SMALL, TINY
+from plumbing import plots, sets
+from plumbing.checks import check_machine, find_device
+from plumbing.config import TINY
 from plumbing.evaluate import questions_of
 from plumbing.files import read_json, write_json
 from tests.common import HERE, SHORT, conversation, images, save_png
@@ -47,24 +47,25 @@ def test_answers_in_any_script_are_drawn_without_a_warning(tmp_path):
 
 def test_a_spawned_worker_gives_the_same_samples(monkeypatch):
     """Its pickled copy of a data set, at work in another process, gives the batches of this one."""
-    monkeypatch.setattr(batches, "START", "spawn")
+    monkeypatch.setattr(sets, "START", "spawn")
     records = world_records("train", "chat", 4) + world_records("train", "text", 4)
     tokenizer = WordTokenizer.from_records(records)
     dataset = Conversations(records, WorldImages("train", 4), tokenizer, "v1", 36, 999)
     loaded = []
     for workers in (0, 1):
-        options = batches.loader_options(dataclasses.replace(TINY, workers=workers))
-        loaded.append(list(batches.make_loader(dataset, 2, 1, 0, tokenizer.pad, **options)))
+        options = sets.loader_options(dataclasses.replace(TINY, workers=workers))
+        loaded.append(list(sets.make_loader(dataset, 2, 1, 0, tokenizer.pad, **options)))
     for ours, theirs in zip(*loaded, strict=True):
         assert ours["input_ids"].equal(theirs["input_ids"])
         assert ours["image_names"] == theirs["image_names"]
         assert ours["images"] is None or ours["images"].equal(theirs["images"])
 
 
-def test_the_device_is_checked():
+def test_the_device_is_checked(monkeypatch):
     """"auto" is a device that is here; what Apple's cannot train is an error."""
-    check_place(dataclasses.replace(TINY, device=find_device("auto")))
-    for c, line in ((dataclasses.replace(SMALL, device="mps"), "--precision fp32"),
-                    (dataclasses.replace(TINY, device="mps", processes=2), "one process")):
+    check_machine(dataclasses.replace(TINY, device=find_device("auto")), trains=True)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    for fields, line in (({"precision": "bf16"}, "--precision fp32"),
+                         ({"processes": 2}, "one process")):
         with pytest.raises(InputError, match=f"--device mps: .*{line}"):
-            check_mps(c)
+            check_machine(dataclasses.replace(TINY, device="mps", **fields), trains=True)

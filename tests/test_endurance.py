@@ -28,7 +28,7 @@ def start_silent(folder: Path, *flags: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
-    """kill -9 at ten random moments, from stage 0 to the evaluation: log and weights bit for bit."""
+    """kill -9 at ten random moments, from stage 0 to the end: log and weights bit for bit."""
     flags = [*SHORT, "--max-steps", "0", "--stage1-epochs", "40", "--stage2-epochs", "20",
              "--save-every", "2"]
     begun = time.monotonic()
