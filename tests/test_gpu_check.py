@@ -54,13 +54,18 @@ def test_a_check_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
     assert check(capsys)[0] == 0
 
 
-def test_a_cpu_passes_what_it_can_check(capsys):
-    """Group, start, bf16, dtypes, recomputing, kernels, memory: all rows are ok."""
+QUICK = "--only group start bf16 dtypes recompute attention memory"
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (QUICK, {"yes"}), pytest.param("", {"yes", "left out"}, marks=pytest.mark.slow)])
+def test_a_cpu_passes_what_it_can_check(capsys, flags, expected):
+    """All rows are ok or want a GPU; slow (2 min): runs that are killed and stopped too."""
     pytest.importorskip("transformers")
-    status, rows = check(capsys, "--only", "group", "start", "bf16", "dtypes", "recompute",
-                         "attention", "memory")
-    assert status == 0
-    assert {row[-1] for row in rows} == {"yes"}
+    status, rows = check(capsys, *flags.split())
+    assert status == 0, [row for row in rows if row[-1] == "NO"]
+    assert {row[-1] for row in rows} == expected
+    assert all(row[-2].startswith("wants ") for row in rows if row[-1] == "left out")
 
 
 def test_without_transformers_the_llm_is_left_out(monkeypatch, capsys):
@@ -106,11 +111,3 @@ def test_log_lines_are_compared_number_by_number():
     assert largest_difference(ours, theirs) == (pytest.approx(0.005), "g")
     assert largest_difference({"L_kd": 1.0, "g": 9.0}, {"L_kd": 1.5, "g": 0.0}, "L_")[0] == 0.5
     assert largest_difference({"L": float("nan")}, {"L": 1.0})[0] == float("inf")
-
-
-@pytest.mark.slow
-def test_all_that_a_cpu_can_check(capsys):
-    """The whole table, runs that are killed and stopped too (2 min)."""
-    status, rows = check(capsys)
-    assert status == 0, [row for row in rows if row[-1] == "NO"]
-    assert all(row[-2].startswith("wants ") for row in rows if row[-1] == "left out")
