@@ -18,8 +18,6 @@ from plumbing.config import TINY
 from plumbing.flags import flag
 from tests.common import HERE, SHORT, assert_same_run, run_here, run_script, start
 
-MINUTES = 30
-
 
 def start_silent(folder: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(HERE / "train.py"), *flags], cwd=folder,
@@ -93,7 +91,7 @@ def test_memory_is_constant_for_half_an_hour(tmp_path):
     process = start_silent(tmp_path, "--tiny", *flags)
     seen = []
     try:
-        for minute in range(5 + MINUTES):
+        for minute in range(35):
             time.sleep(60)
             assert process.poll() is None
             seen.append(memory_and_files(process.pid))
@@ -106,14 +104,11 @@ def test_memory_is_constant_for_half_an_hour(tmp_path):
     assert max(files[-5:]) <= max(files[:5])
 
 
-VALUES = ("-1", "0", "nan", "inf", "1000000000000", "", "word")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(vars(TINY).keys() - {"processes"}))
 def test_what_a_field_accepts_runs_two_steps(workplace, name):
     """Each of -1, 0, nan, inf, 10^12, an empty string and a word: one line, or a run to its end."""
-    for value in VALUES:
+    for value in ("-1", "0", "nan", "inf", "1000000000000", "", "word"):
         argv = [*SHORT, "--max-steps", "2", "--overwrite", "--out", "runs/swept",
                 f"{flag(name)}={value}"]
         try:

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.gpu_check import __main__ as program
 from tools.gpu_check import correctness
-from tools.gpu_check.common import Row, Setup, full_config
+from tools.gpu_check.common import Row, Setup, full_config, llama_shape
 from tools.gpu_check.correctness import attention_kernels, check_start
 from tools.gpu_check.runs import largest_difference, recompilations
 
@@ -39,15 +39,18 @@ def failing(setup: Setup):
 def test_a_check_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
     """The exception is in its row, other checks go on, status 1; what is left out is no failure."""
     left_out = {"gpu": lambda setup: setup.require_gpu("it is about one"),
-                "late": lambda setup: setup.require_seconds(1e9)}
+                "late": lambda setup: setup.require_seconds(1e9),
+                "llm": lambda setup: llama_shape(setup, layers=1)}
+    monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(program, "CHECKS", {"failing": failing, **left_out})
     file = tmp_path / "table.md"
     status, rows = check(capsys, "--out", str(file))
     assert status == 1
-    assert [row[-1] for row in rows] == ["yes", "NO", "left out", "left out"]
+    assert [row[-1] for row in rows] == ["yes", "NO", "left out", "left out", "left out"]
     assert rows[1][1:3] == ["Is about something.", "RuntimeError: CUDA error: it"]
     assert rows[2][-2] == "wants a GPU: it is about one"
     assert rows[3][-2].startswith("wants 200000000 s, and ")
+    assert "transformers, which is not installed" in rows[4][-2]
     assert cells(file.read_text(encoding="utf-8")) == rows
     assert list(tmp_path.iterdir()) == [file]
     monkeypatch.setattr(program, "CHECKS", left_out)
@@ -66,15 +69,6 @@ def test_a_cpu_passes_what_it_can_check(capsys, flags, expected):
     assert status == 0, [row for row in rows if row[-1] == "NO"]
     assert {row[-1] for row in rows} == expected
     assert all(row[-2].startswith("wants ") for row in rows if row[-1] == "left out")
-
-
-def test_without_transformers_the_llm_is_left_out(monkeypatch, capsys):
-    """The reason names the package."""
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    status, rows = check(capsys, "--only", "memory", "dtypes")
-    assert status == 0
-    assert [row[-1] for row in rows] == ["left out", "left out"]
-    assert all("transformers, which is not installed" in row[-2] for row in rows)
 
 
 def test_unfused_attention_is_seen():
