@@ -55,31 +55,24 @@ def test_views_are_llavas_pixels(form):
 
 
 def test_batches_are_a_function_of_seed_and_epoch():
-    """The same seed gives the same order, another seed or epoch another; all samples, each once."""
-    dataset = some_conversations(2, 6)
-    orders = [list(make_loader(dataset, 2, 2, seed, 0).batch_sampler) for seed in (0, 0, 1)]
-    assert orders[0] == orders[1] != orders[2]
-    first, second = sum(orders[0][:4], []), sum(orders[0][4:], [])
-    assert sorted(first) == sorted(second) == list(range(8))
-    assert first != second
-
-
-def test_grouped_batches_hold_every_row_once():
-    """Each row is in one batch or left over; all batches but one have one kind, similar lengths."""
+    """Each row is in one batch or left over; grouped, a batch has one kind and similar lengths."""
     dataset = some_conversations(40, 25)
-    batches = batch_order(dataset, 4, seed=1, epoch=0, group=3)
-    rows = sum(batches, [])
-    assert len(rows) == len(set(rows)) == 64
-    assert all(len(batch) == 4 for batch in batches)
-    assert batches == batch_order(dataset, 4, 1, 0, 3) != batch_order(dataset, 4, 1, 1, 3)
-    kinds = [{"image" in dataset.records[row] for row in batch} for batch in batches]
+    words = [count for _, count in dataset.sizes()]
+    drawn = ((1, 0), (1, 1), (2, 0))    # seed and epoch
+    longest = []    # words of the longest row of all batches: what padding costs
+    for group in (1, 3):
+        first, second, other = (batch_order(dataset, 4, *pair, group) for pair in drawn)
+        loader = make_loader(dataset, 4, 2, 1, 0, group=group)
+        assert list(loader.batch_sampler) == first + second
+        assert first != second and first != other
+        for batches in (first, second, other):
+            assert {len(batch) for batch in batches} == {4}
+            assert len(set(sum(batches, []))) == 64
+        longest.append(sum(max(words[row] for row in batch) for batch in first))
+    assert longest[1] < longest[0]
+    kinds = [{"image" in dataset.records[row] for row in batch} for batch in first]
     assert {True} in kinds and {False} in kinds
     assert sum(len(kind) == 2 for kind in kinds) <= 1
-    words = [count for _, count in dataset.sizes()]
-    longest = []  # words of the longest row of all batches: what padding costs
-    for some in (batches, batch_order(dataset, 4, 1, 0)):
-        longest.append(sum(max(words[row] for row in batch) for batch in some))
-    assert longest[0] < longest[1]
 
 
 def test_micro_batches_and_workers_change_nothing():
@@ -155,7 +148,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_of_a_file_are_those_of_the_list(tmp_path, form):
-    """Row by row a file says what json.loads says of it; so do its hash and its pickled copy."""
+    """Each row, the hash and a pickled copy are the list's; a file that has changed is named."""
     file = tmp_path / "rows.json"
     file.write_bytes(FORMS[form].encode())
     rows = read_list(file)
@@ -169,6 +162,9 @@ def test_rows_of_a_file_are_those_of_the_list(tmp_path, form):
     expected = hashlib.sha256(json.dumps(ODD, sort_keys=True).encode()).hexdigest()
     assert rows_digest(rows) == rows_digest(ODD) == expected
     assert list(pickle.loads(pickle.dumps(rows))) == ODD
+    file.write_text("[1, 2]", encoding="utf-8")
+    with pytest.raises(InputError, match="has changed while it was read"):
+        rows[0]
 
 
 @pytest.mark.parametrize("text", [
@@ -183,13 +179,3 @@ def test_what_is_no_list_of_rows_is_one_line(tmp_path, text):
     with pytest.raises(InputError, match="rows.json: (not valid JSON|must be a JSON list)") as e:
         read_list(file)
     assert "\n" not in str(e.value)
-
-
-def test_a_file_that_changes_under_the_run_is_named(tmp_path):
-    """A row that is no longer where it was is an error, not another row's half."""
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps(ODD), encoding="utf-8")
-    rows = read_list(file)
-    file.write_text("[1, 2]", encoding="utf-8")
-    with pytest.raises(InputError, match="has changed while it was read"):
-        rows[0]

@@ -15,10 +15,8 @@ import pytest
 
 from data import InputError
 from plumbing.config import TINY
-from plumbing.flags import flag, parse_config
+from plumbing.flags import flag
 from tests.common import HERE, SHORT, assert_same_run, run_here, run_script, start
-
-MINUTES = 30
 
 
 def start_silent(folder: Path, *flags: str) -> subprocess.Popen:
@@ -32,11 +30,10 @@ def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
     flags = [*SHORT, "--max-steps", "0", "--stage1-epochs", "40", "--stage2-epochs", "20",
              "--save-every", "2"]
     begun = time.monotonic()
-    run_here(tmp_path, *flags, "--out", "runs/straight")
+    straight = tmp_path / "straight"    # the killed run makes its own stage 0 and cache
+    straight.mkdir()
+    run_here(straight, *flags, "--out", "runs/straight")
     whole = time.monotonic() - begun
-    for path in (tmp_path / "runs").iterdir():
-        if path.name != "straight":
-            path.replace(tmp_path / path.name)  # the killed run makes its own stage 0 and cache
     begun = time.monotonic()
     run_script(tmp_path, "--help")
     loading = time.monotonic() - begun      # the libraries alone
@@ -51,7 +48,7 @@ def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
         process.wait()
     done = run_script(tmp_path, *again(out, flags))
     assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "runs/straight", out)
+    assert_same_run(straight / "runs/straight", out)
 
 
 def again(out: Path, flags: list[str]) -> list[str]:
@@ -94,7 +91,7 @@ def test_memory_is_constant_for_half_an_hour(tmp_path):
     process = start_silent(tmp_path, "--tiny", *flags)
     seen = []
     try:
-        for minute in range(5 + MINUTES):
+        for minute in range(35):
             time.sleep(60)
             assert process.poll() is None
             seen.append(memory_and_files(process.pid))
@@ -107,20 +104,13 @@ def test_memory_is_constant_for_half_an_hour(tmp_path):
     assert max(files[-5:]) <= max(files[:5])
 
 
-VALUES = ("-1", "0", "nan", "inf", "1000000000000", "", "word")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(vars(TINY).keys() - {"processes"}))
 def test_what_a_field_accepts_runs_two_steps(workplace, name):
     """Each of -1, 0, nan, inf, 10^12, an empty string and a word: one line, or a run to its end."""
-    for value in VALUES:
+    for value in ("-1", "0", "nan", "inf", "1000000000000", "", "word"):
         argv = [*SHORT, "--max-steps", "2", "--overwrite", "--out", "runs/swept",
                 f"{flag(name)}={value}"]
-        try:
-            parse_config(argv)
-        except InputError:
-            continue  # looked at in test_trust.py
         try:
             run_here(workplace, *argv)
         except (InputError, OSError) as e:

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.gpu_check import __main__ as program
 from tools.gpu_check import correctness
-from tools.gpu_check.common import Row, Setup, full_config
+from tools.gpu_check.common import Row, Setup, full_config, llama_shape
 from tools.gpu_check.correctness import attention_kernels, check_start
 from tools.gpu_check.runs import largest_difference, recompilations
 
@@ -39,37 +39,36 @@ def failing(setup: Setup):
 def test_a_check_that_fails_is_a_row(monkeypatch, tmp_path, capsys):
     """The exception is in its row, other checks go on, status 1; what is left out is no failure."""
     left_out = {"gpu": lambda setup: setup.require_gpu("it is about one"),
-                "late": lambda setup: setup.require_seconds(1e9)}
+                "late": lambda setup: setup.require_seconds(1e9),
+                "llm": lambda setup: llama_shape(setup, layers=1)}
+    monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(program, "CHECKS", {"failing": failing, **left_out})
     file = tmp_path / "table.md"
     status, rows = check(capsys, "--out", str(file))
     assert status == 1
-    assert [row[-1] for row in rows] == ["yes", "NO", "left out", "left out"]
+    assert [row[-1] for row in rows] == ["yes", "NO", "left out", "left out", "left out"]
     assert rows[1][1:3] == ["Is about something.", "RuntimeError: CUDA error: it"]
     assert rows[2][-2] == "wants a GPU: it is about one"
     assert rows[3][-2].startswith("wants 200000000 s, and ")
+    assert "transformers, which is not installed" in rows[4][-2]
     assert cells(file.read_text(encoding="utf-8")) == rows
     assert list(tmp_path.iterdir()) == [file]
     monkeypatch.setattr(program, "CHECKS", left_out)
     assert check(capsys)[0] == 0
 
 
-def test_a_cpu_passes_what_it_can_check(capsys):
-    """Group, start, bf16, dtypes, recomputing, kernels, memory: all rows are ok."""
+QUICK = "--only group start bf16 dtypes recompute attention memory"
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (QUICK, {"yes"}), pytest.param("", {"yes", "left out"}, marks=pytest.mark.slow)])
+def test_a_cpu_passes_what_it_can_check(capsys, flags, expected):
+    """All rows are ok or want a GPU; slow (2 min): runs that are killed and stopped too."""
     pytest.importorskip("transformers")
-    status, rows = check(capsys, "--only", "group", "start", "bf16", "dtypes", "recompute",
-                         "attention", "memory")
-    assert status == 0
-    assert {row[-1] for row in rows} == {"yes"}
-
-
-def test_without_transformers_the_llm_is_left_out(monkeypatch, capsys):
-    """The reason names the package."""
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    status, rows = check(capsys, "--only", "memory", "dtypes")
-    assert status == 0
-    assert [row[-1] for row in rows] == ["left out", "left out"]
-    assert all("transformers, which is not installed" in row[-2] for row in rows)
+    status, rows = check(capsys, *flags.split())
+    assert status == 0, [row for row in rows if row[-1] == "NO"]
+    assert {row[-1] for row in rows} == expected
+    assert all(row[-2].startswith("wants ") for row in rows if row[-1] == "left out")
 
 
 def test_unfused_attention_is_seen():
@@ -106,11 +105,3 @@ def test_log_lines_are_compared_number_by_number():
     assert largest_difference(ours, theirs) == (pytest.approx(0.005), "g")
     assert largest_difference({"L_kd": 1.0, "g": 9.0}, {"L_kd": 1.5, "g": 0.0}, "L_")[0] == 0.5
     assert largest_difference({"L": float("nan")}, {"L": 1.0})[0] == float("inf")
-
-
-@pytest.mark.slow
-def test_all_that_a_cpu_can_check(capsys):
-    """The whole table, runs that are killed and stopped too (2 min)."""
-    status, rows = check(capsys)
-    assert status == 0, [row for row in rows if row[-1] == "NO"]
-    assert all(row[-2].startswith("wants ") for row in rows if row[-1] == "left out")

@@ -8,9 +8,9 @@ import shutil
 import signal
 import threading
 import time
-from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from plumbing.processes import Machine, launch
 from plumbing.sets import loader_options, make_loader
 from plumbing.signals import SIGNALS
 from tests import launched
-from tests.common import C, small_vlm, some_conversations, start, stop, total_loss, whole_method
+from tests.common import C, small_vlm, some_conversations, start, stop
 
 
 @pytest.fixture
@@ -105,31 +105,12 @@ def test_workers_share_the_records():
 
 def test_small_shared_memory_is_one_line(monkeypatch):
     """64 MB, as in Docker, are known to be too few before anything is loaded."""
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(64e6, 0, 64e6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64e6))
     monkeypatch.setattr(checks, "SHARED_MEMORY", Path("/"))
     full = dataclasses.replace(C, workers=8, micro_batch=16, image_size=1024, processes=8)
     with pytest.raises(InputError, match="has 64 MB free.* want 6,442 MB.* --shm-size=7g"):
         checks.check_shared_memory(full)
     checks.check_shared_memory(dataclasses.replace(full, workers=0))
-
-
-def test_a_stage_unfreezes_in_bf16():
-    """What is frozen in stage 1 gets gradients in stage 2, in fp32 from bf16 arithmetic."""
-    c = dataclasses.replace(C, precision="bf16")
-    machine = Machine(c)
-    model, teachers, batch = whole_method()
-    for stage in (1, 2):
-        model.set_stage(stage)
-        if stage == 1:
-            sharding.place_models(model, teachers, c, machine.world)
-        sharding.refresh_trained(model)
-        total_loss(model(batch, teachers)).backward()
-    machine.leave()
-    for name, p in model.named_parameters():
-        assert p.grad.dtype == torch.float32, name
-    gradient = model.vlm.llm.layers[0].mlp.gate_proj.weight.grad
-    assert sharding.gather_full(gradient).abs().max() > 0
 
 
 def test_angles_stay_in_fp32():
@@ -161,19 +142,16 @@ def check_numbers_are_sent(rank: int) -> None:
     expected = torch.load("twins.pt", weights_only=False)
     with torch.device("meta" if rank else "cpu"):
         model = Twins()
+        sharded = nn.Sequential(Twins(), nn.Linear(3, 2))
     if rank == 0:
         model.load_state_dict(expected.state_dict())
+        sharded[0].load_state_dict(expected.state_dict())
     sharding.send_from_first(model, "cpu")
     assert model.a.weight is model.b.weight
     assert torch.equal(model(torch.ones(1, 3)), expected(torch.ones(1, 3)))
-
-    with torch.device("meta" if rank else "cpu"):
-        model = nn.Sequential(Twins(), nn.Linear(3, 2))
-    if rank == 0:
-        model[0].load_state_dict(expected.state_dict())
-    sharding.shard(model, [model[0]], "cpu", 2, bf16=False)
-    sharding.refresh_trained(model)
-    assert torch.equal(model[0](torch.ones(1, 3)), expected(torch.ones(1, 3)))
+    sharding.shard(sharded, [sharded[0]], "cpu", 2, bf16=False)
+    sharding.refresh_trained(sharded)
+    assert torch.equal(sharded[0](torch.ones(1, 3)), expected(torch.ones(1, 3)))
 
 
 def check_patience(machine: Machine) -> None:
@@ -213,11 +191,9 @@ def both(rank: int, folder: Path, port: int) -> None:
     check_patience(machine)
     check_folder_is_seen(machine)
     check_numbers_are_sent(rank)
-    Path(f"done{rank}").touch()
 
 
 def test_two_processes_load_save_and_wait(tmp_path):
     """The checks of `both`: numbers are sent, patience, one shared --out."""
     torch.save(Twins(), tmp_path / "twins.pt")
-    spawn(both, (tmp_path, get_free_port()), nprocs=2)
-    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+    spawn(both, (tmp_path, get_free_port()), nprocs=2)     # raises what a process raises
