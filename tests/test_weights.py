@@ -234,7 +234,8 @@ def test_what_does_not_fit_is_named(released):
     for fault, changed in {
             "moe_encoder_dense is true": {**moe, "moe_encoder_dense": True},
             "moe_encoder is false": {**moe, "moe_encoder": False},
-            "lacks 'moe_encoder_lora_rank'": {"moe_encoder": True}}.items():
+            "lacks 'moe_encoder_lora_rank'": {k: v for k, v in moe.items() if "rank" not in k},
+    }.items():
         write_json(folder / "config.json", {**config, "moe": changed})
         with pytest.raises(InputError, match=fault):
             load_run(folder)
