@@ -39,10 +39,10 @@ def parse_spec(spec: str) -> tuple[str, int, dict]:
 
     Raises ValueError, KeyError or SyntaxError for a spec of another form.
     """
-    name, *pairs = spec.split()
+    name, *arguments = spec.split()
     options = {}
-    for pair in pairs:
-        key, value = pair.split("=", 1)
+    for argument in arguments:
+        key, value = argument.split("=", 1)
         options[key] = ast.literal_eval(value)
     return name, options.pop("img_size"), options
 

@@ -6,7 +6,7 @@ lmms-eval wants an environment of its own; 0.7 or later, beside requirements-ful
     python -m tools.lmms_eval_adapter --model_args run=runs/full --tasks pope,gqa --batch_size 16
     torchrun --nproc-per-node 2 -m tools.lmms_eval_adapter --model_args run=runs/full --tasks pope
 
-and any flag of lmms-eval; each process of torchrun has a GPU of its own and answers its share.
+and any flag of lmms-eval; each process of torchrun has a GPU of its own and answers its part.
 `run` is a run folder of train.py, or a checkpoint of the authors' layout. Answers are greedy, in
 left-padded batches, one image per question: a document with several, or with a prompt longer than
 --max-length of the run, gets an empty answer and a line that says so.

@@ -125,7 +125,7 @@ def stage_memory(c: Config, stage: int, model: MoVEKD, teachers: Teachers,
     else:
         tensors = sum(fixed.values()) - fixed["CUDA's context"] - fixed["NCCL"]
         lines.append(f"DOES NOT FIT: {tensors / 1e9:.1f} GB before the first sample; more GPUs (G "
-                     "shares parameters, gradients, optimizer) or a smaller LLM")
+                     "shards parameters, gradients, optimizer) or a smaller LLM")
     return lines, fit > 0
 
 
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu-tflops", type=float, default=312,
                         help="of bf16, dense; default 312, an A100's; an H100 has 989")
     parser.add_argument("--mfu", type=float, default=0.4,
-                        help="share of it that is reached, default 0.4: an assumption")
+                        help="fraction of it that is reached, default 0.4: an assumption")
     machine, rest = parser.parse_known_args(argv)
     numbers = vars(machine).values()
     if not all(0 < number < math.inf for number in numbers) or machine.mfu > 1:
