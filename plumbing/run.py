@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,10 +43,15 @@ def start(argv: list[str] | None, train: Callable, description: str) -> None:
 def run_here(train: Callable, c: Config, resumed: bool, begin: float) -> None:
     """Run `train(run)` in this process."""
     machine = Machine(c)
+    run = None
     try:
-        train(Run(c, machine, resumed, begin))
+        run = Run(c, machine, resumed, begin)
+        train(run)
     finally:
         if machine.world == 1:  # several end with their process: leaving in disorder may hang
+            if run:  # an error must not cost a state that is still being written
+                with suppress(Exception):  # the first error is the one to tell
+                    run.checkpoints.finish()
             machine.leave()
 
 
