@@ -3,6 +3,7 @@
     python -m pytest -m slow tests/test_endurance.py
 """
 
+import contextlib
 import os
 import random
 import re
@@ -41,9 +42,9 @@ def test_killed_at_ten_random_points_a_run_ends_the_same(tmp_path):
     out = tmp_path / "runs/killed"
     for _ in range(10):
         process = start_silent(tmp_path, *again(out, flags))
-        with pytest.raises(subprocess.TimeoutExpired):
-            # short enough that it does not end before the tenth kill
-            process.wait(timeout=loading + generator.uniform(0, 0.08) * whole)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # short enough that it hardly ever ends before the tenth kill
+            assert process.wait(timeout=loading + generator.uniform(0, 0.08) * whole) == 0
         process.kill()
         process.wait()
     done = run_script(tmp_path, *again(out, flags))
