@@ -31,6 +31,7 @@ from plumbing.build import build_movekd
 from plumbing.cli import run
 from plumbing.config import TINY, Config
 from plumbing.files import write_json
+from plumbing.signals import SIGNALS
 from teachers import ClipEncoder, Teachers, VisionEncoder, parse_spec
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pictures import render
@@ -39,6 +40,10 @@ from tiny.world import WorldImages, world_records
 
 HERE = Path(__file__).parent.parent
 C = TINY
+# under nohup, or in the background, some signals are ignored: the programs under test inherit that
+for number in SIGNALS:
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 # ------------------------------------------------------------------------------------------------
 # Pictures and text
