@@ -1,7 +1,4 @@
-"""Slow: a run that is killed again and again, one that goes on for long, and every field tried.
-
-    python -m pytest -m slow tests/test_endurance.py
-"""
+"""Slow: a run that is killed again and again, one that goes on for long, and every field tried."""
 
 import contextlib
 import os

@@ -154,6 +154,7 @@ def test_the_authors_checkpoint(released_folder, photo, tmp_path):
     assert (tmp_path / "explain/experts-1.png").exists()
 
 
+@pytest.mark.slow
 def test_a_full_run(full_run, real_folder, photo, tmp_path, monkeypatch):
     """Real names of encoders, weights from files, an LLM of transformers."""
     monkeypatch.chdir(real_folder)

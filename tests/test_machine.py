@@ -146,6 +146,7 @@ def test_resumed_on_as_many_processes_it_is_the_straight_run(two_processes):
     assert_same_run(resumed, two_processes / "runs/two")
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_as_one(two_processes):
     """A checkpoint of two processes goes on in one, mid stage 1, with the same losses."""
     resumed = resume_from(two_processes, "two", "b", "stage1-00000004")

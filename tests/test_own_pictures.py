@@ -74,6 +74,7 @@ def test_records_of_one_picture_are_put_together(shapes, monkeypatch):
     assert IMAGES > len(few.names) == len(few.turns) == 5 and set(few.names) < set(pictures.names)
 
 
+@pytest.mark.slow
 def test_encoders_learn_the_sets_own_pictures(shapes, monkeypatch):
     """As a user runs it: a line says so, and a second run finds the encoders of the first."""
     own = [*SHORT, "--data", "train.json", "--eval-data", "train.json", "--max-steps", "1",
