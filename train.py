@@ -12,10 +12,10 @@ Every field of Config (plumbing/config.py) is a flag. What stands around this lo
 models, log, checkpoints) is plumbing/run.py: Run.
 """
 
-from plumbing.signals import listen_while_loading
+from plumbing.signals import begin_program
 
 if __name__ == "__main__":
-    listen_while_loading()  # the libraries below take seconds to load
+    begin_program()  # the libraries below take seconds to load
 
 import math
 

@@ -8,19 +8,25 @@ from torch import nn
 from data import conversation_ids
 from model import VLM, Ensemble, MethodOptions, MoVEKD, Student
 from plumbing.config import STAND_INS, Config, is_real
-from plumbing.files import read_tensors
+from plumbing.files import read_about, read_tensors, require_file
 from plumbing.sets import image_folder
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
 
 
-def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict, float]:
-    """Return where each model's weights are, and the TFLOPs of stage 0, which makes them."""
+def real_weights(c: Config) -> dict:
+    """Return where the weights of the real encoders are."""
     found = {}
     for name in ("clip", *c.teachers):
         if is_real(getattr(c, name)):
             from real.encoder_weights import find_weights
             found[name] = find_weights(getattr(c, name), c.weights)
+    return found
+
+
+def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict, float]:
+    """Return where each model's weights are, and the TFLOPs of stage 0, which makes them."""
+    found = real_weights(c)
     if not stage0_encoders(c) and c.llm:
         return found, 0.0
     from tiny.pretrain import MAKERS, stage0
@@ -37,8 +43,18 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict,
         pure = [record for record in records if "image" not in record] or records
         texts = [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]
         jobs["llm"] = (MAKERS["llm"], (llm_shape(c, tokenizer), texts, tokenizer.pad))
-    paths, tflops = stage0(jobs, c.stage0_scale)
+    paths, tflops = stage0(jobs, c.stage0_scale, Path(c.stage0))
     return {**found, **paths}, tflops
+
+
+def weights_of_run(c: Config) -> tuple[dict, float]:
+    """Return the same of a run that has begun, whose folder keeps what stage 0 made for it."""
+    names = stage0_encoders(c) + ([] if c.llm else ["llm"])
+    own = {name: Path(c.out) / "stage0" / f"{name}.safetensors" for name in names}
+    for path in own.values():
+        require_file(path, "; copy the run folder again, with all that is in it")
+    tflops = sum(read_about(path).get("tflops", 0.0) for path in own.values())
+    return {**real_weights(c), **own}, tflops
 
 
 def stage0_encoders(c: Config) -> list[str]:

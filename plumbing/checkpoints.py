@@ -36,6 +36,7 @@ class Progress:
     cut: int = 0                # conversations cut at --max-length
     flops: dict = field(default_factory=dict)   # of each stage: its first step's times the steps
     data: dict = field(default_factory=dict)    # a fingerprint of what the run is trained on
+    config: dict = field(default_factory=dict)  # what it is trained with
 
     def advance(self, counts: dict) -> None:
         """Count a step that is done."""
@@ -181,10 +182,6 @@ def examine(path: Path) -> tuple[str | None, dict]:
     for name in sorted({*files, *found}):
         if files.get(name) != found.get(name):
             return f"{name} is missing, has changed since it was written, or was put there", {}
-    log = path.parent.parent / "log.jsonl"  # resumed with it
-    log_bytes, log_crc = progress["log"]
-    if not log.is_file() or zlib.crc32(log.read_bytes()[:log_bytes]) != log_crc:
-        return "log.jsonl, up to where the checkpoint was made, is missing or has changed", {}
     return None, progress
 
 

@@ -13,7 +13,7 @@ import torch
 from data import InputError, conversation_ids, row_name
 from plumbing.build import stage0_encoders
 from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
-from plumbing.processes import launched, wanted_processes
+from plumbing.processes import Machine, launched, wanted_processes
 from plumbing.sets import PREFETCH, image_bytes, llava_layout, training_size
 from teachers import ClipEncoder, VisionEncoder, parse_spec
 
@@ -169,12 +169,22 @@ def check_shared_memory(c: Config) -> None:
               f"--shm-size={1 + wanted // 10 ** 9}g or --ipc=host, or give fewer --workers")
 
 
-def check_batch(c: Config, stage: int, rows: int, pieces: int) -> None:
-    """Raise InputError if a stage's batch cannot be divided into so many micro-batches."""
-    batch_size = getattr(c, f"stage{stage}_batch")
-    refuse_if(pieces > min(batch_size, rows),
-              f"--stage{stage}-batch {batch_size}: has no sample for each of {pieces} "
-              "micro-batches; raise it or use fewer --processes")
+def check_rows(c: Config, sets: dict[str, tuple], machine: Machine) -> None:
+    """Raise InputError for a stage without rows, or with fewer than its batch has micro-batches."""
+    pictured = sum("image" in record for record in sets["pretrain"][0])
+    for stage, rows in ((1, pictured), (2, len(sets["train"][0]))):
+        if not getattr(c, f"stage{stage}_epochs"):
+            continue
+        refuse_if(not rows, f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
+                            "nothing to align; leave it out: --stage1-epochs 0")
+        batch_size, (pieces, _) = getattr(c, f"stage{stage}_batch"), machine.micro_batches(stage)
+        fault = f"--stage{stage}-batch {batch_size}: its {pieces} micro-batches"
+        refuse_if(machine.world > min(batch_size, rows),
+                  f"{fault}, one for each process, need {machine.world} rows and as large a batch; "
+                  f"start fewer --processes")
+        refuse_if(pieces > min(batch_size, rows),
+                  f"{fault} are more than the {rows:,} rows of stage {stage}; lower it to "
+                  f"{rows // machine.world * machine.world}")
 
 
 def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise InputError(f"{message} (--help lists the arguments)")
+
+
+def command(program: str) -> str:
+    """Return how to call "train.py" or a module as "tools.ask" from the current folder."""
+    home = Path(__file__).parent.parent
+    here = home.samefile(Path.cwd())
+    if program.endswith(".py"):
+        return f"python {program if here else home / program}"
+    return f"{'' if here else f'PYTHONPATH={home} '}python -m {program}"
 
 
 def stop(number: int, _) -> None:

@@ -40,6 +40,7 @@ class Config:
     data_root: str = ""                     # LLaVA's two sets, laid out as its docs say
     skip_bad: bool = False                  # leave unusable rows out; else the first is an error
     allow_outside: bool = False             # images may lie outside of the image folder
+    allow_new_data: bool = False            # --resume goes on although rows or images have changed
     eval_split: Literal["test", "validation"] = "test"  # tune on validation: test stays unread
     n_pretrain: Count = COUNTS["pretrain"]  # of the tiny world; reasons in tiny/__init__.py
     n_train: Count = COUNTS["train"]
@@ -67,6 +68,7 @@ class Config:
     student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"
     compile: Literal["off", "on"] = "off"   # torch.compile of all models; for CUDA
     cache_teachers: str = "runs/teachers"   # folder that keeps the teachers' outputs; "": none
+    stage0: str = "runs/stage0"             # folder that keeps what stage 0 has trained
     # --- mixture of LoRA experts; "row" is a row of docs/differences.md
     mole_experts: CountOrZero = 3           # E, the paper's; 0: none
     mole_rank: Count = 8                    # r of one expert; 32 at width 1024
@@ -109,7 +111,7 @@ class Config:
     # counts the tokens of a micro-batch, and the masks that LoRA dropout draws in each process
     processes: Processes = 0                # on this machine; 0: one per GPU, one on a CPU
     micro_batch: CountOrZero = 0            # at most so many samples at once in a process; 0: all
-    precision: Literal["fp32", "bf16"] = "fp32"     # of arithmetic; no gain on a CPU
+    precision: Literal["fp32", "bf16"] = "fp32"     # of arithmetic; a few CPUs gain too
     recompute: bool = False                 # activation checkpointing: more time, less memory
     save_every: CountOrZero = 0             # steps between checkpoints; 0: only on SIGTERM
     keep: Count = 2                         # checkpoints
@@ -124,8 +126,15 @@ class Config:
 
 STAND_INS = ("clip", "eva", "convnext")  # the encoders that stage 0 can make
 ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("encoder"))
+
+# What a resumed run may change: the machine, how far its steps go, where the same data lies, and
+# how it is evaluated.
 MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute", "save_every",
-           "skip_damaged", "tensorboard", "workers")            # what a resumed run may change
+           "skip_damaged", "tensorboard", "workers")
+LEARNING = ("grad_clip", "stage1_lr", "stage2_lr")
+PLACES = ("allow_new_data", "allow_outside", "cache_teachers", "data", "data_root", "eval_data",
+          "image_folder", "pretrain_data", "stage0")
+RESUME = (*MACHINE, *LEARNING, *PLACES, "eval_batch", "eval_split", "max_new_tokens", "n_eval")
 EVALUATION = ("allow_outside", "device", "eval_batch", "eval_data", "eval_split", "image_folder",
               "max_length", "max_new_tokens", "n_eval")         # what an evaluation may change
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,17 @@ def temporary_name(path: Path) -> Path:
         except PermissionError:
             pass    # it is alive, and another user's
     return path.with_name(f"{stem}{os.getpid()}.tmp")
+
+
+def require_writable(folder: Path, flag: str) -> None:
+    """Make a folder. Raises InputError, which names the flag, if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be written: {e.strerror}; name another folder with "
+                         f"{flag}") from None
 
 
 def require_file(path: Path, remedy: str = "") -> None:

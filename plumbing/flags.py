@@ -9,7 +9,7 @@ from data import InputError
 from plumbing import config
 from plumbing.checks import check_config, check_value
 from plumbing.cli import Parser
-from plumbing.config import EVALUATION, MACHINE, Config, flag, plain_type
+from plumbing.config import EVALUATION, RESUME, Config, flag, plain_type
 from plumbing.files import read_json
 
 
@@ -28,7 +28,7 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
         start.add_argument(f"--{name}", dest="preset", action="store_const", const=name, help=text)
     start.add_argument("--config", metavar="FILE", help="the config.json of an earlier run")
     start.add_argument("--resume", metavar="RUN", help="a run folder, to go on from its last "
-                       f"checkpoint; with {', '.join(map(flag, MACHINE))} only")
+                       f"checkpoint; with {', '.join(map(flag, RESUME))} only")
     start.add_argument("--evaluate", metavar="RUN", help="a run folder, to evaluate it; with "
                        f"{', '.join(map(flag, EVALUATION))} only")
     parser.add_argument("--recipe", choices=config.RECIPE_NAMES, default=argparse.SUPPRESS,
@@ -48,7 +48,7 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
     flags = vars(parser.parse_args(argv))
     preset, file = flags.pop("preset"), flags.pop("config")
     runs = {mode: flags.pop(mode) for mode in ("resume", "evaluate")}
-    for mode, may_change in (("resume", MACHINE), ("evaluate", EVALUATION)):
+    for mode, may_change in (("resume", RESUME), ("evaluate", EVALUATION)):
         if runs[mode]:
             return of_a_run(Path(runs[mode]), mode, may_change, flags), mode
     base = load_config(Path(file)) if file else config.PRESETS[preset]

@@ -72,7 +72,7 @@ def run_one(rank: int, work: Callable, arguments: tuple, world: int, port: int, 
                       LOCAL_WORLD_SIZE=f"{world}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
     if hasattr(os, "setsid"):
         os.setsid()  # a terminal's Ctrl-C reaches it once, through `launch`
-    signals.listen_while_loading()
+    signals.begin_program()
     signals.block(False)
     status = 0
     try:

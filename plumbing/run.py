@@ -13,6 +13,7 @@ import torch
 from model import VLM, MoVEKD
 from plumbing import build, checks, evaluate, files, run_folder, run_log, sets, sharding, signals
 from plumbing.checkpoints import Checkpoints, load_checkpoint
+from plumbing.cli import command
 from plumbing.config import Config
 from plumbing.flags import parse_flags
 from plumbing.processes import Machine, Step, launch, wanted_processes
@@ -80,9 +81,10 @@ class Run:
         if machine.world > 1:
             machine.check_folder(Path(c.out))
         self.sets = sets.load_sets(c)
-        self.tokenizer = sets.build_tokenizer(c, self.sets)
+        checks.check_rows(c, self.sets, machine)
+        self.tokenizer = sets.build_tokenizer(c, self.sets, resumed)
         if machine.first:
-            run_folder.check_data(c, self.sets, self.tokenizer, self.progress, resumed)
+            run_folder.check_data(c, self.sets, self.tokenizer, self.progress)
 
         # Stage 0 makes what the tiny preset has in place of downloads.
         words = run_log.stage_words(c, 0)
@@ -90,7 +92,10 @@ class Run:
             print(words, flush=True)
         stage0_begin = time.perf_counter()
         with machine.first_alone():
-            weights, tflops = build.pretrained_weights(c, self.sets["train"][0], self.tokenizer)
+            if resumed:
+                weights, tflops = build.weights_of_run(c)
+            else:
+                weights, tflops = build.pretrained_weights(c, self.sets["train"][0], self.tokenizer)
         self.stage0 = time.perf_counter() - stage0_begin, tflops
 
         # Models, then the datasets, whose prompts have as many image tokens as the student gives.
@@ -99,17 +104,16 @@ class Run:
         if machine.first:
             checks.check_lengths(c, self.sets, self.tokenizer, vlm.student.num_tokens)
         self.datasets = sets.build_datasets(c, self.sets, self.tokenizer, vlm.student.num_tokens)
-        for stage, dataset in self.datasets.items():
-            checks.check_batch(c, stage, len(dataset), machine.micro_batches(stage)[0])
 
         # What is written while it trains. A sharded model cannot answer questions in between.
         if machine.first:
-            run_folder.start_run_folder(c, self.tokenizer, resumed)
+            run_folder.start_run_folder(c, self.tokenizer, weights, resumed)
         held_out = None
         if not machine.sharded:
             held_out = run_log.HeldOut(c, vlm, self.tokenizer, self.sets.get("eval"))
         self.stage_steps = steps = run_log.count_stage_steps(c, self.datasets)
-        self.log = run_log.RunLog(c, machine.first, resumed, self.progress, steps, held_out)
+        self.progress.config = asdict(c)
+        self.log = run_log.RunLog(c, machine.first, self.progress, steps, held_out)
         folder = Path(c.out) / "checkpoints"
         self.checkpoints = Checkpoints(folder, c.keep, machine.rank, machine.world)
 
@@ -135,7 +139,7 @@ class Run:
         if c.lambda_kd:
             from plumbing.teacher_outputs import cache_teachers, check_teachers, measure_targets
             data = [self.sets["pretrain"], self.sets["train"]]
-            if c.cache_teachers:
+            if c.cache_teachers and sets.images_of(data):
                 with self.machine.first_alone():
                     teachers = cache_teachers(teachers, Path(c.cache_teachers), data)
             check_teachers(teachers, data, c.device)
@@ -219,13 +223,14 @@ class Run:
             self.checkpoints.finish()
             raise signals.Stopped(
                 f"stopped by {self.machine.stop or 'a signal'} at stage {plan.stage}, step "
-                f"{progress.step}; to go on: python train.py --resume {c.out}")
+                f"{progress.step}; to go on: {command('train.py')} --resume {c.out}")
 
     def finish(self) -> None:
         """Write the model, evaluate it if there is a held-out set, draw, and write result.json."""
         c, machine, out = self.c, self.machine, Path(self.c.out)
         run_folder.export(c, machine.first, self.model, self.tokenizer)
-        machine.end_training(f"after training; to evaluate: python train.py --evaluate {c.out}")
+        again = f"{command('train.py')} --evaluate {c.out}"
+        machine.end_training(f"after training; to evaluate: {again}")
         vlm = None if machine.sharded else self.model.vlm  # a sharded one is read from its files
         del self.model, self.teachers, self.optimizer  # a GPU has no room for a second model
         if not machine.first:

@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import timm
@@ -15,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from data import InputError
 from model import MoVEKD
-from plumbing import checkpoints, files, sets, sharding
+from plumbing import checkpoints, config, files, sets, sharding
 from plumbing.checkpoints import Progress
 from plumbing.config import Config
 
@@ -41,18 +40,15 @@ def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
             if path.exists() and not path.is_file():
                 raise InputError(f"{path}: is no regular file, and the run writes one of that "
                                  "name; move it away, or name another --out")
-        cache = [Path(c.cache_teachers)] if c.cache_teachers and c.lambda_kd else []
-        for path in (out, *cache):
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=path) as file:
-                    file.write(b"x")
-            except OSError as e:
-                raise InputError(f"{path}: cannot be written: {e.strerror}") from None
+        files.require_writable(out, "--out")
+        if c.cache_teachers and c.lambda_kd:
+            files.require_writable(Path(c.cache_teachers), "--cache-teachers")
     folder = out / "checkpoints"
     if resumed:
         path, progress = checkpoints.newest_checkpoint(folder, c.skip_damaged)
-        return lock, path, Progress(**progress)
+        progress = Progress(**progress)
+        check_config_is_kept(c, progress.config, first)
+        return lock, path, progress
     if checkpoints.saved_checkpoints(folder):
         if not c.overwrite:
             raise InputError(f"--out {c.out}: holds checkpoints of an earlier run; go on with "
@@ -80,34 +76,56 @@ def lock_run_folder(c: Config, resumed: bool):
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
-    for left in (*out.glob("*.tmp"), *out.glob("checkpoints/*.tmp")):  # of a run that was killed
+    for left in (*out.glob("*.tmp"), *out.glob("*/*.tmp")):     # of a run that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     return file
 
 
-def check_data(c: Config, data: dict, tokenizer, progress: Progress, resumed: bool) -> None:
-    """Note a new run's fingerprint of its data; raise InputError if a resumed run's has changed."""
+def check_config_is_kept(c: Config, trained: dict, first: bool) -> None:
+    """Raise InputError if a field that a resumed run must keep is not what it was trained with."""
+    for name, old in trained.items():
+        new = getattr(c, name)
+        new = list(new) if isinstance(new, tuple) else new  # JSON has lists only
+        if new == old or name in ("out", "overwrite"):
+            continue
+        if name not in config.RESUME:
+            raise InputError(f"{c.out}/config.json: {name} is {new!r}, and the checkpoint was "
+                             f"trained with {old!r}; put that back, or start a new run")
+        if first and name in config.LEARNING:
+            print(f"note: {config.flag(name)} {new} from here on; it was {old}", file=sys.stderr)
+
+
+def check_data(c: Config, data: dict, tokenizer, progress: Progress) -> None:
+    """Note the fingerprint of a run's data. Raises InputError if a resumed run's has changed."""
     sources = {"pretrain": c.pretrain_data or c.data or c.data_root, "train": c.data or c.data_root}
-    found = {}
+    found, place = {}, {}
     for name, file in sources.items():
         records, get_image = data[name]
-        found[f"{file or 'the tiny world'} ({name} rows)"] = sets.rows_digest(records)
-        if not c.data_root:  # half a million files are too many to look at
+        found[f"{name} rows"] = sets.rows_digest(records)
+        place[f"{name} rows"] = file or get_image.source
+        if not c.data_root:  # half a million files are too many to read
             images = list(sets.images_of([data[name]]))
-            found[f"{get_image.source} ({name} images)"] = get_image.fingerprint(images)
+            found[f"{name} images"] = get_image.fingerprint(images)
+            place[f"{name} images"] = get_image.source
     if not c.llm:
-        found["the words of the data"] = files.digest(*tokenizer.vocabulary)
-    if not resumed:
-        progress.data = found
-        return
+        found["words"] = files.digest(*tokenizer.vocabulary)
+        place["words"] = f"{c.out}/vocabulary.json"
     for name, fingerprint in progress.data.items():
-        if found.get(name) != fingerprint:
-            raise InputError(f"{name}: changed since the checkpoint in {c.out} was made; put the "
-                             "old back, or start a new run")
+        if found.get(name) == fingerprint:
+            continue
+        changed = f"{place.get(name, c.out)}: its {name} have changed since the checkpoint was made"
+        if not c.allow_new_data:
+            raise InputError(f"{changed}; put the old ones back, or add --allow-new-data to go on "
+                             "with the new ones")
+        print(f"note: {changed}", file=sys.stderr)
+    progress.data = found
 
 
-def start_run_folder(c: Config, tokenizer, resumed: bool) -> None:
-    """Delete an earlier run, or a resumed one's results; write config, versions and words."""
+def start_run_folder(c: Config, tokenizer, weights: dict, resumed: bool) -> None:
+    """Delete an earlier run, or a resumed one's results; write config, versions and words.
+
+    The folder gets a copy of what stage 0 made, to be resumed and explained from it alone.
+    """
     out = Path(c.out)
     for name in RESULTS if resumed else FILES:
         (out / name).unlink(missing_ok=True)
@@ -121,6 +139,10 @@ def start_run_folder(c: Config, tokenizer, resumed: bool) -> None:
     else:
         files.write_json(out / "vocabulary.json", tokenizer.vocabulary)
     files.write_json(out / "versions.json", versions)
+    for name, source in weights.items():
+        if Path(source).parent == Path(c.stage0):
+            with files.replacing(out / "stage0" / f"{name}.safetensors") as temporary:
+                shutil.copyfile(source, temporary)
 
 
 def export(c: Config, first: bool, model: MoVEKD, tokenizer) -> None:

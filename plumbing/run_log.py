@@ -14,6 +14,7 @@ from data import Conversations
 from model import VLM
 from plumbing import evaluate, files, sets
 from plumbing.checkpoints import Progress
+from plumbing.cli import command
 from plumbing.config import Config, is_real
 
 HEADING = ("each line: losses, each teacher's own loss (kd_) and weight (w_), then `experts`: one "
@@ -57,13 +58,16 @@ def next_commands(c: Config) -> str:
     """Return what to try after a first run of the tiny preset."""
     if not is_lesson(c):
         return ""
-    last = f"-m tools.export_student {c.out} runs/student   # the distilled encoder alone, for timm"
+    last = (f"{command('tools.export_student')} {c.out} runs/student   # the distilled encoder "
+            "alone, for timm")
     if c.adapter_direction == "teacher_to_student":
-        last = "train.py --tiny --recipe ours --out runs/ours   # the recipe that teaches more"
+        last = (f"{command('train.py')} --tiny --recipe ours --out runs/ours   # the recipe that "
+                "teaches more")
+    explain, ask = command("tools.explain"), command("tools.ask")
     return ("try next:\n"
-            f"    python -m tools.explain {c.out}     # a look into this run: explain.html in it\n"
-            f"    python -m tools.ask {c.out}         # its answers about held-out pictures\n"
-            f"    python {last}\n")
+            f"    {explain} {c.out}     # a look into this run: explain.html in it\n"
+            f"    {ask} {c.out}         # its answers about held-out pictures\n"
+            f"    {last}\n")
 
 
 def count_stage_steps(c: Config, datasets: dict[int, Conversations]) -> dict[int, int]:
@@ -105,20 +109,28 @@ class HeldOut:
 class RunLog:
     """The log of a run, of its first process: in the others it neither writes nor prints."""
 
-    def __init__(self, c: Config, first: bool, resumed: bool, progress: Progress,
-                 steps: dict[int, int], held_out: HeldOut | None):
+    def __init__(self, c: Config, first: bool, progress: Progress, steps: dict[int, int],
+                 held_out: HeldOut | None):
         self.c, self.first, self.held_out, self.steps = c, first, held_out, steps
         self.collapsed_steps = {}       # layer: for how many steps one expert has had its tokens
         self.losses = {}                # (stage, teacher): its loss in each of the first steps
         self.next_drawing = time.perf_counter() + DRAW_SECONDS
         self.file = Path(c.out) / "log.jsonl"   # no clock in it: one seed makes one log
         if first:
-            with open(self.file, "r+b" if resumed else "wb") as file:
-                file.truncate(progress.log[0])
+            self.begin_file(*progress.log)
         self.tensorboard = None
         if first and c.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # an optional package
             self.tensorboard = SummaryWriter(c.tensorboard)
+
+    def begin_file(self, size: int, crc: int) -> None:
+        """Cut the log where the run resumes; start anew if it is not what the checkpoint knows."""
+        lines = self.file.read_bytes()[:size] if self.file.is_file() else b""
+        if zlib.crc32(lines) != crc:
+            print(f"note: {self.file}: is missing, or has changed since the checkpoint was made; "
+                  "the log starts anew", file=sys.stderr)
+            lines = b""
+        self.file.write_bytes(lines)
 
     def position(self) -> list[int]:
         """Return the bytes written so far, and their CRC-32."""

@@ -85,11 +85,13 @@ def file_set(c: Config, file: Path, folder: Path, size: int | tuple[int, ...],
     return records, DiskImages(folder, size, c.allow_outside)
 
 
-def build_tokenizer(c: Config, sets: dict[str, tuple]):
+def build_tokenizer(c: Config, sets: dict[str, tuple], resumed: bool = False):
     """Return the LLM's own tokenizer; for the tiny LLM one of whole words, those of the data."""
     if c.llm:
         from real.pretrained_llm import PretrainedTokenizer
         return PretrainedTokenizer(c.llm)
+    if resumed and c.allow_new_data:
+        return WordTokenizer(read_words(Path(c.out)))   # the LLM has no place for new words
     tokenizer = WordTokenizer.from_records(itertools.chain(sets["pretrain"][0], sets["train"][0]))
     if c.init_from:
         known = read_words(Path(c.init_from))  # they keep their ids
@@ -121,9 +123,6 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
         pictured = [records[row] for row in rows]
     else:
         pictured = records.select(rows)     # they are read when they are used
-    if not rows:
-        raise InputError(f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
-                         "nothing to align")
     template = "plain" if c.pretrain_data or not c.data else "v1"
     return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
                              c.caption_end),
@@ -220,6 +219,8 @@ def loader_options(c: Config) -> dict:
     options = {"num_workers": c.workers, "pin_memory": c.device == "cuda"}
 
     def kill_workers() -> None:     # they ignore the signal that Python sends and then waits for
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # else torch calls their end an error
         for worker in multiprocessing.active_children():
             worker.kill()
 

@@ -30,8 +30,10 @@ def block(on: bool) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, SIGNALS)
 
 
-def listen_while_loading() -> None:
-    """End with one line on a signal from now on, until the program listens anew."""
+def begin_program() -> None:
+    """End with one line on a signal until the program listens anew; let pictures go to files."""
+    os.environ["MPLBACKEND"] = "Agg"    # a notebook's, which a command inherits, may be missing
+
     def end(number: int, _) -> None:
         if os.environ.get("RANK", "0") == "0":
             name = signal.Signals(number).name

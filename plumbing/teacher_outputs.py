@@ -5,6 +5,7 @@ by memory mapping, but written from two copies in memory: large sets need --cach
 Letters: B images, R pixels of the loader's square image, n_i tokens and d_i width of teacher i.
 """
 
+import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from teachers import ChannelNorm, TeacherOutput, Teachers, VisionEncoder
 
 BATCH = 64              # images that a teacher sees at once
 SAMPLE = 4000           # images to measure, if the teachers must run; all of them if cached
+LAST_USED = 4           # sets whose outputs stay in the folder
 SMALLEST_STD = 1e-4     # a channel that never changes is not blown up
 
 
@@ -51,39 +53,63 @@ def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> Cache
     """Return teachers whose outputs for all images of some (records, get_image) are in `folder`."""
     source = images_of(sets)
     images = list(source)
-    origins, prints = [], []
+    prints = []
     for get_image in dict.fromkeys(source.values()):
-        origins.append(get_image.source)
         prints.append(get_image.fingerprint([i for i in images if source[i] is get_image]))
-    fingerprint = digest(*prints)
     first = source[images[0]](images[0])
-    outputs = {}
+    paths = {}
     for name, encoder in teachers.encoders.items():
-        # The file's name tells teachers and sets apart. A view that is made from the original
-        # differs from one of the loader's image.
+        # The file's name is a hash of all that it is made of: it is never out of date. A view that
+        # is made from the original differs from one of the loader's image.
         R = f"own {encoder.image_size}" if isinstance(first, dict) else str(first.shape[-1])
         weights = [f"{key} {checksum(value)}" for key, value in encoder.state_dict().items()]
-        key = digest(encoder.spec, digest(*weights), R, *sorted(origins), *images)[:12]
-        path = folder / f"{name}-{encoder.image_size}px-{key}.safetensors"
+        key = digest(encoder.spec, digest(*weights), R, *sorted(prints), *images)[:12]
+        paths[name] = folder / f"{name}-{encoder.image_size}px-{key}.safetensors"
+    check_disk(teachers, first, len(images), paths)
+    outputs = {}
+    for name, path in paths.items():
         try:
-            outputs[name] = read_outputs(path, fingerprint, len(images))
+            outputs[name] = read_outputs(path, len(images))
         except InputError as e:
             if path.exists():
                 print(f"note: the outputs of teacher {name} are made again: {e}", file=sys.stderr)
             if path.is_dir():
                 path.rmdir()    # OSError, which names it, if anything is in it
-            write_tensors(path, run_encoder(name, encoder, source), images=fingerprint)
-            outputs[name] = read_outputs(path, fingerprint, len(images))
+            write_tensors(path, run_encoder(name, teachers.encoders[name], source))
+            outputs[name] = read_outputs(path, len(images))
+        clear_old(folder, name, path)
     return CachedTeachers(teachers, {image: row for row, image in enumerate(images)}, outputs)
 
 
-def read_outputs(path: Path, fingerprint: str, count: int) -> dict[str, torch.Tensor]:
-    """Return {field: (count, ...)} of a teacher's file. Raises InputError if it is not current."""
+def check_disk(teachers: Teachers, image: torch.Tensor | dict, count: int, paths: dict) -> None:
+    """Raise InputError if the outputs that are missing, for `count` images, do not fit the disk."""
+    device = next(teachers.parameters()).device
+    sizes = {}
+    for name, output in teachers(to_device(stack_images([image]), device), [""]).items():
+        if not paths[name].exists():
+            fields = [value for value in output if value is not None]
+            sizes[paths[name]] = 2 * count * sum(value.numel() for value in fields)  # fp16
+    folder = next(iter(paths.values())).parent
+    wanted, free = sum(sizes.values()) / 1e6, shutil.disk_usage(folder).free / 1e6
+    if wanted > free:
+        raise InputError(f"{folder}: the outputs of the teachers for {count:,} images take "
+                         f"{wanted:,.0f} MB, and {free:,.0f} MB are free; name another folder with "
+                         "--cache-teachers, or none: --cache-teachers ''")
+
+
+def clear_old(folder: Path, name: str, used: Path) -> None:
+    """Delete a teacher's outputs but those of the last few sets, by when they were last used."""
+    used.touch()
+    files = sorted(folder.glob(f"{name}-*px-*.safetensors"), key=lambda path: path.stat().st_mtime)
+    for old in files[:-LAST_USED]:
+        old.unlink(missing_ok=True)
+
+
+def read_outputs(path: Path, count: int) -> dict[str, torch.Tensor]:
+    """Return {field: (count, ...)} of a teacher's file. Raises InputError if it is damaged."""
     tensors = read_tensors(path, "it is replaced")
-    about = read_about(path)
-    if about.get("images") != fingerprint:
-        raise InputError("the images have changed")
-    if about.get("crc32", {}).keys() != tensors.keys() or len(tensors["tokens"]) != count:
+    known = read_about(path).get("crc32", {}).keys()
+    if known != tensors.keys() or len(tensors["tokens"]) != count:
         raise InputError(f"{path}: damaged: its header has changed; it is replaced")
     return tensors
 
@@ -144,7 +170,7 @@ def measure_targets(norms: nn.ModuleDict, teachers: Teachers, sets: list[tuple],
             count[name] += len(x)
     # the first process sends its numbers to the others, so that all have the same
     for name, norm in channel_norms.items():
-        if first:
+        if first and count[name]:   # a set without images has nothing to measure
             mean, square = sums[name] / count[name]                                 # (d_i,) each
             variance = (square - mean.square()).clamp(min=SMALLEST_STD ** 2)        # (d_i,)
             norm.mean.copy_(mean)

@@ -20,8 +20,7 @@ from plumbing.config import Config
 from plumbing.files import read_tensors, temporary_name, write_tensors
 from plumbing.finished_run import load_run
 from plumbing.run_log import RunLog
-from tests.common import SHORT, damage
-from tiny.pretrain import FOLDER
+from tests.common import SHORT, C, damage
 
 HOW = ("flipped", "halved", "empty", "missing", "a folder", "a pipe")
 
@@ -59,9 +58,9 @@ def test_weights_that_are_no_numbers_are_not_read(tmp_path):
 @pytest.mark.parametrize("how", HOW[:3])
 def test_damaged_weights_of_stage0_are_named(workplace, tmp_path, monkeypatch, how):
     """With the remedy: deleted, the file is made again."""
-    shutil.copytree(workplace / FOLDER, tmp_path / FOLDER)
+    shutil.copytree(workplace / C.stage0, tmp_path / C.stage0)
     monkeypatch.chdir(tmp_path)
-    file = next(Path(FOLDER).glob("eva-*.safetensors"))
+    file = next(Path(C.stage0).glob("eva-*.safetensors"))
     damage(file, how)
     with pytest.raises(InputError, match="eva-.*safetensors: damaged: .*delete it"):
         train.main([*SHORT])
@@ -96,12 +95,12 @@ def largest_file(size: int):
 
 
 @pytest.mark.parametrize("size, place", [(300_000, "stage0"), (60_000, "cache"),
-                                         (500_000, "checkpoints"), (200, "config.json")])
+                                         (1_890_000, "checkpoints"), (200, "config.json")])
 def test_a_full_disk_is_one_line(workplace, tmp_path, monkeypatch, size, place):
     """Stage 0, cache, checkpoint, config: the place and the reason; no half of a file stays."""
     monkeypatch.chdir(tmp_path)
     if place != "stage0":
-        shutil.copytree(workplace / FOLDER, FOLDER)
+        shutil.copytree(workplace / C.stage0, C.stage0)
     if place in ("checkpoints", "config.json"):
         shutil.copytree(workplace / "runs/teachers", "runs/teachers")
     with largest_file(size), pytest.raises((InputError, OSError)) as error:
@@ -115,7 +114,7 @@ def test_a_full_disk_is_one_line(workplace, tmp_path, monkeypatch, size, place):
 
 def test_the_log_keeps_no_half_line(tmp_path):
     """A line that the disk cuts is taken back."""
-    log = RunLog(Config(out=str(tmp_path)), True, False, Progress(), {}, None)
+    log = RunLog(Config(out=str(tmp_path)), True, Progress(), {}, None)
     log.append("a whole line\n")
     with largest_file(20), pytest.raises(OSError, match="log.jsonl"):
         log.append("another line, which is too long\n")

@@ -65,7 +65,7 @@ BAD = {
         "--sam samvit_base_patch16 img_size=64: stage 0 makes no such model",
     "--resume runs/tiny": "not allowed with argument --tiny",
     "--stage1-batch 300 --micro-batch 1":
-        "--stage1-batch 300: has no sample for each of 300 micro-batches",
+        "--stage1-batch 300: its 300 micro-batches are more than the 128 rows",
     "--stage2-lr 1e6 --grad-clip 0": "is nan at stage 2",
 }
 

@@ -20,16 +20,17 @@ from tests.common import SHORT, C, assert_same_run, run_here, some_conversations
 def new_log(folder, steps: int = 100, **fields) -> RunLog:
     """Return the log of a run in a folder, whose stages have so many steps each."""
     c = dataclasses.replace(C, out=str(folder), **fields)
-    return RunLog(c, True, False, Progress(), {1: steps, 2: steps}, None)
+    return RunLog(c, True, Progress(), {1: steps, 2: steps}, None)
 
 
-def test_the_output_explains_itself(workplace):
+def test_the_output_explains_itself(workplace, monkeypatch):
     """A line per stage, the log's heading, what to try next, if it is the whole tiny method."""
     out = (workplace / "output.txt").read_text(encoding="utf-8")
     c = dataclasses.replace(C, n_pretrain=128, n_train=64, n_described=32, n_text=32)
     for stage in (0, 1, 2):
         assert stage_words(c, stage) in out
     assert out.count(run_log.HEADING) == 2
+    monkeypatch.chdir(workplace)
     assert next_commands(C) in out and "--recipe ours" in out
     ours = dataclasses.replace(C, adapter_direction="student_to_teacher")
     assert "--recipe ours" not in next_commands(ours)  # it has just been run

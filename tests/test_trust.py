@@ -27,6 +27,7 @@ from plumbing.checkpoints import checksums, examine, saved_checkpoints
 from plumbing.config import TINY, Config, flag, plain_type
 from plumbing.files import read_json, write_json
 from plumbing.flags import load_config, parse_config
+from plumbing.run_folder import read_log
 from plumbing.teacher_outputs import check_teachers
 from real.image_files import DiskImages, as_seen, load_image
 from real.records import read_list
@@ -248,7 +249,7 @@ def test_resume_notices_other_data(kept, kind, monkeypatch):
     """Rows added, removed, reordered, a word or an image replaced: refused, and the file named."""
     monkeypatch.chdir(kept)
     rows, picture = Path("kept/train.json"), Path("kept/3.png")
-    saved = rows.read_bytes(), picture.read_bytes(), picture.stat()
+    saved = rows.read_bytes(), picture.read_bytes()
     try:
         if kind == "an image":
             common.save_png(picture, torch.zeros(3, 50, 50, dtype=torch.uint8))
@@ -259,7 +260,25 @@ def test_resume_notices_other_data(kept, kind, monkeypatch):
     finally:
         rows.write_bytes(saved[0])
         picture.write_bytes(saved[1])
-        os.utime(picture, ns=(saved[2].st_atime_ns, saved[2].st_mtime_ns))
+
+
+def test_content_decides_whether_data_have_changed(kept, tmp_path, monkeypatch, capsys):
+    """Moved with the run, and written anew, they are the same; others need --allow-new-data."""
+    for name in ("kept", "runs/kept"):
+        shutil.copytree(kept / name, tmp_path / name, copy_function=shutil.copyfile)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "runs/kept"])
+    assert_same_run(Path("runs/kept"), kept / "runs/kept")
+
+    rows = json.loads(Path("kept/train.json").read_text(encoding="utf-8"))
+    write_json(Path("other.json"), CHANGES["a word"](rows))
+    argv = ["--resume", "runs/kept", "--data", "other.json", "--image-folder", "kept"]
+    with pytest.raises(InputError, match="^other.json: its pretrain rows have changed since .* "
+                                         "add --allow-new-data"):
+        train.main(argv)
+    train.main([*argv, "--allow-new-data"])
+    assert "note: other.json: its train rows have changed" in capsys.readouterr().err
+    assert read_json("runs/kept/vocabulary.json") == read_json(kept / "runs/kept/vocabulary.json")
 
 
 def test_two_runs_do_not_share_a_folder(kept, monkeypatch):
@@ -291,14 +310,14 @@ def test_an_overwritten_run_leaves_nothing_of_the_earlier_one(kept):
              "runs/written_over", "--overwrite")
     assert {path.name for path in run.iterdir()} == {
         "config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
-        "samples.png", "held_out.json", "model.safetensors", "result.json", "run.lock"}
+        "samples.png", "held_out.json", "model.safetensors", "result.json", "run.lock", "stage0"}
     assert points[0] not in read_json(run / "held_out.json")
 
 
 TENSORS = "shard-00001-model-00003-of-00008.safetensors"    # a file of a checkpoint
 
 
-DAMAGE = [*itertools.product([TENSORS, "progress.json", "../../log.jsonl"],
+DAMAGE = [*itertools.product([TENSORS, "progress.json"],
                              ["flipped", "halved", "empty", "missing"]),
           ("extra.safetensors", "put there")]   # DCP would read its tensors
 
@@ -325,6 +344,49 @@ def test_an_older_checkpoint_is_taken_if_asked_for(kept, monkeypatch):
         train.main(["--resume", "runs/damaged"])
     train.main(["--resume", "runs/damaged", "--skip-damaged"])
     assert_same_run(Path("runs/damaged"), Path("runs/kept"))
+
+
+@pytest.mark.parametrize("how", ["flipped", "missing"])
+def test_a_lost_log_is_no_damaged_checkpoint(kept, monkeypatch, capsys, how):
+    """--resume says so and goes on to the same weights; the log has the steps from there on."""
+    monkeypatch.chdir(kept)
+    run = Path(shutil.copytree("runs/kept", f"runs/log-{how}"))
+    shutil.rmtree(run / "checkpoints/stage2-00000004")
+    damage(run / "log.jsonl", how)
+    train.main(["--resume", str(run)])
+    assert f"note: {run}/log.jsonl: is missing, or has changed" in capsys.readouterr().err
+    name = "model.safetensors"
+    assert (run / name).read_bytes() == Path("runs/kept", name).read_bytes()
+    assert [(line["stage"], line["step"]) for line in read_log(run)] == [(2, 2), (2, 3)]
+
+
+def edit_config(run: Path, **values) -> None:
+    """Change fields of a run's config.json."""
+    write_json(run / "config.json", {**read_json(run / "config.json"), **values})
+
+
+@pytest.mark.parametrize("field, value", [("lm_depth", 2), ("seed", 1), ("stage2_batch", 4),
+                                          ("lambda_kd", 0.3), ("teachers", ["clip", "eva"]),
+                                          ("max_length", 99)])
+def test_resume_keeps_what_it_was_trained_with(kept, tmp_path, field, value):
+    """A field of config.json that was edited since the checkpoint is refused by name."""
+    run = shutil.copytree(kept / "runs/kept", tmp_path / "run")
+    edit_config(run, **{field: value})
+    line = f"config.json: {field} is .*, and the checkpoint was trained with"
+    with pytest.raises(InputError, match=line):
+        train.main(["--resume", str(run)])
+
+
+def test_a_lower_learning_rate_is_allowed(kept, tmp_path, monkeypatch, capsys):
+    """As a run that diverged is told: --resume RUN --stage2-lr LOWER; a note says it."""
+    monkeypatch.chdir(kept)
+    run = Path(shutil.copytree("runs/kept", tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints/stage2-00000004")
+    train.main(["--resume", str(run), "--stage2-lr", "1e-5", "--keep", "3"])
+    assert "note: --stage2-lr 1e-05 from here on; it was 0.001\n" in capsys.readouterr().err
+    before, after = read_log(Path("runs/kept")), read_log(run)
+    assert after[:-2] == before[:-2]
+    assert after[-1]["lr"] == pytest.approx(before[-1]["lr"] / 100)
 
 
 class Evil:

@@ -27,15 +27,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import plumbing.files as files
 from data import InputError
-from plumbing.files import digest, flop_counter, read_about, read_tensors, write_tensors
 from teachers import VisionEncoder, create_net
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pictures import render
 from tiny.scenes import ATTRIBUTES, sample_scenes, scene_geometry
 from tiny.world import caption
 
-FOLDER = Path("runs/stage0")
 SEED = 0  # the pretrained models are downloads in the real method: the same for every seed of a run
 IMAGES = 6_000
 WORDS = 77  # of a text for CLIP at most, as of CLIP's own
@@ -192,7 +191,7 @@ def fit(name: str, recipe: tuple, model: nn.Module, loss_of: Callable, scale: fl
     for step in bar:
         if not parent_process().is_alive():
             sys.exit("stage 0: the run that wanted this model is gone")
-        counter = flop_counter()
+        counter = files.flop_counter()
         with counter if step == 0 else nullcontext():
             loss = loss_of(generator, batch)
             loss.backward()
@@ -216,31 +215,32 @@ def job(path: Path, name: str, scale: float, maker: tuple, arguments: tuple) -> 
     flops = fit(name, recipe, model, loss_of, scale)
     if name == "clip":
         net.reset_classifier(0)  # the projection into the space that it shares with texts
-    write_tensors(path, net.state_dict(), tflops=flops / 1e12)
+    files.write_tensors(path, net.state_dict(), tflops=flops / 1e12)
 
 
-def stage0(models: dict[str, tuple], scale: float) -> tuple[dict[str, Path], float]:
-    """Return files with the models' weights, trained now if missing, and the TFLOPs they cost.
+def stage0(models: dict[str, tuple], scale: float, folder: Path) -> tuple[dict[str, Path], float]:
+    """Return files of `folder` with the models' weights, made now if missing, and their TFLOPs.
 
     `models` has each one's entry of MAKERS and the arguments of its training. `scale` multiplies
     the steps. A file's name has a hash of all that made it. Raises InputError for a damaged file,
     or if a process is killed.
     """
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    source = [file.read_text(encoding="utf-8") for file in files]
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    source = [file.read_text(encoding="utf-8") for file in sources]
     paths = {}
     for name, (_, arguments) in models.items():
         made_by = json.dumps([source, scale, arguments], default=lambda own: own.fingerprint)
-        paths[name] = FOLDER / f"{name}-{digest(made_by)[:12]}.safetensors"
+        paths[name] = folder / f"{name}-{files.digest(made_by)[:12]}.safetensors"
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
         names = ", ".join(missing)
-        print(f"stage 0: training {names} (once; kept under {FOLDER})", file=sys.stderr)
+        files.require_writable(folder, "--stage0")
+        print(f"stage 0: training {names} (once; kept under {folder})", file=sys.stderr)
         train_side_by_side([(paths[name], name, scale, *models[name]) for name in missing])
     tflops = 0.0
     for path in paths.values():
-        read_tensors(path, "delete it, and it is made again")
-        tflops += read_about(path).get("tflops", 0.0)
+        files.read_tensors(path, "delete it, and it is made again")
+        tflops += files.read_about(path).get("tflops", 0.0)
     return paths, tflops
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from plumbing.signals import listen_while_loading
+from plumbing.signals import begin_program
 
 if sys.argv[0] == "-m":  # this package is loading because one of its programs was started
-    listen_while_loading()
+    begin_program()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from data import InputError
 from model import Ensemble, MoVEKD
-from plumbing import build, finished_run, sets
+from plumbing import build, finished_run
 from plumbing.config import Config
 from real.released_checkpoint import released_config
 from teachers import Teachers
@@ -34,8 +34,7 @@ def load_whole_run(folder: Path, device: str = "auto", weights: str = "") -> Who
         return WholeRun(c, tokenizer, model.to(c.device).eval(), None, None)
     names = c.teachers if c.lambda_kd else ("clip",)
     c = dataclasses.replace(c, teachers=names, weights=weights or c.weights)
-    records = [] if c.llm else sets.load_sets(c)["train"][0]
-    sources, _ = build.pretrained_weights(c, records, tokenizer)
+    sources, _ = build.weights_of_run(c)
     teachers = build.build_teachers(c, sources).to(c.device)
     model = build.build_movekd(c, vlm, teachers)
     tensors = finished_run.read_run_tensors(folder)
