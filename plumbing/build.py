@@ -24,8 +24,11 @@ def real_weights(c: Config) -> dict:
     return found
 
 
-def pretrained_weights(c: Config, records: list[dict], tokenizer) -> tuple[dict, float]:
+def pretrained_weights(c: Config, records: list[dict], tokenizer,
+                       resumed: bool = False) -> tuple[dict, float]:
     """Return where each model's weights are, and the TFLOPs of stage 0, which makes them."""
+    if resumed:
+        return weights_of_run(c)
     found = real_weights(c)
     if not stage0_encoders(c) and c.llm:
         return found, 0.0

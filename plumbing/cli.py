@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -30,8 +31,8 @@ def command(program: str) -> str:
     home = Path(__file__).parent.parent
     here = home.samefile(Path.cwd())
     if program.endswith(".py"):
-        return f"python {program if here else home / program}"
-    return f"{'' if here else f'PYTHONPATH={home} '}python -m {program}"
+        return f"python {program if here else shlex.quote(str(home / program))}"
+    return f"{'' if here else f'PYTHONPATH={shlex.quote(str(home))} '}python -m {program}"
 
 
 def stop(number: int, _) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -72,6 +73,7 @@ def run_one(rank: int, work: Callable, arguments: tuple, world: int, port: int, 
                       LOCAL_WORLD_SIZE=f"{world}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
     if hasattr(os, "setsid"):
         os.setsid()  # a terminal's Ctrl-C reaches it once, through `launch`
+    tqdm.set_lock(threading.RLock())  # its own would outlive os._exit below, with a warning
     signals.begin_program()
     signals.block(False)
     status = 0

@@ -92,10 +92,8 @@ class Run:
             print(words, flush=True)
         stage0_begin = time.perf_counter()
         with machine.first_alone():
-            if resumed:
-                weights, tflops = build.weights_of_run(c)
-            else:
-                weights, tflops = build.pretrained_weights(c, self.sets["train"][0], self.tokenizer)
+            weights, tflops = build.pretrained_weights(c, self.sets["train"][0], self.tokenizer,
+                                                       resumed)
         self.stage0 = time.perf_counter() - stage0_begin, tflops
 
         # Models, then the datasets, whose prompts have as many image tokens as the student gives.
@@ -112,7 +110,6 @@ class Run:
         if not machine.sharded:
             held_out = run_log.HeldOut(c, vlm, self.tokenizer, self.sets.get("eval"))
         self.stage_steps = steps = run_log.count_stage_steps(c, self.datasets)
-        self.progress.config = asdict(c)
         self.log = run_log.RunLog(c, machine.first, self.progress, steps, held_out)
         folder = Path(c.out) / "checkpoints"
         self.checkpoints = Checkpoints(folder, c.keep, machine.rank, machine.world)

@@ -48,6 +48,7 @@ def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
         path, progress = checkpoints.newest_checkpoint(folder, c.skip_damaged)
         progress = Progress(**progress)
         check_config_is_kept(c, progress.config, first)
+        progress.config = dataclasses.asdict(c)
         return lock, path, progress
     if checkpoints.saved_checkpoints(folder):
         if not c.overwrite:
@@ -55,7 +56,7 @@ def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
                              f"`python train.py --resume {c.out}`, name another --out, or add "
                              "--overwrite")
         shutil.rmtree(folder)
-    return lock, None, Progress()
+    return lock, None, Progress(config=dataclasses.asdict(c))
 
 
 def lock_run_folder(c: Config, resumed: bool):

@@ -51,6 +51,7 @@ class CachedTeachers(Teachers):
 
 def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> CachedTeachers:
     """Return teachers whose outputs for all images of some (records, get_image) are in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     source = images_of(sets)
     images = list(source)
     prints = []

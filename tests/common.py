@@ -170,9 +170,10 @@ def error_of(argv: list[str], capsys) -> str:
 
 
 def run_script(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    """Run `python train.py ...` in a process of its own."""
+    """Run `python train.py ...` in a process of its own, started from a notebook."""
+    environment = {**os.environ, "MPLBACKEND": "module://not_in_this_environment"}
     return subprocess.run([sys.executable, str(HERE / "train.py"), *flags], cwd=folder,
-                          capture_output=True, encoding="utf-8")
+                          capture_output=True, encoding="utf-8", env=environment)
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from data import InputError
 from plumbing.evaluate import accuracy_per_type, questions_of
-from plumbing.files import read_json
+from plumbing.files import read_json, write_json
 from plumbing.flags import load_config
 from plumbing.run_folder import read_log
 from tests.common import SHORT, C, assert_same_run, conversation, full_flags, run_here
@@ -67,6 +67,17 @@ def test_no_kd_one_stage_and_no_clipping(workplace):
         assert "kd_eva" not in line
         assert_total_is_the_sum(line, c)
     assert log[-1]["L_total"] < log[0]["L_total"]
+
+
+def test_a_set_without_images_trains_the_llm(workplace, capsys):
+    """Stage 2 alone, with distillation and its norms, though no picture ever comes."""
+    rows = [{"conversations": conversation(f"what is {i}?", "so")} for i in range(20)]
+    write_json(workplace / "text.json", rows)
+    run_here(workplace, *SHORT, *"--data text.json --eval-data text.json --stage1-epochs 0 "
+             "--recipe ours --out runs/text".split())
+    log = read_log(workplace / "runs/text")
+    assert [line["stage"] for line in log] == [2] * 4
+    assert log[-1]["L_text"] < log[0]["L_text"] and log[-1]["L_kd"] == 0
 
 
 def test_exported_world_trains_bit_for_bit_as_the_built_in(workplace):

@@ -33,7 +33,7 @@ def load_whole_run(folder: Path, device: str = "auto", weights: str = "") -> Who
         model = build.build_movekd(c, vlm, Teachers({}))
         return WholeRun(c, tokenizer, model.to(c.device).eval(), None, None)
     names = c.teachers if c.lambda_kd else ("clip",)
-    c = dataclasses.replace(c, teachers=names, weights=weights or c.weights)
+    c = dataclasses.replace(c, out=str(folder), teachers=names, weights=weights or c.weights)
     sources, _ = build.weights_of_run(c)
     teachers = build.build_teachers(c, sources).to(c.device)
     model = build.build_movekd(c, vlm, teachers)
