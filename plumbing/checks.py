@@ -4,15 +4,17 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 import timm
 import torch
 
-from data import InputError, conversation_ids, row_name
+from data import IGNORE, InputError, conversation_ids, row_name
 from plumbing.build import stage0_encoders
 from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
+from plumbing.evaluate import normalise, questions_of
 from plumbing.processes import launched, wanted_processes
 from plumbing.sets import PREFETCH, image_bytes, llava_layout, training_size
 from teachers import ClipEncoder, VisionEncoder, parse_spec
@@ -178,7 +180,7 @@ def check_batch(c: Config, stage: int, rows: int, pieces: int) -> None:
 
 
 def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
-    """Raise InputError for a prompt that leaves no room for an answer."""
+    """Raise InputError for a prompt that leaves no room; note held-out answers out of reach."""
     for name, file in (("train", c.data or c.data_root), ("eval", c.eval_data)):
         records, _ = sets.get(name, ([], None))
         for row, record in enumerate(records):
@@ -193,3 +195,44 @@ def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
                 place = f"{file or 'the tiny world'}: {row_name(row, record)}"
                 raise InputError(f"{place} has a prompt of {len(ids)} tokens, and --max-length is "
                                  f"{c.max_length}: shorten it or raise the flag")
+    if "eval" in sets:
+        note_answers(c, sets["eval"][0], tokenizer)
+
+
+def note_answers(c: Config, records: list[dict], tokenizer) -> None:
+    """Note on stderr how many held-out answers need words, or a length, that the LLM has not."""
+    known = set()
+    if not c.llm:
+        for word in tokenizer.vocabulary:
+            known.update(normalise(word).split())
+    count, unknown, long = 0, [], []
+    for row, record in enumerate(records):
+        for question in questions_of([record]):
+            count += 1
+            new = [set(text.split()) - known for text in question["references"]]
+            if not c.llm and all(new):
+                unknown.append((min(new[0]), row_name(row, record)))
+            tokens = min(count_tokens(text, tokenizer, c.max_new_tokens)
+                         for text in question["answers"])
+            if tokens > c.max_new_tokens:
+                long.append((tokens, row_name(row, record)))
+    begin = f"note: {c.eval_data or 'the tiny world'}:"
+    if unknown:
+        word, name = unknown[0]
+        print(f"{begin} {len(unknown)} of {count} answers cannot be said: they have words that "
+              f'training never shows, as "{word}" in {name}', file=sys.stderr)
+    if long:
+        tokens, name = max(long, key=lambda pair: pair[0])
+        print(f"{begin} {len(long)} of {count} answers are longer than --max-new-tokens "
+              f"{c.max_new_tokens}: the longest has {tokens} tokens, in {name}: raise the flag",
+              file=sys.stderr)
+
+
+def count_tokens(answer: str, tokenizer, limit: int) -> int:
+    """Return the tokens of an answer with its end, or an upper bound that is within the limit."""
+    bound = len(answer.encode()) + 2    # a token has at least one byte; a space comes before them
+    if bound <= limit:
+        return bound
+    turns = [{"from": "human", "value": ""}, {"from": "gpt", "value": answer}]
+    _, labels = conversation_ids({"conversations": turns}, "v1", tokenizer, 0)
+    return len(labels) - labels.count(IGNORE)

@@ -127,7 +127,7 @@ ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("e
 MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute", "save_every",
            "skip_damaged", "tensorboard", "workers")            # what a resumed run may change
 EVALUATION = ("allow_outside", "device", "eval_batch", "eval_data", "eval_split", "image_folder",
-              "max_length", "max_new_tokens", "n_eval")         # what an evaluation may change
+              "max_length", "max_new_tokens", "n_eval", "out")  # what an evaluation may change
 
 # What differs from TINY. SMALL is for one consumer GPU, and untuned; FULL has the published values.
 LARGER = {

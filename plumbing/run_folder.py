@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows has neither file locks nor resource usage
     fcntl = resource = None
 
-RESULTS = ("result.json", "evaluation.json")    # written when training is over
+RESULTS = ("result.json", "evaluation.json", "predictions.jsonl")   # when training is over
 FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
          "samples.png", "held_out.json", "model.safetensors", *RESULTS)
 

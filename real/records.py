@@ -1,8 +1,11 @@
 """LLaVA-format JSON files: their rows, read when they are used, and all checked before training."""
 
+import functools
 import json
+import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +24,12 @@ OPENING = re.compile(rf"(?:\xef\xbb\xbf)?{SPACE}(\[?){SPACE}")  # byte order mar
 # what stands between two rows and after the last: of a JSON array, of JSON Lines
 ARRAY = re.compile(rf"{SPACE},{SPACE}"), re.compile(rf"{SPACE}\]{SPACE}")
 LINES = re.compile(rf"[ \t\r]*\n{SPACE}(?=[^ \t\n\r])"), re.compile(SPACE)
+# keys of a row that are read, or that LLaVA's own sets have
+KNOWN = ("id", "image", "conversations", "type", "model")
+# other keys and values that look like a picture, another medium or several answers
+TELLING = re.compile("image|img|pic|photo|frame|video|audio|answer", re.IGNORECASE)
+MEDIUM = re.compile(r"data:(image|video|audio)/.*|.*\.(png|jpe?g|gif|bmp|webp|tiff?|heic|avif|mp4|avi|"
+                    r"mov|mkv|webm|wav|mp3|flac)", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(eq=False)
@@ -108,11 +117,24 @@ def as_used(record):
     turns = record.get("conversations")
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict) and isinstance(turn.get("value"), str):
-            turn["value"] = turn["value"].encode(errors="surrogatepass").decode(errors="replace")
+            turn["value"] = whole_characters(turn["value"])
+    if has_answers(record):
+        record["answers"] = [whole_characters(text) for text in record["answers"]]
     return record
 
 
-def record_fault(record) -> str | None:
+def whole_characters(text: str) -> str:
+    return text.encode(errors="surrogatepass").decode(errors="replace")
+
+
+def has_answers(record: dict) -> bool:
+    """Return whether a record's "answers" is a list of texts."""
+    answers = record.get("answers")
+    return (isinstance(answers, list) and len(answers) > 0
+            and all(isinstance(text, str) and text.strip() for text in answers))
+
+
+def record_fault(record, held_out: bool = False) -> str | None:
     """Return what is wrong with the form of a record, in words, or None. It opens no file."""
     if not isinstance(record, dict):
         return "is not an object {id, image, conversations}"
@@ -130,6 +152,11 @@ def record_fault(record) -> str | None:
     answers = [turn["value"] for turn in turns[1::2]]
     if len(turns) % 2 or not all(answer.strip() for answer in answers):
         return "has a question without an answer"
+    if held_out and record.get("answers") is not None:
+        if not has_answers(record):
+            return '"answers" is not a list of texts'
+        if len(questions) > 1:
+            return f'has {len(questions)} questions, and one list of "answers"'
     return image_fault(record, questions, answers)
 
 
@@ -152,28 +179,60 @@ def image_fault(record: dict, questions: list[str], answers: list[str]) -> str |
     return None if count == 1 else f'has {count} <image> token(s) but one "image" file'
 
 
-def row_faults(records: RecordFile, get_image: DiskImages | None) -> Iterator[tuple[int, str]]:
-    """Yield (row, what is wrong) of every bad row: its form and, with get_image, its image file."""
-    def fault_of(record) -> str | None:
-        fault = record_fault(record)
+def unread_keys(record, held_out: bool) -> list[str]:
+    """Return the keys of a row that look like a picture or answers, and that nothing reads."""
+    unread = []
+    for key, value in record.items() if isinstance(record, dict) else ():
+        if key in KNOWN or value is None or (held_out and key == "answers"):
+            continue
+        values = value if isinstance(value, list) else [value]
+        is_medium = any(isinstance(item, str) and MEDIUM.fullmatch(item) for item in values)
+        if is_medium or TELLING.search(key):
+            unread.append(key)
+    return unread
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line on stderr, once a run: stage 1 and stage 2 may read the same file."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def row_faults(records: RecordFile, get_image: DiskImages | None,
+               held_out: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield (row, what is wrong) of every bad row: its form and, with get_image, its image file.
+
+    Then say which keys nobody reads. Of a held-out set "answers" are read.
+    """
+    unread = Counter()
+
+    def fault_of(record) -> tuple[str | None, list[str]]:
+        fault = record_fault(record, held_out)
         if fault is None and get_image and "image" in record:
             try:
                 get_image(record["image"])
             except InputError as e:
                 fault = f"has a bad image: {e}"
-        return fault
+        return fault, unread_keys(record, held_out)
 
     # threads help: PIL decodes a picture without Python's lock
     with ThreadPoolExecutor() as pool, tqdm(total=len(records), desc="check", leave=False) as bar:
         for start in range(0, len(records), 1000):
-            faults = pool.map(fault_of, records[start:start + 1000])
-            for row, fault in enumerate(faults, start):
+            found = pool.map(fault_of, records[start:start + 1000])
+            for row, (fault, keys) in enumerate(found, start):
                 bar.update()
+                unread.update(keys)
                 if fault:
                     yield row, fault
+    for key, count in unread.items():
+        remedy = ('answers are read in a held-out set only' if key == "answers" else
+                  'the picture of a row is its "image"')
+        say_once(f'note: {records.path}: "{key}" is in {count} rows, and nothing reads it; {remedy}')
 
 
-def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None) -> RecordFile:
+def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None,
+                 held_out: bool = False) -> RecordFile:
     """Return the records of a LLaVA-format file, every row checked before anything is trained.
 
     With get_image, a DiskImages, their images are opened too. Raises InputError for the first bad
@@ -181,11 +240,11 @@ def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None) -> Re
     """
     records = read_list(path)
     bad = {}
-    for row, fault in row_faults(records, get_image):
+    for row, fault in row_faults(records, get_image, held_out):
         name = row_name(row, records[row])
         if not skip_bad:
-            raise InputError(f"{path}: {name} {fault}; "
-                            f"`python -m tools.check_data {path} {folder}` lists every bad row")
+            command = f"python -m tools.check_data {path} {folder}{' --held-out' * held_out}"
+            raise InputError(f"{path}: {name} {fault}; `{command}` lists every bad row")
         print(f"skipped: {path}: {name} {fault}", file=sys.stderr)
         bad[row] = fault
     if len(bad) == len(records):

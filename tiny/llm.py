@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-
 # Thai to Burmese, Khmer, kana, Han and Hangul, with their marks: a character of them is a word
 SPACELESS = ("\u0e00-\u109f\u1780-\u17ff\u3001-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff01-\uffef"
              "\U00020000-\U0003ffff")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from plumbing.cli import Parser, run
 from plumbing.config import Config
-from plumbing.evaluate import answer, normalise, questions_of
+from plumbing.evaluate import answer, questions_of, score
 from plumbing.finished_run import load_run
 from plumbing.sets import load_sets, student_size
 from real.image_files import load_image
@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.image and not args.question:
         parser.error(f"a question is missing: python -m tools.ask {args.run} {args.image} "
                      '"what colour?"')
+    if args.image:
+        load_image(args.image, 16)  # a bad file is known before a large run is loaded
     vlm, tokenizer, c = load_run(args.run)
     if args.image:
         print(ask(c, vlm, tokenizer, args.image, args.question))
@@ -58,9 +60,10 @@ def print_samples(c: Config, vlm, tokenizer, records: list[dict], get_image, n: 
     rows = questions_of(records)[:n]
     answers = answer(c, vlm, tokenizer, [row["record"] for row in rows], get_image)
     for row, given in zip(rows, answers, strict=True):
-        mark = "right" if normalise(given) == row["answer"] else "wrong"
-        image = row["record"].get("image", "(no image)")
-        print(f"{image}  {row['question']}  {row['answer']}  ->  {given}  ({mark})")
+        points = score(row, given)
+        mark = {0: "wrong", 1: "right"}.get(points, f"{100 * points:.0f} % right")
+        image, truth = row["record"].get("image", "(no image)"), row["answers"][0]
+        print(f"{image}  {row['question']}  {truth}  ->  {given}  ({mark})")
 
 
 if __name__ == "__main__":
