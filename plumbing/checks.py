@@ -200,39 +200,31 @@ def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
 
 
 def note_answers(c: Config, records: list[dict], tokenizer) -> None:
-    """Note on stderr how many held-out answers need words, or a length, that the LLM has not."""
-    known = set()
-    if not c.llm:
-        for word in tokenizer.vocabulary:
-            known.update(normalise(word).split())
-    count, unknown, long = 0, [], []
-    for row, record in enumerate(records):
-        for question in questions_of([record]):
-            count += 1
-            new = [set(text.split()) - known for text in question["references"]]
-            if not c.llm and all(new):
-                unknown.append((min(new[0]), row_name(row, record)))
-            tokens = min(count_tokens(text, tokenizer, c.max_new_tokens)
-                         for text in question["answers"])
+    """Note on stderr how many held-out answers need words or tokens that the LLM has not."""
+    known = set(" ".join(map(normalise, [] if c.llm else tokenizer.vocabulary)).split())
+    unknown, long = [], []
+    rows = questions_of(records)
+    for row in rows:
+        new = [set(text.split()) - known for text in row["references"]]
+        if not c.llm and all(new):
+            unknown.append(f'"{min(new[0])}" in {row["name"]}')
+        # A token has at least one byte, the end none: most answers need not be tokenised.
+        if all(len(text.encode()) + 1 >= c.max_new_tokens for text in row["answers"]):
+            tokens = min(count_tokens(text, tokenizer) for text in row["answers"])
             if tokens > c.max_new_tokens:
-                long.append((tokens, row_name(row, record)))
-    begin = f"note: {c.eval_data or 'the tiny world'}:"
+                long.append((tokens, row["name"]))
+    begin, of = f"note: {c.eval_data or 'the tiny world'}:", f"of {len(rows)} answers"
     if unknown:
-        word, name = unknown[0]
-        print(f"{begin} {len(unknown)} of {count} answers cannot be said: they have words that "
-              f'training never shows, as "{word}" in {name}', file=sys.stderr)
+        print(f"{begin} {len(unknown)} {of} cannot be said: they have words that training never "
+              f"shows, as {unknown[0]}", file=sys.stderr)
     if long:
         tokens, name = max(long, key=lambda pair: pair[0])
-        print(f"{begin} {len(long)} of {count} answers are longer than --max-new-tokens "
-              f"{c.max_new_tokens}: the longest has {tokens} tokens, in {name}: raise the flag",
-              file=sys.stderr)
+        print(f"{begin} {len(long)} {of} are longer than --max-new-tokens {c.max_new_tokens}: the "
+              f"longest has {tokens} tokens, in {name}: raise the flag", file=sys.stderr)
 
 
-def count_tokens(answer: str, tokenizer, limit: int) -> int:
-    """Return the tokens of an answer with its end, or an upper bound that is within the limit."""
-    bound = len(answer.encode()) + 2    # a token has at least one byte; a space comes before them
-    if bound <= limit:
-        return bound
+def count_tokens(answer: str, tokenizer) -> int:
+    """Return the tokens of an answer, its end included."""
     turns = [{"from": "human", "value": ""}, {"from": "gpt", "value": answer}]
     _, labels = conversation_ids({"conversations": turns}, "v1", tokenizer, 0)
     return len(labels) - labels.count(IGNORE)

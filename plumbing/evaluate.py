@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Conversations, blank_image, collate, to_device
+from data import Conversations, blank_image, collate, row_name, to_device
 from model import VLM
 from plumbing.config import Config
 from plumbing.files import replacing
@@ -20,14 +20,10 @@ RARE = 10  # fewer questions than this are too few for a type of their own: they
 
 
 # as the VQA evaluation: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools, vqaEval.py
-MARKS = ";/[]\"{}()=+\\_-><@`,?!"
-NUMBERS = {word: str(n) for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())} | {"none": "0"}
+MARKS = ";/[]\"{}()=+\\_-><@`,?!" + "、。・「」『』【】《》〈〉“”«»–—"    # and other scripts'
+NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+           "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 ARTICLES = ("a", "an", "the")
-# what NFKC leaves of the marks of other scripts and of typography, as the marks above
-AS_ASCII = str.maketrans("\u3002\u3001\u2018\u2019\u300c\u300d\u300e\u300f\u300a\u300b\u3008\u3009"
-                         "\u201c\u201d\u201e\u00ab\u00bb\u3010\u3011\u30fb\u2013\u2014\u2212\u061f\u060c",
-                         ".,''" + 13 * '"' + "[]----?,")
 
 
 def normalise(answer: str) -> str:
@@ -35,14 +31,12 @@ def normalise(answer: str) -> str:
 
     Marks and articles go, unless nothing else is there: "A." is "A", but not "the" or "".
     """
-    text = unicodedata.normalize("NFKC", answer).translate(AS_ASCII).lower()
-    text = " ".join(text.split())
-    bare = text
+    bare = text = " ".join(unicodedata.normalize("NFKC", answer).lower().split())
     for mark in MARKS:
         # as there, one place decides for the whole text: "1,000", or a mark beside a space
         goes = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
         bare = bare.replace(mark, "" if goes else " ")
-    bare = re.sub(r"\.(?!\d)", "", bare).replace("'", "")     # "dont" is "don't"
+    bare = re.sub(r"\.(?!\d)|['‘’]", "", bare)     # no apostrophes: "dont" is "don't"
     # the words of a text, joined as the tiny LLM would: "50%" is "50 %"
     words = [NUMBERS.get(word, word) for word in WordTokenizer.words(bare)]
     content = [word for word in words if word not in ARTICLES]
@@ -50,20 +44,20 @@ def normalise(answer: str) -> str:
 
 
 def questions_of(records: list[dict]) -> list[dict]:
-    """Return one row per question: {record (cut after that question), question, answers, type}.
+    """Return one row per question: {record (cut after that question), name, question, type,
 
-    `answers` are the texts of the record's "answers", or its one answer; `references` normalised.
+    answers: the texts of the record's "answers", or its one answer; references: normalised}.
     """
     rows = []
-    for record in records:
+    for number, record in enumerate(records):
         turns = record["conversations"]
         for i in range(0, len(turns), 2):
             question = turns[i]["value"].replace("<image>", "").strip()
             answers = record.get("answers") or [turns[i + 1]["value"]]
             rows.append({"record": {**record, "conversations": turns[:i + 1]},
-                         "question": question, "answers": answers,
-                         "references": [normalise(text) for text in answers],
-                         "type": record.get("type", question)})
+                         "name": row_name(number, record), "question": question,
+                         "type": record.get("type", question), "answers": answers,
+                         "references": [normalise(text) for text in answers]})
     count = Counter(row["type"] for row in rows)
     for row in rows:
         if count[row["type"]] < RARE:
@@ -136,13 +130,12 @@ def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image: Cal
 
 
 def write_predictions(path: Path, rows: list[dict], answers: list[str]) -> None:
-    """Write each question with its answers, the model's and its score, a JSON object a line."""
+    """Write a JSON object for each question, with the right answers, the given one, its score."""
     lines = []
     for row, given in zip(rows, answers, strict=True):
-        prediction = {"id": row["record"].get("id"), "type": row["type"],
-                      "question": row["question"], "answers": row["answers"],
-                      "prediction": given, "correct": score(row, given)}
-        lines.append(json.dumps(prediction, ensure_ascii=False) + "\n")
+        about = {key: row[key] for key in ("type", "question", "answers")}
+        lines.append(json.dumps({"id": row["record"].get("id"), **about, "prediction": given,
+                                 "correct": score(row, given)}, ensure_ascii=False) + "\n")
     with replacing(path) as temporary:      # an id may hold half a character
         temporary.write_text("".join(lines), encoding="utf-8", errors="replace")
 

@@ -24,12 +24,11 @@ OPENING = re.compile(rf"(?:\xef\xbb\xbf)?{SPACE}(\[?){SPACE}")  # byte order mar
 # what stands between two rows and after the last: of a JSON array, of JSON Lines
 ARRAY = re.compile(rf"{SPACE},{SPACE}"), re.compile(rf"{SPACE}\]{SPACE}")
 LINES = re.compile(rf"[ \t\r]*\n{SPACE}(?=[^ \t\n\r])"), re.compile(SPACE)
-# keys of a row that are read, or that LLaVA's own sets have
+# keys that are read, or that LLaVA has; others, or their values, that look like a medium or answers
 KNOWN = ("id", "image", "conversations", "type", "model")
-# other keys and values that look like a picture, another medium or several answers
-TELLING = re.compile("image|img|pic|photo|frame|video|audio|answer", re.IGNORECASE)
-MEDIUM = re.compile(r"data:(image|video|audio)/.*|.*\.(png|jpe?g|gif|bmp|webp|tiff?|heic|avif|mp4|avi|"
-                    r"mov|mkv|webm|wav|mp3|flac)", re.IGNORECASE | re.DOTALL)
+TELLING = re.compile("image|img|picture|photo|frame|video|audio|answer", re.IGNORECASE)
+MEDIUM = re.compile(r"data:(image|video|audio)/|\.(png|jpe?g|gif|bmp|webp|tiff?|mp4|avi|mov|mkv)"
+                    r"\W*$", re.IGNORECASE)
 
 
 @dataclass(eq=False)
@@ -118,7 +117,7 @@ def as_used(record):
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict) and isinstance(turn.get("value"), str):
             turn["value"] = whole_characters(turn["value"])
-    if has_answers(record):
+    if is_texts(record.get("answers")):
         record["answers"] = [whole_characters(text) for text in record["answers"]]
     return record
 
@@ -127,11 +126,9 @@ def whole_characters(text: str) -> str:
     return text.encode(errors="surrogatepass").decode(errors="replace")
 
 
-def has_answers(record: dict) -> bool:
-    """Return whether a record's "answers" is a list of texts."""
-    answers = record.get("answers")
-    return (isinstance(answers, list) and len(answers) > 0
-            and all(isinstance(text, str) and text.strip() for text in answers))
+def is_texts(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(text, str) and text.strip() for text in value)
 
 
 def record_fault(record, held_out: bool = False) -> str | None:
@@ -152,11 +149,9 @@ def record_fault(record, held_out: bool = False) -> str | None:
     answers = [turn["value"] for turn in turns[1::2]]
     if len(turns) % 2 or not all(answer.strip() for answer in answers):
         return "has a question without an answer"
-    if held_out and record.get("answers") is not None:
-        if not has_answers(record):
-            return '"answers" is not a list of texts'
-        if len(questions) > 1:
-            return f'has {len(questions)} questions, and one list of "answers"'
+    if held_out and record.get("answers") is not None and (
+            len(questions) > 1 or not is_texts(record["answers"])):
+        return '"answers" is not a list of texts, those of its one question'
     return image_fault(record, questions, answers)
 
 
@@ -183,11 +178,8 @@ def unread_keys(record, held_out: bool) -> list[str]:
     """Return the keys of a row that look like a picture or answers, and that nothing reads."""
     unread = []
     for key, value in record.items() if isinstance(record, dict) else ():
-        if key in KNOWN or value is None or (held_out and key == "answers"):
-            continue
-        values = value if isinstance(value, list) else [value]
-        is_medium = any(isinstance(item, str) and MEDIUM.fullmatch(item) for item in values)
-        if is_medium or TELLING.search(key):
+        is_read = key in KNOWN or (held_out and key == "answers")
+        if not is_read and value and (TELLING.search(key) or MEDIUM.search(str(value))):
             unread.append(key)
     return unread
 
@@ -201,9 +193,9 @@ def say_once(line: str) -> None:
 
 def row_faults(records: RecordFile, get_image: DiskImages | None,
                held_out: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield (row, what is wrong) of every bad row: its form and, with get_image, its image file.
+    """Yield (row, what is wrong) of every bad row, its image file too if there is a get_image.
 
-    Then say which keys nobody reads. Of a held-out set "answers" are read.
+    Then name the keys that nothing reads. A held-out set may have "answers".
     """
     unread = Counter()
 
@@ -226,9 +218,8 @@ def row_faults(records: RecordFile, get_image: DiskImages | None,
                 if fault:
                     yield row, fault
     for key, count in unread.items():
-        remedy = ('answers are read in a held-out set only' if key == "answers" else
-                  'the picture of a row is its "image"')
-        say_once(f'note: {records.path}: "{key}" is in {count} rows, and nothing reads it; {remedy}')
+        say_once(f"note: {records.path}: {json.dumps(key)} is in {count} rows, and nothing reads "
+                 'it; the picture of a row is its "image", and only a held-out set has "answers"')
 
 
 def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None,

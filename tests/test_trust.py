@@ -291,7 +291,8 @@ def test_an_overwritten_run_leaves_nothing_of_the_earlier_one(kept):
              "runs/written_over", "--overwrite")
     assert {path.name for path in run.iterdir()} == {
         "config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
-        "samples.png", "held_out.json", "model.safetensors", "result.json", "run.lock"}
+        "samples.png", "held_out.json", "model.safetensors", "result.json", "run.lock",
+        "predictions.jsonl"}
     assert points[0] not in read_json(run / "held_out.json")
 
 
@@ -445,6 +446,32 @@ def test_a_run_can_be_evaluated_again(kept, monkeypatch, capsys):
         assert 0 <= other["macro_accuracy"] <= 100 and "seconds" not in other
     with pytest.raises(InputError, match="--stage1-lr: with --evaluate a run keeps"):
         evaluate("runs/kept", "--stage1-lr", "1")
+
+
+def test_an_evaluation_prints_first_and_writes_elsewhere(kept, monkeypatch, capsys):
+    """A run that cannot be written is printed, then a line names --out; there the files go."""
+    monkeypatch.chdir(kept)
+    shutil.copytree("runs/tiny", "runs/shut")
+    write_json(Path("runs/shut/evaluation.json/full"), [])      # root too cannot replace a folder
+    rows = [{"id": n, "conversations": conversation("what colour?", text), "answers": answers}
+            for n, (text, answers) in enumerate([("red", None), ("crimson", None), ("x", ["?!", "red"]),
+                                                 ("x", ["red " * 20, "blue " * 30])])]
+    write_json(Path("said.json"), rows)
+    argv = ["--evaluate", "runs/shut", "--eval-data", "said.json"]
+    assert error_of(argv, capsys) == ("error: runs/shut/evaluation.json: Is a directory; name another "
+                                      "folder with --out")
+    train.main([*argv, "--out", "new/folder"])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1].removeprefix("result: "))
+    assert read_json(Path("new/folder/evaluation.json")) == result
+    lines = [json.loads(line) for line in Path("new/folder/predictions.jsonl").open(encoding="utf-8")]
+    assert [line["answers"] for line in lines] == [["red"], ["crimson"], *[r["answers"] for r in rows[2:]]]
+    assert Path("new/folder/samples.png").exists()
+    assert printed.err.splitlines()[-2:] == [
+        'note: said.json: 1 of 4 answers cannot be said: they have words that training never shows, '
+        'as "crimson" in row 1 (counted from 0, id 1)',
+        "note: said.json: 1 of 4 answers are longer than --max-new-tokens 16: the longest has 21 "
+        "tokens, in row 3 (counted from 0, id 3): raise the flag"]
 
 
 def test_long_prompts_are_known_before_training(kept, monkeypatch):

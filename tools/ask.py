@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"a question is missing: python -m tools.ask {args.run} {args.image} "
                      '"what colour?"')
     if args.image:
-        load_image(args.image, 16)  # a bad file is known before a large run is loaded
+        load_image(args.image, 16)  # a bad one ends it now
     vlm, tokenizer, c = load_run(args.run)
     if args.image:
         print(ask(c, vlm, tokenizer, args.image, args.question))
@@ -51,8 +51,8 @@ def ask(c: Config, vlm, tokenizer, image: Path, question: str) -> str:
                   file=sys.stderr)
     turn = {"from": "human", "value": f"<image>\n{question}"}
     record = {"image": str(image), "conversations": [turn]}
-    size = student_size(c)
-    return answer(c, vlm, tokenizer, [record], lambda name: load_image(Path(name), size))[0]
+    picture = load_image(image, student_size(c))
+    return answer(c, vlm, tokenizer, [record], lambda name: picture)[0]
 
 
 def print_samples(c: Config, vlm, tokenizer, records: list[dict], get_image, n: int) -> None:
@@ -60,10 +60,9 @@ def print_samples(c: Config, vlm, tokenizer, records: list[dict], get_image, n: 
     rows = questions_of(records)[:n]
     answers = answer(c, vlm, tokenizer, [row["record"] for row in rows], get_image)
     for row, given in zip(rows, answers, strict=True):
-        points = score(row, given)
-        mark = {0: "wrong", 1: "right"}.get(points, f"{100 * points:.0f} % right")
-        image, truth = row["record"].get("image", "(no image)"), row["answers"][0]
-        print(f"{image}  {row['question']}  {truth}  ->  {given}  ({mark})")
+        mark = {0: "wrong", 1: "right"}.get(score(row, given), "partly right")
+        image = row["record"].get("image", "(no image)")
+        print(f"{image}  {row['question']}  {row['answers'][0]}  ->  {given}  ({mark})")
 
 
 if __name__ == "__main__":
