@@ -96,5 +96,5 @@ def test_answers_of_a_held_out_row_are_texts(folder, capsys, answers, turns):
     row = {"answers": answers, "conversations": conversation(*["what?", "that"] * turns)}
     (folder / "set.json").write_text(json.dumps([row]), encoding="utf-8")
     assert len(read_records(folder / "set.json", folder, False)) == 1
-    with pytest.raises(InputError, match='row 0 .* "answers" is not .*set.json .* --held-out` lists'):
+    with pytest.raises(InputError, match='row 0 .* "answers" is not a .* --held-out` lists'):
         read_records(folder / "set.json", folder, False, held_out=True)

@@ -58,15 +58,15 @@ def test_words_are_tokens():
 
 
 @pytest.mark.parametrize("text, count", [
-    ("1,000 .5 3.5kg 10:30 don't it’s u.s. e.g. a.b", 11), ("५ हिन्दी العَرَبِيَّة e\u0301t\u00e9", 4),
-    ("红色的心，在草地上。", 10), ("ハート です", 5), ("빨간", 2), ("ครับ", 4), ("𠀀ｶﾞ", 3), ("no .5 , t - 恤", 6)])
+    ("1,000 .5 3.5kg 10:30 don't it’s u.s. e.g.", 8), ("no .5 , t - 恤", 6),
+    ("५ हिन्दी العَرَبِيَّة e\u0301t\u00e9", 4),
+    ("红色的心，在草地上。", 10), ("ハートです", 5), ("빨간", 2), ("ครับ", 4), ("𠀀ｶﾞ", 3)])
 def test_numbers_contractions_and_scripts_without_spaces(text, count):
     """A number, a contraction, an abbreviation is one word; of Han, kana, Thai each character."""
     tokenizer = WordTokenizer.from_texts([text])
     ids = tokenizer.encode(text)
     assert len(ids) == count and tokenizer.unk not in ids
-    expected = {"ハート です": "ハートです", "a.b": "a . b"}.get(text, text).replace("a.b", "a . b")
-    assert tokenizer.decode(ids) == expected
+    assert tokenizer.decode(ids) == text
 
 
 def test_flop_counter_counts_attention_forward_and_backward():

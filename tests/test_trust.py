@@ -440,6 +440,10 @@ def test_a_run_can_be_evaluated_again(kept, monkeypatch, capsys):
 
     result = read_json(Path("runs/kept/result.json"))
     assert evaluate("runs/kept")["accuracy"] == result["accuracy"]
+    predictions = read_json(Path("runs/kept/predictions.jsonl"))
+    for kind, accuracy in result["accuracy"].items():
+        correct = [line["correct"] for line in predictions if line["type"] == kind]
+        assert 100 * sum(correct) / len(correct) == pytest.approx(accuracy)
     write_json(Path("kept/two.json"), read_json(Path("kept/train.json"))[:2])
     for run in ("runs/kept", "runs/tiny"):      # runs/tiny was trained on no file
         other = evaluate(run, "--eval-data", "kept/two.json")
@@ -453,23 +457,25 @@ def test_an_evaluation_prints_first_and_writes_elsewhere(kept, monkeypatch, caps
     monkeypatch.chdir(kept)
     shutil.copytree("runs/tiny", "runs/shut")
     write_json(Path("runs/shut/evaluation.json/full"), [])      # root too cannot replace a folder
-    rows = [{"id": n, "conversations": conversation("what colour?", text), "answers": answers}
-            for n, (text, answers) in enumerate([("red", None), ("crimson", None), ("x", ["?!", "red"]),
-                                                 ("x", ["red " * 20, "blue " * 30])])]
+    answers = [["red"], ["crimson"], ["?!", "red"], ["red " * 20, "blue " * 30]]
+    rows = [{"id": n, "conversations": conversation("what colour?", texts[0]), "answers": texts}
+            for n, texts in enumerate(answers)]
+    del rows[0]["answers"]
     write_json(Path("said.json"), rows)
     argv = ["--evaluate", "runs/shut", "--eval-data", "said.json"]
-    assert error_of(argv, capsys) == ("error: runs/shut/evaluation.json: Is a directory; name another "
-                                      "folder with --out")
+    line = "error: runs/shut/evaluation.json: Is a directory; name another folder with --out"
+    assert common.error_of(argv, capsys) == line
     train.main([*argv, "--out", "new/folder"])
     printed = capsys.readouterr()
     result = json.loads(printed.out.splitlines()[-1].removeprefix("result: "))
     assert read_json(Path("new/folder/evaluation.json")) == result
-    lines = [json.loads(line) for line in Path("new/folder/predictions.jsonl").open(encoding="utf-8")]
-    assert [line["answers"] for line in lines] == [["red"], ["crimson"], *[r["answers"] for r in rows[2:]]]
+    predictions = read_json(Path("new/folder/predictions.jsonl"))
+    assert [line["answers"] for line in predictions] == answers
+    assert set(predictions[0]) == {"id", "type", "question", "answers", "prediction", "correct"}
     assert Path("new/folder/samples.png").exists()
-    assert printed.err.splitlines()[-2:] == [
-        'note: said.json: 1 of 4 answers cannot be said: they have words that training never shows, '
-        'as "crimson" in row 1 (counted from 0, id 1)',
+    assert [line for line in printed.err.splitlines() if line.startswith("note: ")] == [
+        "note: said.json: 1 of 4 answers cannot be said: they have words that training never "
+        'shows, as "crimson" in row 1 (counted from 0, id 1)',
         "note: said.json: 1 of 4 answers are longer than --max-new-tokens 16: the longest has 21 "
         "tokens, in row 3 (counted from 0, id 3): raise the flag"]
 
