@@ -23,7 +23,6 @@ RARE = 10  # fewer questions than this are too few for a type of their own: they
 MARKS = ";/[]\"{}()=+\\_-><@`,?!" + "、。・「」『』【】《》〈〉“”«»–—"    # and other scripts'
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
            "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
-ARTICLES = ("a", "an", "the")
 
 
 def normalise(answer: str) -> str:
@@ -39,7 +38,7 @@ def normalise(answer: str) -> str:
     bare = re.sub(r"\.(?!\d)|['‘’]", "", bare)     # no apostrophes: "dont" is "don't"
     # the words of a text, joined as the tiny LLM would: "50%" is "50 %"
     words = [NUMBERS.get(word, word) for word in WordTokenizer.words(bare)]
-    content = [word for word in words if word not in ARTICLES]
+    content = [word for word in words if word not in ("a", "an", "the")]
     return " ".join(content or words or WordTokenizer.words(text))
 
 

@@ -39,8 +39,8 @@ def start(argv: list[str] | None, train: Callable, description: str) -> None:
             files.write_json(out / "evaluation.json", result)
             save_answers(out, rows, answers, held_out[1])
         except OSError as e:
-            raise InputError(f"{e.filename}: {e.strerror}; name another folder with --out"
-                             ) from None
+            line = f"{e.filename or out}: {e.strerror}; name another folder with --out"
+            raise InputError(line) from None
         return
     arguments = (train, c, mode == "resume", begin)
     if wanted_processes(c) > 1:

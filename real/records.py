@@ -115,23 +115,19 @@ def as_used(record):
             del record[key]
     turns = record.get("conversations")
     for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, dict) and isinstance(turn.get("value"), str):
+        if isinstance(turn, dict) and "value" in turn:
             turn["value"] = whole_characters(turn["value"])
-    if is_texts(record.get("answers")):
+    if isinstance(record.get("answers"), list):
         record["answers"] = [whole_characters(text) for text in record["answers"]]
     return record
 
 
-def whole_characters(text: str) -> str:
-    return text.encode(errors="surrogatepass").decode(errors="replace")
+def whole_characters(text):
+    is_text = isinstance(text, str)
+    return text.encode(errors="surrogatepass").decode(errors="replace") if is_text else text
 
 
-def is_texts(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(text, str) and text.strip() for text in value)
-
-
-def record_fault(record, held_out: bool = False) -> str | None:
+def record_fault(record, held_out: bool) -> str | None:
     """Return what is wrong with the form of a record, in words, or None. It opens no file."""
     if not isinstance(record, dict):
         return "is not an object {id, image, conversations}"
@@ -149,9 +145,12 @@ def record_fault(record, held_out: bool = False) -> str | None:
     answers = [turn["value"] for turn in turns[1::2]]
     if len(turns) % 2 or not all(answer.strip() for answer in answers):
         return "has a question without an answer"
-    if held_out and record.get("answers") is not None and (
-            len(questions) > 1 or not is_texts(record["answers"])):
-        return '"answers" is not a list of texts, those of its one question'
+    if held_out and record.get("answers") is not None:
+        several = record["answers"]
+        are_texts = isinstance(several, list) and all(
+            isinstance(text, str) and text.strip() for text in several)
+        if len(questions) > 1 or not several or not are_texts:
+            return '"answers" is not a list of texts, those of its one question'
     return image_fault(record, questions, answers)
 
 
@@ -192,7 +191,7 @@ def say_once(line: str) -> None:
 
 
 def row_faults(records: RecordFile, get_image: DiskImages | None,
-               held_out: bool = False) -> Iterator[tuple[int, str]]:
+               held_out: bool) -> Iterator[tuple[int, str]]:
     """Yield (row, what is wrong) of every bad row, its image file too if there is a get_image.
 
     Then name the keys that nothing reads. A held-out set may have "answers".

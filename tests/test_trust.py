@@ -455,7 +455,7 @@ def test_a_run_can_be_evaluated_again(kept, monkeypatch, capsys):
 def test_an_evaluation_prints_first_and_writes_elsewhere(kept, monkeypatch, capsys):
     """A run that cannot be written is printed, then a line names --out; there the files go."""
     monkeypatch.chdir(kept)
-    shutil.copytree("runs/tiny", "runs/shut")
+    shutil.copytree("runs/tiny", "runs/shut", ignore=shutil.ignore_patterns("evaluation.json"))
     write_json(Path("runs/shut/evaluation.json/full"), [])      # root too cannot replace a folder
     answers = [["red"], ["crimson"], ["?!", "red"], ["red " * 20, "blue " * 30]]
     rows = [{"id": n, "conversations": conversation("what colour?", texts[0]), "answers": texts}
