@@ -4,15 +4,17 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 import timm
 import torch
 
-from data import InputError, conversation_ids, row_name
+from data import IGNORE, InputError, conversation_ids, row_name
 from plumbing.build import stage0_encoders
 from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
+from plumbing.evaluate import normalise, questions_of
 from plumbing.processes import Machine, launched, wanted_processes
 from plumbing.sets import PREFETCH, image_bytes, llava_layout, training_size
 from teachers import ClipEncoder, VisionEncoder, parse_spec
@@ -188,7 +190,7 @@ def check_rows(c: Config, sets: dict[str, tuple], machine: Machine) -> None:
 
 
 def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
-    """Raise InputError for a prompt that leaves no room for an answer."""
+    """Raise InputError for a prompt that leaves no room; note held-out answers out of reach."""
     for name, file in (("train", c.data or c.data_root), ("eval", c.eval_data)):
         records, _ = sets.get(name, ([], None))
         for row, record in enumerate(records):
@@ -203,3 +205,36 @@ def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
                 place = f"{file or 'the tiny world'}: {row_name(row, record)}"
                 raise InputError(f"{place} has a prompt of {len(ids)} tokens, and --max-length is "
                                  f"{c.max_length}: shorten it or raise the flag")
+    if "eval" in sets:
+        note_answers(c, sets["eval"][0], tokenizer)
+
+
+def note_answers(c: Config, records: list[dict], tokenizer) -> None:
+    """Note on stderr how many held-out answers need words or tokens that the LLM has not."""
+    known = set(" ".join(map(normalise, [] if c.llm else tokenizer.vocabulary)).split())
+    unknown, long = [], []
+    rows = questions_of(records)
+    for row in rows:
+        new = [set(text.split()) - known for text in row["references"]]
+        if not c.llm and all(new):
+            unknown.append(f'"{min(new[0])}" in {row["name"]}')
+        # A token has at least one byte, the end none: most answers need not be tokenised.
+        if all(len(text.encode()) + 1 >= c.max_new_tokens for text in row["answers"]):
+            tokens = min(count_tokens(text, tokenizer) for text in row["answers"])
+            if tokens > c.max_new_tokens:
+                long.append((tokens, row["name"]))
+    begin, of = f"note: {c.eval_data or 'the tiny world'}:", f"of {len(rows)} answers"
+    if unknown:
+        print(f"{begin} {len(unknown)} {of} cannot be said: they have words that training never "
+              f"shows, as {unknown[0]}", file=sys.stderr)
+    if long:
+        tokens, name = max(long, key=lambda pair: pair[0])
+        print(f"{begin} {len(long)} {of} are longer than --max-new-tokens {c.max_new_tokens}: the "
+              f"longest has {tokens} tokens, in {name}: raise the flag", file=sys.stderr)
+
+
+def count_tokens(answer: str, tokenizer) -> int:
+    """Return the tokens of an answer, its end included."""
+    turns = [{"from": "human", "value": ""}, {"from": "gpt", "value": answer}]
+    _, labels = conversation_ids({"conversations": turns}, "v1", tokenizer, 0)
+    return len(labels) - labels.count(IGNORE)

@@ -136,7 +136,7 @@ PLACES = ("allow_new_data", "allow_outside", "cache_teachers", "data", "data_roo
           "image_folder", "pretrain_data", "stage0")
 RESUME = (*MACHINE, *LEARNING, *PLACES, "eval_batch", "eval_split", "max_new_tokens", "n_eval")
 EVALUATION = ("allow_outside", "device", "eval_batch", "eval_data", "eval_split", "image_folder",
-              "max_length", "max_new_tokens", "n_eval")         # what an evaluation may change
+              "max_length", "max_new_tokens", "n_eval", "out")  # what an evaluation may change
 
 # What differs from TINY. SMALL is for one consumer GPU, and untuned; FULL has the published values.
 LARGER = {

@@ -1,6 +1,8 @@
-"""Evaluation: exact match of the generated answers, per question type."""
+"""Evaluation: the VQA evaluation's accuracy of the generated answers, per question type."""
 
 import json
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,34 +10,68 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Conversations, blank_image, collate, to_device
+from data import Conversations, blank_image, collate, row_name, to_device
 from model import VLM
 from plumbing.config import Config
+from plumbing.files import replacing
 from tiny.llm import WordTokenizer
 
 RARE = 10  # fewer questions than this are too few for a type of their own: they are "other"
 
 
+# as the VQA evaluation: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools, vqaEval.py
+MARKS = ";/[]\"{}()=+\\_-><@`,?!" + "、。・「」『』【】《》〈〉“”«»–—"    # and other scripts'
+NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
+           "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+
+
 def normalise(answer: str) -> str:
-    """Return the form in which answers are compared: lower case, one space between words."""
-    return " ".join(WordTokenizer.words(answer.lower()))
+    """Return the form in which answers are compared: the VQA evaluation's, in whatever script.
+
+    Marks and articles go, unless nothing else is there: "A." is "A", but not "the" or "".
+    """
+    bare = text = " ".join(unicodedata.normalize("NFKC", answer).lower().split())
+    for mark in MARKS:
+        # as there, one place decides for the whole text: "1,000", or a mark beside a space
+        goes = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text)
+        bare = bare.replace(mark, "" if goes else " ")
+    bare = re.sub(r"\.(?!\d)|['‘’]", "", bare)     # no apostrophes: "dont" is "don't"
+    # the words of a text, joined as the tiny LLM would: "50%" is "50 %"
+    words = [NUMBERS.get(word, word) for word in WordTokenizer.words(bare)]
+    content = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(content or words or WordTokenizer.words(text))
 
 
 def questions_of(records: list[dict]) -> list[dict]:
-    """Return one row per question: {record (cut after that question), question, answer, type}."""
+    """Return one row per question: {record (cut after that question), name, question, type,
+
+    answers: the texts of the record's "answers", or its one answer; references: normalised}.
+    """
     rows = []
-    for record in records:
+    for number, record in enumerate(records):
         turns = record["conversations"]
         for i in range(0, len(turns), 2):
             question = turns[i]["value"].replace("<image>", "").strip()
+            answers = record.get("answers") or [turns[i + 1]["value"]]
             rows.append({"record": {**record, "conversations": turns[:i + 1]},
-                         "question": question, "answer": normalise(turns[i + 1]["value"]),
-                         "type": record.get("type", question)})
+                         "name": row_name(number, record), "question": question,
+                         "type": record.get("type", question), "answers": answers,
+                         "references": [normalise(text) for text in answers]})
     count = Counter(row["type"] for row in rows)
     for row in rows:
         if count[row["type"]] < RARE:
             row["type"] = "other"
     return rows
+
+
+def score(row: dict, given: str) -> float:
+    """Return how right an answer is, from 0 to 1: as in VQA, three people who agree make it right.
+
+    Fewer than ten different texts, or than three, are alternatives: one match makes it right.
+    """
+    same, count = row["references"].count(normalise(given)), len(row["references"])
+    alternatives = count < 3 or count == len(set(row["answers"])) < 10
+    return min(same / (1 if alternatives else 3), 1.0)
 
 
 @torch.no_grad()
@@ -58,11 +94,11 @@ def answer(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image: Calla
 
 
 def accuracy_per_type(rows: list[dict], answers: list[str]) -> dict[str, float]:
-    """Return exact match in %, per question type."""
-    right = {}
+    """Return the mean score in %, per question type."""
+    scores = {}
     for row, given in zip(rows, answers, strict=True):
-        right.setdefault(row["type"], []).append(normalise(given) == row["answer"])
-    return {name: 100 * sum(hits) / len(hits) for name, hits in sorted(right.items())}
+        scores.setdefault(row["type"], []).append(score(row, given))
+    return {name: 100 * sum(hits) / len(hits) for name, hits in sorted(scores.items())}
 
 
 def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image: Callable) -> tuple:
@@ -79,7 +115,8 @@ def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image: Cal
     accuracy = accuracy_per_type(rows, answers)
     truth = {name: Counter() for name in accuracy}
     for row in rows:
-        truth[row["type"]][row["answer"]] += 1
+        commonest, _ = Counter(row["references"]).most_common(1)[0]
+        truth[row["type"]][commonest] += 1
     result = {
         "macro_accuracy": sum(accuracy.values()) / len(accuracy),
         "accuracy": accuracy,
@@ -89,6 +126,17 @@ def evaluate(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image: Cal
         "chance_accuracy": {k: 100 / len(t) for k, t in truth.items()},
     }
     return result, rows, answers
+
+
+def write_predictions(path: Path, rows: list[dict], answers: list[str]) -> None:
+    """Write a JSON object for each question, with the right answers, the given one, its score."""
+    lines = []
+    for row, given in zip(rows, answers, strict=True):
+        about = {key: row[key] for key in ("type", "question", "answers")}
+        lines.append(json.dumps({"id": row["record"].get("id"), **about, "prediction": given,
+                                 "correct": score(row, given)}, ensure_ascii=False) + "\n")
+    with replacing(path) as temporary:      # an id may hold half a character
+        temporary.write_text("".join(lines), encoding="utf-8", errors="replace")
 
 
 def print_accuracy(result: dict) -> None:

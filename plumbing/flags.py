@@ -18,8 +18,8 @@ def parse_config(argv: list[str] | None, description: str = "") -> Config:
     return parse_flags(argv, description)[0]
 
 
-def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, str]:
-    """Return the Config, and the mode: "train", "resume" or "evaluate"."""
+def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, str, Path | None]:
+    """Return the Config, the mode ("train", "resume" or "evaluate") and the run of the last two."""
     parser = Parser(description)
     start = parser.add_mutually_exclusive_group(required=True)
     for name, text in (("tiny", "laptop CPU, no download"),
@@ -50,7 +50,8 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
     runs = {mode: flags.pop(mode) for mode in ("resume", "evaluate")}
     for mode, may_change in (("resume", RESUME), ("evaluate", EVALUATION)):
         if runs[mode]:
-            return of_a_run(Path(runs[mode]), mode, may_change, flags), mode
+            run = Path(runs[mode])
+            return of_a_run(run, mode, may_change, flags), mode, run
     base = load_config(Path(file)) if file else config.PRESETS[preset]
     rows = config.recipe(flags.pop("recipe")) if "recipe" in flags else {}
     c = dataclasses.replace(base, **{**rows, **flags})
@@ -58,7 +59,7 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
     if c.init_from:
         c = with_init(c)
     check_config(c)
-    return c, "train"
+    return c, "train", None
 
 
 def of_a_run(run: Path, mode: str, may_change: tuple, flags: dict) -> Config:

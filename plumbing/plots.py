@@ -9,7 +9,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plumbing.evaluate import normalise
+from plumbing.evaluate import score
 from plumbing.files import read_json, replacing
 from plumbing.run_folder import read_log
 
@@ -94,8 +94,8 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image: Ca
         if isinstance(image, dict):
             image = image[max(image)]
         axis.imshow(image.permute(1, 2, 0).numpy())
-        color = "green" if normalise(given) == row["answer"] else "red"
-        question, truth, given = map(drawable, (row["question"], row["answer"], given))
+        color = "green" if score(row, given) == 1 else "red"
+        question, truth, given = map(drawable, (row["question"], row["answers"][0], given))
         title = f"{question[:40]}\n{truth[:25]} | {given[:25]}"
         axis.set_title(title, fontsize=12, pad=5, parse_math=False, color=color)
     figure.suptitle("question, true answer | the model's answer (green: right)", fontsize=15)

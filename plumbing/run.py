@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from data import InputError
 from model import VLM, MoVEKD
 from plumbing import build, checks, evaluate, files, run_folder, run_log, sets, sharding, signals
 from plumbing.checkpoints import Checkpoints, load_checkpoint
@@ -23,17 +24,24 @@ from teachers import Teachers
 def start(argv: list[str] | None, train: Callable, description: str) -> None:
     """Read the flags and run `train(run)`, in as many processes as asked for; or --evaluate."""
     begin = time.perf_counter()
-    c, mode = parse_flags(sys.argv[1:] if argv is None else argv, description)
+    c, mode, run = parse_flags(sys.argv[1:] if argv is None else argv, description)
     c.device = checks.find_device(c.device)
     checks.check_machine(c, trains=mode != "evaluate")
     if mode == "evaluate":
         held_out = sets.load_eval_set(c)
-        checks.refuse_if(held_out is None, f"{Path(c.out)}: has no held-out set; name one with "
-                                           "--eval-data FILE --image-folder DIR")
-        result = evaluate_run(c, held_out)
-        files.write_json(Path(c.out) / "evaluation.json", result)
+        checks.refuse_if(held_out is None, f"{run}: has no held-out set; name one with --eval-data "
+                                           "FILE --image-folder DIR")
+        out = Path(c.out)
+        out.mkdir(parents=True, exist_ok=True)
+        result, rows, answers = evaluate_run(c, held_out, run)
         evaluate.print_accuracy(result)
-        print("result: " + json.dumps(result))
+        print("result: " + json.dumps(result), flush=True)
+        try:
+            files.write_json(out / "evaluation.json", result)
+            save_answers(out, rows, answers, held_out[1])
+        except OSError as e:
+            line = f"{e.filename or out}: {e.strerror}; name another folder with --out"
+            raise InputError(line) from None
         return
     arguments = (train, c, mode == "resume", begin)
     if wanted_processes(c) > 1:
@@ -84,7 +92,7 @@ class Run:
         checks.check_rows(c, self.sets, machine)
         self.tokenizer = sets.build_tokenizer(c, self.sets, resumed)
         if machine.first:
-            run_folder.check_data(c, self.sets, self.tokenizer, self.progress)
+            run_folder.check_data(c, self.sets, self.progress)
 
         # Stage 0 makes what the tiny preset has in place of downloads.
         words = run_log.stage_words(c, 0)
@@ -236,7 +244,9 @@ class Run:
         plot_curves(out)
         result = {}
         if "eval" in self.sets:
-            result = evaluate_run(c, self.sets["eval"], vlm, self.tokenizer)
+            held_out = self.sets["eval"]
+            result, rows, answers = evaluate_run(c, held_out, out, vlm, self.tokenizer)
+            save_answers(out, rows, answers, held_out[1])
         seconds_stage0, tflops_stage0 = self.stage0
         result.update({
             "seconds": round(time.perf_counter() - self.begin, 1),
@@ -264,13 +274,18 @@ def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
     return "\n".join(rows)
 
 
-def evaluate_run(c: Config, held_out: tuple, vlm: VLM | None = None, tokenizer=None) -> dict:
-    """Return the held-out accuracies of a VLM (None: the run's, from its files); draw answers."""
-    from plumbing.plots import plot_samples
+def evaluate_run(c: Config, held_out: tuple, run: Path, vlm: VLM | None = None,
+                 tokenizer=None) -> tuple[dict, list, list]:
+    """Return the held-out accuracies of a VLM (None: the run's own), the questions, the answers."""
     if vlm is None:
         from plumbing.finished_run import load_run
-        vlm, tokenizer, _ = load_run(Path(c.out), c.device)
+        vlm, tokenizer, _ = load_run(run, c.device)
         checks.check_lengths(c, {"eval": held_out}, tokenizer, vlm.student.num_tokens)
-    result, rows, answers = evaluate.evaluate(c, vlm, tokenizer, *held_out)
-    plot_samples(Path(c.out) / "samples.png", rows, answers, held_out[1])
-    return result
+    return evaluate.evaluate(c, vlm, tokenizer, *held_out)
+
+
+def save_answers(out: Path, rows: list[dict], answers: list[str], get_image: Callable) -> None:
+    """Write predictions.jsonl and draw samples.png."""
+    from plumbing.plots import plot_samples
+    evaluate.write_predictions(out / "predictions.jsonl", rows, answers)
+    plot_samples(out / "samples.png", rows, answers, get_image)

@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows has neither file locks nor resource usage
     fcntl = resource = None
 
-RESULTS = ("result.json", "evaluation.json")    # written when training is over
+RESULTS = ("result.json", "evaluation.json", "predictions.jsonl")   # when training is over
 FILES = ("config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
          "samples.png", "held_out.json", "model.safetensors", *RESULTS)
 
@@ -96,7 +96,7 @@ def check_config_is_kept(c: Config, trained: dict, first: bool) -> None:
             print(f"note: {config.flag(name)} {new} from here on; it was {old}", file=sys.stderr)
 
 
-def check_data(c: Config, data: dict, tokenizer, progress: Progress) -> None:
+def check_data(c: Config, data: dict, progress: Progress) -> None:
     """Note the fingerprint of a run's data. Raises InputError if a resumed run's has changed."""
     sources = {"pretrain": c.pretrain_data or c.data or c.data_root, "train": c.data or c.data_root}
     found, place = {}, {}
@@ -108,9 +108,6 @@ def check_data(c: Config, data: dict, tokenizer, progress: Progress) -> None:
             images = list(sets.images_of([data[name]]))
             found[f"{name} images"] = get_image.fingerprint(images)
             place[f"{name} images"] = get_image.source
-    if not c.llm:
-        found["words"] = files.digest(*tokenizer.vocabulary)
-        place["words"] = f"{c.out}/vocabulary.json"
     for name, fingerprint in progress.data.items():
         if found.get(name) == fingerprint:
             continue

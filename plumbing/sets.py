@@ -48,8 +48,10 @@ def load_sets(c: Config) -> dict[str, tuple]:
             # There are too many images to open them all beforehand.
             sets[name] = file_set(c, file, folder, training_size(c), open_images=False)
     elif c.data:
-        for name, file in (("pretrain", c.pretrain_data or c.data), ("train", c.data)):
-            sets[name] = file_set(c, Path(file), image_folder(c), training_size(c))
+        sets["train"] = file_set(c, Path(c.data), image_folder(c), training_size(c))
+        sets["pretrain"] = sets["train"]
+        if c.pretrain_data:
+            sets["pretrain"] = file_set(c, Path(c.pretrain_data), image_folder(c), training_size(c))
     else:
         from tiny.world import tiny_set
         sets["pretrain"] = tiny_set("pretrain", c.n_pretrain)
@@ -68,7 +70,7 @@ def image_folder(c: Config) -> Path:
 def load_eval_set(c: Config) -> tuple | None:
     """Return (records, get_image) of the held-out questions, or None if there are none."""
     if c.eval_data:
-        return file_set(c, Path(c.eval_data), image_folder(c), student_size(c))
+        return file_set(c, Path(c.eval_data), image_folder(c), student_size(c), held_out=True)
     if c.data_root:
         return None
     from tiny.world import tiny_set
@@ -76,12 +78,12 @@ def load_eval_set(c: Config) -> tuple | None:
 
 
 def file_set(c: Config, file: Path, folder: Path, size: int | tuple[int, ...],
-             open_images: bool = True) -> tuple:
+             open_images: bool = True, held_out: bool = False) -> tuple:
     """Return (records, get_image) of a file whose rows, and images if asked, have been checked."""
     from real.image_files import DiskImages
     from real.records import read_records
     smallest = DiskImages(folder, 16, c.allow_outside) if open_images else None
-    records = read_records(file, folder, c.skip_bad, smallest)
+    records = read_records(file, folder, c.skip_bad, smallest, held_out)
     return records, DiskImages(folder, size, c.allow_outside)
 
 

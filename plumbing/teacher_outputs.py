@@ -66,7 +66,8 @@ def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> Cache
         weights = [f"{key} {checksum(value)}" for key, value in encoder.state_dict().items()]
         key = digest(encoder.spec, digest(*weights), R, *sorted(prints), *images)[:12]
         paths[name] = folder / f"{name}-{encoder.image_size}px-{key}.safetensors"
-    check_disk(teachers, first, len(images), paths)
+    missing = [teachers.encoders[name] for name, path in paths.items() if not path.exists()]
+    check_disk(folder, len(images), missing)
     outputs = {}
     for name, path in paths.items():
         try:
@@ -82,16 +83,10 @@ def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> Cache
     return CachedTeachers(teachers, {image: row for row, image in enumerate(images)}, outputs)
 
 
-def check_disk(teachers: Teachers, image: torch.Tensor | dict, count: int, paths: dict) -> None:
-    """Raise InputError if the outputs that are missing, for `count` images, do not fit the disk."""
-    device = next(teachers.parameters()).device
-    sizes = {}
-    for name, output in teachers(to_device(stack_images([image]), device), [""]).items():
-        if not paths[name].exists():
-            fields = [value for value in output if value is not None]
-            sizes[paths[name]] = 2 * count * sum(value.numel() for value in fields)  # fp16
-    folder = next(iter(paths.values())).parent
-    wanted, free = sum(sizes.values()) / 1e6, shutil.disk_usage(folder).free / 1e6
+def check_disk(folder: Path, count: int, missing: list[VisionEncoder]) -> None:
+    """Raise InputError if the tokens of `count` images by some encoders do not fit the disk."""
+    wanted = sum(2 * count * encoder.num_tokens * encoder.dim for encoder in missing) / 1e6  # fp16
+    free = shutil.disk_usage(folder).free / 1e6
     if wanted > free:
         raise InputError(f"{folder}: the outputs of the teachers for {count:,} images take "
                          f"{wanted:,.0f} MB, and {free:,.0f} MB are free; name another folder with "

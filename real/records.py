@@ -1,8 +1,10 @@
 """LLaVA-format JSON files: their rows, read when they are used, and all checked before training."""
 
 import json
+import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +23,11 @@ OPENING = re.compile(rf"(?:\xef\xbb\xbf)?{SPACE}(\[?){SPACE}")  # byte order mar
 # what stands between two rows and after the last: of a JSON array, of JSON Lines
 ARRAY = re.compile(rf"{SPACE},{SPACE}"), re.compile(rf"{SPACE}\]{SPACE}")
 LINES = re.compile(rf"[ \t\r]*\n{SPACE}(?=[^ \t\n\r])"), re.compile(SPACE)
+# keys that are read, or that LLaVA has; others, or their values, that look like a medium or answers
+KNOWN = ("id", "image", "conversations", "type", "model")
+TELLING = re.compile("image|img|picture|photo|frame|video|audio|answer", re.IGNORECASE)
+MEDIUM = re.compile(r"data:(image|video|audio)/|\.(png|jpe?g|gif|bmp|webp|tiff?|mp4|avi|mov|mkv)"
+                    r"\W*$", re.IGNORECASE)
 
 
 @dataclass(eq=False)
@@ -112,7 +119,7 @@ def as_used(record):
     return record
 
 
-def record_fault(record) -> str | None:
+def record_fault(record, held_out: bool) -> str | None:
     """Return what is wrong with the form of a record, in words, or None. It opens no file."""
     if not isinstance(record, dict):
         return "is not an object {id, image, conversations}"
@@ -130,6 +137,12 @@ def record_fault(record) -> str | None:
     answers = [turn["value"] for turn in turns[1::2]]
     if len(turns) % 2 or not all(answer.strip() for answer in answers):
         return "has a question without an answer"
+    if held_out and record.get("answers") is not None:
+        several = record["answers"]
+        are_texts = isinstance(several, list) and all(
+            isinstance(text, str) and text.strip() for text in several)
+        if len(questions) > 1 or not several or not are_texts:
+            return '"answers" is not a list of texts, those of its one question'
     return image_fault(record, questions, answers)
 
 
@@ -152,28 +165,55 @@ def image_fault(record: dict, questions: list[str], answers: list[str]) -> str |
     return None if count == 1 else f'has {count} <image> token(s) but one "image" file'
 
 
-def row_faults(records: RecordFile, get_image: DiskImages | None) -> Iterator[tuple[int, str]]:
-    """Yield (row, what is wrong) of every bad row: its form and, with get_image, its image file."""
-    def fault_of(record) -> str | None:
-        fault = record_fault(record)
+def unread_keys(record, held_out: bool) -> list[str]:
+    """Return the keys of a row that look like a picture or answers, and that nothing reads."""
+    unread = []
+    for key, value in record.items() if isinstance(record, dict) else ():
+        is_read = key in KNOWN or (held_out and key == "answers")
+        if not is_read and value and (TELLING.search(key) or MEDIUM.search(str(value))):
+            unread.append(key)
+    return unread
+
+
+def tell(line: str) -> None:
+    """Print a line on stderr, in the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def row_faults(records: RecordFile, get_image: DiskImages | None,
+               held_out: bool) -> Iterator[tuple[int, str]]:
+    """Yield (row, what is wrong) of every bad row, its image file too if there is a get_image.
+
+    Then name the keys that nothing reads. A held-out set may have "answers".
+    """
+    unread = Counter()
+
+    def fault_of(record) -> tuple[str | None, list[str]]:
+        fault = record_fault(record, held_out)
         if fault is None and get_image and "image" in record:
             try:
                 get_image(record["image"])
             except InputError as e:
                 fault = f"has a bad image: {e}"
-        return fault
+        return fault, unread_keys(record, held_out)
 
     # threads help: PIL decodes a picture without Python's lock
     with ThreadPoolExecutor() as pool, tqdm(total=len(records), desc="check", leave=False) as bar:
         for start in range(0, len(records), 1000):
-            faults = pool.map(fault_of, records[start:start + 1000])
-            for row, fault in enumerate(faults, start):
+            found = pool.map(fault_of, records[start:start + 1000])
+            for row, (fault, keys) in enumerate(found, start):
                 bar.update()
+                unread.update(keys)
                 if fault:
                     yield row, fault
+    for key, count in unread.items():
+        tell(f"note: {records.path}: {json.dumps(key)} is in {count} rows, and nothing reads "
+                 'it; the picture of a row is its "image", and only a held-out set has "answers"')
 
 
-def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None) -> RecordFile:
+def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None,
+                 held_out: bool = False) -> RecordFile:
     """Return the records of a LLaVA-format file, every row checked before anything is trained.
 
     With get_image, a DiskImages, their images are opened too. Raises InputError for the first bad
@@ -181,12 +221,12 @@ def read_records(path: Path, folder: Path, skip_bad: bool, get_image=None) -> Re
     """
     records = read_list(path)
     bad = {}
-    for row, fault in row_faults(records, get_image):
+    for row, fault in row_faults(records, get_image, held_out):
         name = row_name(row, records[row])
         if not skip_bad:
-            raise InputError(f"{path}: {name} {fault}; "
-                            f"`python -m tools.check_data {path} {folder}` lists every bad row")
-        print(f"skipped: {path}: {name} {fault}", file=sys.stderr)
+            command = f"python -m tools.check_data {path} {folder}{' --held-out' * held_out}"
+            raise InputError(f"{path}: {name} {fault}; `{command}` lists every bad row")
+        tell(f"skipped: {path}: {name} {fault}")
         bad[row] = fault
     if len(bad) == len(records):
         raise InputError(f"{path}: every row is bad, the first {bad[0]}")

@@ -32,9 +32,11 @@ def test_ask_answers_from_a_run_folder(workplace, capsys):
 
 
 def test_ask_says_which_words_are_new(workplace, picture, capsys):
-    """A question with a word that the run has never seen gets a note on stderr."""
+    """A question with a word that the run has never seen gets a note; no picture, one line."""
     ask.main([str(workplace / "runs/tiny"), picture, "what flavour?"])
     assert "never seen the word(s) flavour" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"^gone.png: no such image file$"):
+        ask.main([str(workplace / "runs/tiny"), "gone.png", "what shape?"])
 
 
 def test_ask_answers_with_a_real_llm(llama_run, capsys):

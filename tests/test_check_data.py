@@ -69,3 +69,31 @@ def test_training_names_the_first_bad_row_or_skips_all(folder, capsys):
         read_records(file, folder, False, get_image)
     assert len(read_records(file, folder, True, get_image)) == len(GOOD)
     assert capsys.readouterr().err.count("skipped: ") == len(BAD)
+
+
+def test_keys_that_nothing_reads_are_named_once(folder, capsys):
+    """Pictures, films and answers under other keys, with the count of rows; other keys are not."""
+    odd = {"Image": "a.png", "images": ["b.png"], "video": "c.mp4", "files": [{"path": "d.JPG"}],
+           "answers": ["so"], "model": "", "source": "drawn", "image_path": None, "width": 3}
+    rows = [{**row, **odd} for row in GOOD] + [{**GOOD[0], "video": "e"}]
+    (folder / "odd.json").write_text(json.dumps(rows), encoding="utf-8")
+    counts = {"Image": 2, "images": 2, "video": 3, "files": 2, "answers": 2}
+    for held_out in (False, True):
+        flags = ["--held-out"] if held_out else []
+        check_data.main([str(folder / "odd.json"), str(folder), *flags])
+        notes = capsys.readouterr().err.splitlines()
+        expected = [f'note: {folder}/odd.json: "{key}" is in {count} rows, and nothing reads it; '
+                    for key, count in counts.items()]
+        assert [note.split("the picture")[0] for note in notes if "note" in note] == expected
+        del counts["answers"]   # a held-out set may have them
+
+
+@pytest.mark.parametrize("answers, turns", [("so", 1), ([], 1), ([3], 1), ([" "], 1), ([{}], 1),
+                                            (["so"], 2)])
+def test_answers_of_a_held_out_row_are_texts(folder, capsys, answers, turns):
+    """Several answers belong to one question; of a training set nothing reads them."""
+    row = {"answers": answers, "conversations": conversation(*["what?", "that"] * turns)}
+    (folder / "set.json").write_text(json.dumps([row]), encoding="utf-8")
+    assert len(read_records(folder / "set.json", folder, False)) == 1
+    with pytest.raises(InputError, match='row 0 .* "answers" is not a .* --held-out` lists'):
+        read_records(folder / "set.json", folder, False, held_out=True)

@@ -57,6 +57,18 @@ def test_words_are_tokens():
     assert tokenizer.decode(tokenizer.encode("Heart.") + [tokenizer.eos, 7]) == "heart ."
 
 
+@pytest.mark.parametrize("text, count", [
+    ("1,000 .5 3.5kg 10:30 don't it’s u.s. e.g.", 8), ("no .5 , t - 恤", 6),
+    ("५ हिन्दी العَرَبِيَّة e\u0301t\u00e9", 4),
+    ("红色的心，在草地上。", 10), ("ハートです", 5), ("빨간", 2), ("ครับ", 4), ("𠀀ｶﾞ", 3)])
+def test_numbers_contractions_and_scripts_without_spaces(text, count):
+    """A number, a contraction, an abbreviation is one word; of Han, kana, Thai each character."""
+    tokenizer = WordTokenizer.from_texts([text])
+    ids = tokenizer.encode(text)
+    assert len(ids) == count and tokenizer.unk not in ids
+    assert tokenizer.decode(ids) == text
+
+
 def test_flop_counter_counts_attention_forward_and_backward():
     """Attention is 2 products of 2 B h n n d FLOPs forward, and 5 backward (one recomputed)."""
     q, k, v = (torch.randn(2, 4, 37, 24, requires_grad=True) for _ in range(3))

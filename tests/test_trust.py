@@ -310,7 +310,8 @@ def test_an_overwritten_run_leaves_nothing_of_the_earlier_one(kept):
              "runs/written_over", "--overwrite")
     assert {path.name for path in run.iterdir()} == {
         "config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
-        "samples.png", "held_out.json", "model.safetensors", "result.json", "run.lock", "stage0"}
+        "samples.png", "held_out.json", "model.safetensors", "result.json", "run.lock",
+        "predictions.jsonl", "stage0"}
     assert points[0] not in read_json(run / "held_out.json")
 
 
@@ -501,12 +502,44 @@ def test_a_run_can_be_evaluated_again(kept, monkeypatch, capsys):
 
     result = read_json(Path("runs/kept/result.json"))
     assert evaluate("runs/kept")["accuracy"] == result["accuracy"]
+    predictions = read_json(Path("runs/kept/predictions.jsonl"))
+    for kind, accuracy in result["accuracy"].items():
+        correct = [line["correct"] for line in predictions if line["type"] == kind]
+        assert 100 * sum(correct) / len(correct) == pytest.approx(accuracy)
     write_json(Path("kept/two.json"), read_json(Path("kept/train.json"))[:2])
     for run in ("runs/kept", "runs/tiny"):      # runs/tiny was trained on no file
         other = evaluate(run, "--eval-data", "kept/two.json")
         assert 0 <= other["macro_accuracy"] <= 100 and "seconds" not in other
     with pytest.raises(InputError, match="--stage1-lr: with --evaluate a run keeps"):
         evaluate("runs/kept", "--stage1-lr", "1")
+
+
+def test_an_evaluation_prints_first_and_writes_elsewhere(kept, monkeypatch, capsys):
+    """A run that cannot be written is printed, then a line names --out; there the files go."""
+    monkeypatch.chdir(kept)
+    shutil.copytree("runs/tiny", "runs/shut", ignore=shutil.ignore_patterns("evaluation.json"))
+    write_json(Path("runs/shut/evaluation.json/full"), [])      # root too cannot replace a folder
+    answers = [["red"], ["crimson"], ["?!", "red"], ["red " * 20, "blue " * 30]]
+    rows = [{"id": n, "conversations": conversation("what colour?", texts[0]), "answers": texts}
+            for n, texts in enumerate(answers)]
+    del rows[0]["answers"]
+    write_json(Path("said.json"), rows)
+    argv = ["--evaluate", "runs/shut", "--eval-data", "said.json"]
+    line = "error: runs/shut/evaluation.json: Is a directory; name another folder with --out"
+    assert common.error_of(argv, capsys) == line
+    train.main([*argv, "--out", "new/folder"])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1].removeprefix("result: "))
+    assert read_json(Path("new/folder/evaluation.json")) == result
+    predictions = read_json(Path("new/folder/predictions.jsonl"))
+    assert [line["answers"] for line in predictions] == answers
+    assert set(predictions[0]) == {"id", "type", "question", "answers", "prediction", "correct"}
+    assert Path("new/folder/samples.png").exists()
+    assert [line for line in printed.err.splitlines() if line.startswith("note: ")] == [
+        "note: said.json: 1 of 4 answers cannot be said: they have words that training never "
+        'shows, as "crimson" in row 1 (counted from 0, id 1)',
+        "note: said.json: 1 of 4 answers are longer than --max-new-tokens 16: the longest has 21 "
+        "tokens, in row 3 (counted from 0, id 3): raise the flag"]
 
 
 def test_long_prompts_are_known_before_training(kept, monkeypatch):

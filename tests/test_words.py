@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from data import IGNORE, InputError, conversation_ids
+from plumbing.checks import count_tokens
 from plumbing.config import FULL, TINY
 from plumbing.files import read_json, write_json
 from plumbing.sets import build_datasets
@@ -190,6 +191,7 @@ def test_captions_end_as_they_are_told_to(small):
         answer = small.encode("a red heart") + last
         assert sample["input_ids"] == [small.bos, *[small.image] * 2, *answer]
         assert sample["labels"] == [IGNORE] * 3 + answer
+    assert count_tokens("a red heart", small) == len(small.encode("a red heart") + [small.eos])
     assert (FULL.caption_end, TINY.caption_end) == ("newline", "eos")
 
 

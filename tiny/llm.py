@@ -11,17 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Thai to Burmese, Khmer, kana, Han and Hangul, with their marks: a character of them is a word
+SPACELESS = ("\u0e00-\u109f\u1780-\u17ff\u3001-\u9fff\uac00-\ud7a3\uf900-\ufaff\uff01-\uffef"
+             "\U00020000-\U0003ffff")
+# any other letter or digit; an accent or a vowel sign counts as one
+LETTER = rf"(?:[^\W{SPACELESS}]|[\u0300-\u036f\u064b-\u065f\u0900-\u0963\u0966-\u0dff])"
+
 
 class WordTokenizer:
     """One token per word or punctuation mark, in lower case; the vocabulary is the data's words.
 
-    The role names are one token each, so that the real prompt costs a tiny LLM nothing.
+    The role names are one token each, so that the real prompt costs a tiny LLM nothing. Marks
+    inside a number, a contraction or an abbreviation are part of it: 1,000 .5 10:30 don't U.S.
     """
 
     SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER:", "ASSISTANT:"]
     pad, unk, bos, eos, image = range(5)
     system = ""     # no instruction before the first question
-    _pattern = re.compile("|".join(SPECIAL) + r"|\w+|[^\w\s]")
+    _pattern = re.compile("|".join(SPECIAL) + rf"|(?:[^\W\d_{SPACELESS}]\.){{2,}}"
+                          rf"|(?:\.(?=\d))?{LETTER}+(?:(?:['\u2019]|(?<=\d)[.,:](?=\d)){LETTER}+)*"
+                          rf"|[{SPACELESS}]|[^\w\s]")
 
     def __init__(self, vocabulary: list[str]):
         self.vocabulary = vocabulary
@@ -65,10 +74,11 @@ class WordTokenizer:
     encode_after_end = encode  # a word is the same token everywhere
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text up to the end-of-sentence token, words joined by one space."""
+        """Return the text up to the end-of-sentence token, with one space between words."""
         if self.eos in ids:
             ids = ids[:ids.index(self.eos)]
-        return " ".join(self.vocabulary[i] for i in ids)
+        text = " ".join(self.vocabulary[i] for i in ids)
+        return re.sub(f"(?<=[{SPACELESS}]) (?=[{SPACELESS}])", "", text)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from plumbing.cli import Parser, run
 from plumbing.config import Config
-from plumbing.evaluate import answer, normalise, questions_of
+from plumbing.evaluate import answer, questions_of, score
 from plumbing.finished_run import load_run
 from plumbing.sets import load_sets, student_size
 from real.image_files import load_image
@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.image and not args.question:
         parser.error(f"a question is missing: python -m tools.ask {args.run} {args.image} "
                      '"what colour?"')
+    if args.image:
+        load_image(args.image, 16)  # a bad one ends it now
     vlm, tokenizer, c = load_run(args.run)
     if args.image:
         print(ask(c, vlm, tokenizer, args.image, args.question))
@@ -49,8 +51,8 @@ def ask(c: Config, vlm, tokenizer, image: Path, question: str) -> str:
                   file=sys.stderr)
     turn = {"from": "human", "value": f"<image>\n{question}"}
     record = {"image": str(image), "conversations": [turn]}
-    size = student_size(c)
-    return answer(c, vlm, tokenizer, [record], lambda name: load_image(Path(name), size))[0]
+    picture = load_image(image, student_size(c))
+    return answer(c, vlm, tokenizer, [record], lambda name: picture)[0]
 
 
 def print_samples(c: Config, vlm, tokenizer, records: list[dict], get_image, n: int) -> None:
@@ -58,9 +60,9 @@ def print_samples(c: Config, vlm, tokenizer, records: list[dict], get_image, n: 
     rows = questions_of(records)[:n]
     answers = answer(c, vlm, tokenizer, [row["record"] for row in rows], get_image)
     for row, given in zip(rows, answers, strict=True):
-        mark = "right" if normalise(given) == row["answer"] else "wrong"
+        mark = {0: "wrong", 1: "right"}.get(score(row, given), "partly right")
         image = row["record"].get("image", "(no image)")
-        print(f"{image}  {row['question']}  {row['answer']}  ->  {given}  ({mark})")
+        print(f"{image}  {row['question']}  {row['answers'][0]}  ->  {given}  ({mark})")
 
 
 if __name__ == "__main__":

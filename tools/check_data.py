@@ -21,10 +21,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("images", type=Path, help="the folder that its images are relative to")
     parser.add_argument("--allow-outside", action="store_true",
                         help="images may lie outside of the image folder")
+    parser.add_argument("--held-out", action="store_true", help="it is for --eval-data")
     args = parser.parse_args(argv)
     records = read_list(args.file)
     get_image = DiskImages(args.images, 16, args.allow_outside)
-    found = list(row_faults(records, get_image))
+    found = list(row_faults(records, get_image, args.held_out))
     for row, fault in found:
         print(f"{args.file}: {row_name(row, records[row])} {fault}")
     print(f"{args.file}: {len(records)} rows, {len(found)} bad")
