@@ -89,9 +89,9 @@ class Run:
         if machine.world > 1:
             machine.check_folder(Path(c.out))
         self.sets = sets.load_sets(c)
-        checks.check_rows(c, self.sets, machine)
         self.tokenizer = sets.build_tokenizer(c, self.sets, resumed)
         if machine.first:
+            checks.check_rows(c, self.sets, machine)
             run_folder.check_data(c, self.sets, self.progress)
 
         # Stage 0 makes what the tiny preset has in place of downloads.

@@ -146,11 +146,9 @@ class RunLog:
         self.say(stage_words(self.c, progress.stage))
         self.say(HEADING if self.c.mole_experts else "")
         self.clock, self.tokens = time.perf_counter(), 0
-        self.first_step = None          # its end, its number; it is slow, and not counted
         steps = self.steps[progress.stage]
-        self.steps_left = tqdm(range(progress.step, steps), f"stage {progress.stage}", steps,
-                               initial=progress.step, mininterval=1, disable=not self.first)
-        return self.steps_left
+        return tqdm(range(progress.step, steps), f"stage {progress.stage} of 2", steps,
+                    initial=progress.step, mininterval=1, disable=not self.first)
 
     def write(self, progress: Progress, terms: dict, counts: dict) -> None:
         """Note a step; every --log-every steps, and at the last of a stage, log and show it."""
@@ -160,7 +158,6 @@ class RunLog:
         stage, step = progress.stage, progress.step - 1
         last = progress.step == self.steps[stage]
         self.warn(stage, terms, last)
-        self.steps_left.set_postfix_str(self.time_left(stage, progress.step), refresh=False)
         if step % self.c.log_every and not last:
             return
         values = {"stage": stage, "step": step}
@@ -182,19 +179,6 @@ class RunLog:
         except OSError as e:
             os.truncate(self.file, size)
             raise OSError(e.errno, e.strerror, str(self.file)) from None
-
-    def time_left(self, stage: int, step: int) -> str:
-        """Return the time, in words, that both stages still take after `step` steps of a stage."""
-        now = time.perf_counter()
-        if self.first_step is None:
-            self.first_step = now, step
-            return ""
-        start, first = self.first_step
-        seconds = (now - start) / (step - first)
-        left = seconds * (self.steps[stage] - step)
-        if stage == 1:  # a sample of stage 2 is taken to cost as much
-            left += seconds * self.steps[2] * self.c.stage2_batch / self.c.stage1_batch
-        return f"{int(left) // 60}:{int(left) % 60:02} left of the run"
 
     def show(self, values: dict) -> None:
         """Show a line of the log: in words, with the accuracy, in TensorBoard, in the curves."""

@@ -57,16 +57,11 @@ def test_held_out_accuracy_is_asked_at_each_quarter(workplace):
     assert points[-1]["accuracy"] == pytest.approx(result["macro_accuracy"])
 
 
-def test_the_time_left_is_that_of_both_stages(tmp_path, monkeypatch):
-    """One step per second: what is left of stage 1, and all of stage 2."""
-    log = new_log(tmp_path, stage1_batch=4, stage2_batch=2)
-    log.steps = count_stage_steps(log.c, {1: some_conversations(32), 2: some_conversations(16)})
-    assert log.steps == {1: 9, 2: 55}      # 38 rows in batches of 4; 22 in batches of 2, 5 epochs
-    clock = iter(range(100))
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
-    log.bar(Progress()).close()
-    first, second = log.time_left(1, 1), log.time_left(1, 2)
-    assert (first, second) == ("", "0:34 left of the run")      # 7 + 55 / 2
+def test_a_stage_has_the_steps_of_its_epochs():
+    """38 rows in batches of 4, once; 22 rows in batches of 2, five times."""
+    c = dataclasses.replace(C, stage1_batch=4, stage2_batch=2)
+    datasets = {1: some_conversations(32), 2: some_conversations(16)}
+    assert count_stage_steps(c, datasets) == {1: 9, 2: 55}
 
 
 def test_curves_are_drawn_while_it_trains(workplace, tmp_path, monkeypatch):
