@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import conversation_ids
 from model import VLM, Ensemble, MethodOptions, MoVEKD, Student
 from plumbing.config import STAND_INS, Config, is_real
 from plumbing.files import read_about, read_tensors, require_file
@@ -30,9 +29,9 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer,
     if resumed:
         return weights_of_run(c)
     found = real_weights(c)
-    if not stage0_encoders(c) and c.llm:
+    if not stage0_models(c):
         return found, 0.0
-    from tiny.pretrain import MAKERS, stage0
+    from tiny.pretrain import MAKERS, llm_texts, stage0
     makers, pictures = MAKERS, c.stage0_scale
     if c.stage0_pictures == "data":
         from real.image_files import DiskImages
@@ -42,9 +41,7 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer,
         makers, pictures = OWN_MAKERS, OwnPictures(records, images)
     jobs = {name: (makers[name], (getattr(c, name), pictures)) for name in stage0_encoders(c)}
     if not c.llm:
-        # Answers about an image that the LLM does not see would teach it to guess.
-        pure = [record for record in records if "image" not in record] or records
-        texts = [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]
+        texts = llm_texts(records, tokenizer)
         jobs["llm"] = (MAKERS["llm"], (llm_shape(c, tokenizer), texts, tokenizer.pad))
     paths, tflops = stage0(jobs, c.stage0_scale, Path(c.stage0))
     return {**found, **paths}, tflops
@@ -52,8 +49,7 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer,
 
 def weights_of_run(c: Config) -> tuple[dict, float]:
     """Return the same of a run that has begun, whose folder keeps what stage 0 made for it."""
-    names = stage0_encoders(c) + ([] if c.llm else ["llm"])
-    own = {name: Path(c.out) / "stage0" / f"{name}.safetensors" for name in names}
+    own = {name: Path(c.out) / "stage0" / f"{name}.safetensors" for name in stage0_models(c)}
     for path in own.values():
         require_file(path, "; copy the run folder again, with all that is in it")
     tflops = sum(read_about(path).get("tflops", 0.0) for path in own.values())
@@ -63,6 +59,11 @@ def weights_of_run(c: Config) -> tuple[dict, float]:
 def stage0_encoders(c: Config) -> list[str]:
     """Return the names of the encoders that stage 0 makes, because they have no weights to load."""
     return [name for name in STAND_INS if not is_real(getattr(c, name))]
+
+
+def stage0_models(c: Config) -> list[str]:
+    """Return the names of all models that stage 0 makes."""
+    return stage0_encoders(c) + ([] if c.llm else ["llm"])
 
 
 def llm_shape(c: Config, tokenizer: WordTokenizer) -> tuple:

@@ -7,11 +7,11 @@ names and numbers, never the code that runs.
 import dataclasses
 from typing import Annotated, Literal, get_origin
 
+import tiny
 from data import CaptionEnd
 from kd_loss import TeacherWeight, TokenWeight
 from mole import BalanceForm, MoleForm, MoleInit, RouterGrad
 from teachers import AdapterDirection, AdapterForm, TargetNorm
-from tiny import COUNTS
 
 Count = Annotated[int, (1, 10_000_000)]         # the lowest and the highest value, both included
 CountOrZero = Annotated[int, (0, 10_000_000)]   # 0 switches something off
@@ -42,11 +42,11 @@ class Config:
     allow_outside: bool = False             # images may lie outside of the image folder
     allow_new_data: bool = False            # --resume goes on although rows or images have changed
     eval_split: Literal["test", "validation"] = "test"  # tune on validation: test stays unread
-    n_pretrain: Count = COUNTS["pretrain"]  # of the tiny world; reasons in tiny/__init__.py
-    n_train: Count = COUNTS["train"]
-    n_described: CountOrZero = COUNTS["described"]
-    n_text: CountOrZero = COUNTS["text"]
-    n_eval: Count = COUNTS["eval"]
+    n_pretrain: Count = tiny.COUNTS["pretrain"]  # of the tiny world; reasons in tiny/__init__.py
+    n_train: Count = tiny.COUNTS["train"]
+    n_described: CountOrZero = tiny.COUNTS["described"]
+    n_text: CountOrZero = tiny.COUNTS["text"]
+    n_eval: Count = tiny.COUNTS["eval"]
     image_size: Annotated[int, (16, 8192)] = 128  # px of the loader's square image, made into views
     image_views: Literal["one", "each"] = "one"     # "each": each encoder's size, from the original
     caption_end: CaptionEnd = "eos"         # of stage 1's captions; LLaVA's is "newline"
@@ -55,12 +55,9 @@ class Config:
     workers: Processes = 0                  # processes that load images; 0 suits images in memory
     # --- encoders, which differ in width, token count and resolution
     teachers: tuple[str, ...] = ("clip", "eva", "convnext")     # names of the fields below
-    clip: str = encoder("vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 "
-                        "embed_dim=96 depth=4 num_heads=4")                 # 36 tokens x 96
-    eva: str = encoder("eva02_tiny_patch14_224 img_size=64 patch_size=8 "
-                       "embed_dim=80 depth=3 num_heads=4")                  # 64 x 80
-    convnext: str = encoder("convnext_atto img_size=128 depths=(1,1,2,1) "
-                            "dims=(16,32,64,128) ls_init_value=None")       # 16 x 128
+    clip: str = encoder(tiny.ENCODERS["clip"])          # 36 tokens x 96
+    eva: str = encoder(tiny.ENCODERS["eva"])            # 64 x 80
+    convnext: str = encoder(tiny.ENCODERS["convnext"])  # 16 x 128
     sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # 4096 x 256; not in tiny
     weights: str = ""                       # folder of the encoders' files; "": timm's hub
     init_from: str = ""                     # the authors' checkpoint or a run to start from
@@ -91,10 +88,10 @@ class Config:
     balance_form: BalanceForm = "per_layer"                         # row 9
     # --- LLM
     llm: str = ""                           # folder or hub name of a causal LM; "": the tiny one
-    lm_dim: Count = 96                      # D of the tiny one
-    lm_depth: Count = 3
-    lm_heads: Count = 4
-    lm_hidden: Count = 256                  # SwiGLU's inner width, 8/3 of D
+    lm_dim: Count = tiny.LLM["dim"]         # D of the tiny one
+    lm_depth: Count = tiny.LLM["depth"]
+    lm_heads: Count = tiny.LLM["heads"]
+    lm_hidden: Count = tiny.LLM["hidden"]   # SwiGLU's inner width, 8/3 of D
     # --- stages
     stage0_scale: Weight = 1.0              # multiplies stage 0's steps; small for a smoke run
     stage0_pictures: Literal["world", "data"] = "world"  # "data": the toys learn the set's own

@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from data import InputError
 from model import MoVEKD
-from plumbing import checkpoints, config, files, sets, sharding
+from plumbing import build, checkpoints, config, files, sets, sharding
 from plumbing.checkpoints import Progress
 from plumbing.config import Config
 
@@ -137,10 +137,9 @@ def start_run_folder(c: Config, tokenizer, weights: dict, resumed: bool) -> None
     else:
         files.write_json(out / "vocabulary.json", tokenizer.vocabulary)
     files.write_json(out / "versions.json", versions)
-    for name, source in weights.items():
-        if Path(source).parent == Path(c.stage0):
-            with files.replacing(out / "stage0" / f"{name}.safetensors") as temporary:
-                shutil.copyfile(source, temporary)
+    for name in [] if resumed else build.stage0_models(c):
+        with files.replacing(out / "stage0" / f"{name}.safetensors") as temporary:
+            shutil.copyfile(weights[name], temporary)
 
 
 def export(c: Config, first: bool, model: MoVEKD, tokenizer) -> None:

@@ -5,7 +5,8 @@
     ConvNeXt  on fine texture: which pattern?
     LLM       on text alone: the next word of the data's captions and dialogues
 
-`train.py --tiny` calls stage0() and finds the files from then on.
+The files are in tiny/weights, made by `python -m tiny.pretrain` (2 min). `train.py --tiny` calls
+stage0(), which takes them; for other encoders or other words it makes its own, once.
 
 Letters: N pictures, B pictures or texts of a batch, S texts, T tokens, n_i tokens of an encoder.
 """
@@ -14,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,13 +30,15 @@ from torch import nn
 from tqdm import tqdm
 
 import plumbing.files as files
-from data import InputError
+import tiny
+from data import InputError, conversation_ids
 from teachers import VisionEncoder, create_net
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pictures import render
 from tiny.scenes import ATTRIBUTES, sample_scenes, scene_geometry
-from tiny.world import caption
+from tiny.world import caption, tiny_set
 
+SHIPPED = Path(__file__).parent / "weights"
 SEED = 0  # the pretrained models are downloads in the real method: the same for every seed of a run
 IMAGES = 6_000
 WORDS = 77  # of a text for CLIP at most, as of CLIP's own
@@ -218,19 +222,31 @@ def job(path: Path, name: str, scale: float, maker: tuple, arguments: tuple) -> 
     files.write_tensors(path, net.state_dict(), tflops=flops / 1e12)
 
 
+def llm_texts(records: list[dict], tokenizer: WordTokenizer) -> list[list[int]]:
+    """Return what an LLM of these records is trained on: the token ids of those without an image.
+
+    Answers about an image that the LLM does not see would teach it to guess.
+    """
+    pure = [record for record in records if "image" not in record] or records
+    return [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]
+
+
 def stage0(models: dict[str, tuple], scale: float, folder: Path) -> tuple[dict[str, Path], float]:
-    """Return files of `folder` with the models' weights, made now if missing, and their TFLOPs.
+    """Return files with the models' weights, made now in `folder` if missing, and their TFLOPs.
 
     `models` has each one's entry of MAKERS and the arguments of its training. `scale` multiplies
-    the steps. A file's name has a hash of all that made it. Raises InputError for a damaged file,
-    or if a process is killed.
+    the steps. A file's name has a hash of all that made it; one in tiny/weights says in its header
+    for what arguments it was made. Raises InputError for a damaged file, or if a process is killed.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     source = [file.read_text(encoding="utf-8") for file in sources]
     paths = {}
     for name, (_, arguments) in models.items():
-        made_by = json.dumps([source, scale, arguments], default=lambda own: own.fingerprint)
-        paths[name] = folder / f"{name}-{files.digest(made_by)[:12]}.safetensors"
+        made_for = json.dumps([scale, arguments], default=lambda own: own.fingerprint)
+        paths[name] = SHIPPED / f"{name}.safetensors"
+        if files.read_about(paths[name]).get("made_for") != files.digest(made_for):
+            key = files.digest(*source, made_for)[:12]
+            paths[name] = folder / f"{name}-{key}.safetensors"
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
         names = ", ".join(missing)
@@ -261,3 +277,25 @@ def train_side_by_side(jobs: list[tuple]) -> None:
                 process.terminate()
             print(file=sys.stderr)  # ends the line of their bars
             raise
+
+
+def main() -> None:
+    """Make tiny/weights anew: the stand-ins of the tiny world, in half precision."""
+    pretrain, _ = tiny_set("pretrain", tiny.COUNTS["pretrain"])
+    train, _ = tiny_set("train", *(tiny.COUNTS[name] for name in ("train", "described", "text")))
+    tokenizer = WordTokenizer.from_records([*pretrain, *train])
+    jobs = {name: (MAKERS[name], (spec, 1.0)) for name, spec in tiny.ENCODERS.items()}
+    shape = (len(tokenizer.vocabulary), *tiny.LLM.values())
+    jobs["llm"] = (MAKERS["llm"], (shape, llm_texts(train, tokenizer), tokenizer.pad))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / name for name in jobs}
+        train_side_by_side([(paths[name], name, 1.0, *jobs[name]) for name in jobs])
+        for name, path in paths.items():
+            halves = {key: value.half() for key, value in files.read_tensors(path, "").items()}
+            made_for = files.digest(json.dumps([1.0, jobs[name][1]]))
+            files.write_tensors(SHIPPED / f"{name}.safetensors", halves, made_for=made_for,
+                                tflops=files.read_about(path)["tflops"])
+
+
+if __name__ == "__main__":
+    main()
