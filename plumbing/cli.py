@@ -1,6 +1,7 @@
 """Programs end bad input with one line, `error: ...`, on stderr and exit status 2."""
 
 import argparse
+import difflib
 import os
 import signal
 import sys
@@ -20,7 +21,21 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def parse_known_args(self, args=None, namespace=None) -> tuple:
+        self.words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
+        flags = list(self._option_string_actions)
+        for word in self.words:
+            if word == "--":
+                break
+            # a text with spaces is no flag
+            if word.startswith("--") and word.split("=")[0] not in flags and " " not in word:
+                similar = difflib.get_close_matches(word, flags, n=1, cutoff=0.7)
+                mean = f"; did you mean {similar[0]}?" if similar else ""
+                message = f"unrecognized arguments: {word}{mean}"
+                break
         raise InputError(f"{message} (--help lists the arguments)")
 
 
