@@ -5,12 +5,16 @@ Letters: B samples, T tokens, D width, V vocabulary.
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from data import InputError
+from plumbing.files import library_errors
 from real.encoder_weights import ask_hub
 from tiny.llm import token_positions
 
@@ -28,11 +32,13 @@ def require_transformers():
     return transformers
 
 
-def llm_error(name: str, fault: str) -> InputError:
-    """Return the error for an LLM that cannot be used."""
-    return InputError(f"--llm {name}: {fault}; name a folder with config.json, *.safetensors, and "
-                      "tokenizer.json or tokenizer.model (which needs sentencepiece and protobuf): "
-                      f"the files of https://huggingface.co/{name}, if that is a name of the hub")
+def llm_error(name: str, fault: str) -> str:
+    """Return the line for an LLM that cannot be loaded."""
+    line = (f"--llm {name}: {fault}; name a folder with config.json, *.safetensors, and "
+            "tokenizer.json or tokenizer.model (which needs sentencepiece and protobuf)")
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not Path(name).exists():
+        line += f": the files of https://huggingface.co/{name}, if that is a name of the hub"
+    return line
 
 
 class PretrainedLLM(nn.Module):
@@ -45,25 +51,26 @@ class PretrainedLLM(nn.Module):
     def __init__(self, name: str, config=None):
         super().__init__()
         causal = require_transformers().AutoModelForCausalLM
-        try:
+        with library_errors(lambda e: llm_error(name, f"cannot be loaded ({e})")):
             if config is not None:
                 self.model = causal.from_config(config, dtype=config.dtype)
             else:
                 self.model = causal.from_pretrained(name, dtype="auto")
-        except (OSError, ValueError) as e:
-            raise llm_error(name, f"cannot be loaded ({type(e).__name__})") from None
-        self.dim = self.model.config.hidden_size
-        accepted = inspect.signature(self.model.forward).parameters  # 5.24 renamed one
-        self.cache_name = "cache" if "cache" in accepted else "past_key_values"
+            self.dim = self.model.config.hidden_size
+        self.accepted = inspect.signature(self.model.forward).parameters
+        self.cache_name = "cache" if "cache" in self.accepted else "past_key_values"  # before 5.24
 
     @classmethod
-    def without_weights(cls, folder: Path) -> "PretrainedLLM":
-        """Build the model that folder/config.json describes."""
-        return cls(str(folder), require_transformers().AutoConfig.from_pretrained(folder))
+    def without_weights(cls, name: str) -> "PretrainedLLM":
+        """Build the model that the config.json of a folder, or of a name on the hub, describes."""
+        with library_errors(lambda e: llm_error(name, f"its config.json cannot be read ({e})")):
+            config = require_transformers().AutoConfig.from_pretrained(name)
+        return cls(name, config)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.model.get_decoder().layers
+        decoder = self.model.get_decoder()
+        return decoder.layers if hasattr(decoder, "layers") else decoder.h  # GPT-2's name
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings()(ids)                                    # (B, T, D)
@@ -86,6 +93,43 @@ class PretrainedLLM(nn.Module):
                             logits_to_keep=0 if logits_at is None else logits_at,  # 0: all
                             **{self.cache_name: cache})
         return output.logits                                                             # (B, K, V)
+
+
+def check_llm(name: str, tokenizer: "PretrainedTokenizer", length: int, answer: int) -> None:
+    """Raise InputError for an LLM that cannot be trained or answer, before its weights are read.
+
+    It runs on fake tensors, which have shapes and no numbers. `length` and `answer` are the most
+    tokens of a conversation and of a generated answer.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        raise InputError(llm_error(name, "holds no *.safetensors and no pytorch_model*.bin"))
+    lacks = (f"--llm {name}: cannot be the LLM: it needs blocks and a cache of keys and values, and must "
+             "take inputs_embeds, position_ids and logits_to_keep, as a Llama, Qwen or GPT-2 does")
+    with FakeTensorMode(), torch.no_grad(), library_errors(lambda _: lacks):
+        llm = PretrainedLLM.without_weights(name).bfloat16()
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        mask, cache = torch.ones_like(ids), llm.new_cache()
+        logits = llm(llm.embed(ids), None, logits_at=torch.arange(2))
+        llm(llm.embed(ids), mask, cache)
+        token = llm(llm.embed(ids[:, :1]), F.pad(mask, (0, 1), value=1), cache)
+        runs = logits.shape[:2] == (1, 2) and token.shape[:2] == (1, 1)
+    if not (runs and len(llm.blocks) and "position_ids" in llm.accepted):
+        raise InputError(lacks)
+    embedding = llm.model.get_input_embeddings()
+    largest, rows = tokenizer.largest_id(), embedding.num_embeddings
+    if largest >= rows:
+        raise InputError(f"--llm {name}: its tokenizer has ids up to {largest}, its model {rows} "
+                         "embeddings: take both from one place, or save the model after "
+                         f"resize_token_embeddings({largest + 1})")
+    # a table of positions ends where an answer may go on; rotary ones go on
+    tables = [module for module in llm.modules() if isinstance(module, nn.Embedding)]
+    more = answer if len(tables) > 1 else 0
+    positions = getattr(llm.model.config, "max_position_embeddings", None)
+    if positions and length + more > positions:
+        raise InputError(f"--llm {name}: has {positions} positions, fewer than --max-length "
+                         f"{length}{f' + --max-new-tokens {more}' if more else ''}; add "
+                         f"--max-length {max(1, positions - more)}")
 
 
 def join_spaces_last(tokenizer) -> None:
@@ -118,13 +162,13 @@ class PretrainedTokenizer:
               "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
 
     def __init__(self, name: str):
-        try:
+        with library_errors(lambda e: llm_error(name, f"its tokenizer cannot be loaded ({e})")):
             self.tokenizer = require_transformers().AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, ImportError) as e:
-            fault = f"its tokenizer cannot be loaded ({type(e).__name__})"
-            raise llm_error(name, fault) from None
-        join_spaces_last(self.tokenizer)
+            join_spaces_last(self.tokenizer)
         self.eos = self.tokenizer.eos_token_id
+        if self.eos is None:
+            raise InputError(f"--llm {name}: its tokenizer has no end token, with which an answer "
+                             'ends; add "eos_token" to tokenizer_config.json')
         bos = self.tokenizer.bos_token_id
         self.bos = self.eos if bos is None else bos
         self.pad = self.eos  # never seen: the attention mask hides it, its label is IGNORE
@@ -138,6 +182,11 @@ class PretrainedTokenizer:
             raise InputError(f"--llm {name}: its tokenizer reads {text!r} as {decoded!r}; "
                              "transformers 5.0 to 5.2 garble a tokenizer.model: pip install "
                              "'transformers>=5.3'")
+
+    def largest_id(self) -> int:
+        """Return the largest id of all that `encode`, or a prompt, can hold."""
+        words = self.tokenizer.get_vocab().values()
+        return max({*words} - {*self.tokenizer.all_special_ids} | {self.eos, self.bos})
 
     def encode(self, text: str) -> list[int]:
         if self.puts_space and text.startswith(" "):
