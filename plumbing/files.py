@@ -32,8 +32,16 @@ def library_errors(line: Callable[[str], str]) -> Iterator[None]:
     except (InputError, Stopped, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        reasons = [text.strip() for text in str(e).splitlines() if text.strip()]
-        reason = reasons[0][:200] if reasons else type(e).__name__
+        chain = [e]
+        while chain[-1].__context__:
+            chain.append(chain[-1].__context__)
+        # what the network says is clearer than what a library makes of it
+        network = [x for x in chain if type(x).__module__.split(".")[0] in ("httpx", "requests")]
+        fault = (network or chain)[0]
+        texts = [text.strip() for text in str(fault).splitlines() if text.strip()]
+        reason = " ".join(texts[:2] if texts and texts[0].endswith(":") else texts[:1])[:200]
+        if " " not in reason:   # the key of a KeyError
+            reason = f"{type(fault).__name__}: {reason}".removesuffix(": ")
         raise InputError(line(reason)) from None
 
 
