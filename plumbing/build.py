@@ -1,7 +1,5 @@
 """From a Config to the models of a run. A run imports the half of tiny/ and real/ that it needs."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
 
@@ -76,6 +74,13 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
                             alpha=c.mole_alpha, dropout=c.mole_dropout,
                             router_grad=c.mole_router_grad, init=c.mole_init)
     return student
+
+
+def check_llm(c: Config, tokenizer) -> None:
+    """Raise InputError for a real LLM that cannot be trained, before stage 0 and its weights."""
+    if c.llm and c.llm != c.init_from:  # the reader of the authors' checkpoint checks it
+        from real.pretrained_llm import check_llm
+        check_llm(c.llm, tokenizer, c.max_length, c.max_new_tokens)
 
 
 def build_llm(c: Config, released: tuple | None = None, first: bool = True) -> nn.Module | None:

@@ -32,16 +32,10 @@ def library_errors(line: Callable[[str], str]) -> Iterator[None]:
     except (InputError, Stopped, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        chain = [e]
-        while chain[-1].__context__:
-            chain.append(chain[-1].__context__)
-        # what the network says is clearer than what a library makes of it
-        network = [x for x in chain if type(x).__module__.split(".")[0] in ("httpx", "requests")]
-        fault = (network or chain)[0]
-        texts = [text.strip() for text in str(fault).splitlines() if text.strip()]
+        texts = [text.strip() for text in str(e).splitlines() if text.strip()]
         reason = " ".join(texts[:2] if texts and texts[0].endswith(":") else texts[:1])[:200]
         if " " not in reason:   # the key of a KeyError
-            reason = f"{type(fault).__name__}: {reason}".removesuffix(": ")
+            reason = f"{type(e).__name__}: {reason}".removesuffix(": ")
         raise InputError(line(reason)) from None
 
 
@@ -146,7 +140,7 @@ KINDS = (  # how it begins (latin-1) or its name ends (with a dot), what it is, 
 
 
 def kind_of(path: Path) -> str:
-    """Return "is KIND: REMEDY" for a file of a kind that people have and we do not read, else ""."""
+    """Return "is KIND: REMEDY" for a file of a known kind that we do not read, else ""."""
     try:
         with open(path, "rb") as file:
             head = file.read(64).decode("latin-1").lstrip("\xef\xbb\xbf \r\n").lower()
@@ -154,8 +148,8 @@ def kind_of(path: Path) -> str:
     except (OSError, zipfile.BadZipFile):
         return ""
     if any(name.endswith("/constants.pkl") for name in inside):
-        return ("is a TorchScript archive, as OpenAI's own CLIP: python -c \"import torch; torch.save"
-                f"(torch.jit.load('{path}', 'cpu').state_dict(), '{path}')\"")
+        return ("is a TorchScript archive, as OpenAI's own CLIP: python -c \"import torch; "
+                f"torch.save(torch.jit.load('{path}', 'cpu').state_dict(), '{path}')\"")
     name = path.name.lower().replace(".yml", ".yaml")
     for sign, kind, remedy in KINDS:
         is_it = name.endswith(sign) if sign[0] == "." else head.startswith(sign.lower())

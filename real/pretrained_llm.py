@@ -16,8 +16,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from data import InputError
-from plumbing.files import kind_of, library_errors
-from real.encoder_weights import ask_hub
+from plumbing.files import library_errors
+from real.encoder_weights import ask_hub, unreadable
 from tiny.llm import token_positions
 
 SPACE = "\u2581"  # in the pieces of a sentencepiece model
@@ -112,13 +112,11 @@ def check_llm(name: str, tokenizer: "PretrainedTokenizer", length: int, answer: 
     if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         raise InputError(llm_error(name, "holds no *.safetensors and no pytorch_model*.bin"))
     for file in folder.glob("*.safetensors"):
-        def damaged(reason: str, file: Path = file) -> str:
-            return llm_error(name, f"{file.name} {kind_of(file) or f'is damaged ({reason})'}")
-
-        with library_errors(damaged), safe_open(file, "pt"):
+        with (library_errors(lambda e, file=file: llm_error(name, unreadable(file, e))),
+              safe_open(file, "pt")):
             pass    # its header says whether the file is whole
-    lacks = (f"--llm {name}: cannot be the LLM: it needs blocks, a cache of keys and values, and to "
-             "take inputs_embeds, position_ids and logits_to_keep, as a Llama, Qwen or GPT-2 does")
+    lacks = (f"--llm {name}: cannot be the LLM: it needs blocks, a cache of keys and values, and "
+             "inputs_embeds, position_ids and logits_to_keep, as a Llama, Qwen or GPT-2 has")
     runs = True
     with FakeTensorMode(), torch.no_grad(), library_errors(lambda _: lacks):
         llm = PretrainedLLM.without_weights(name, torch.bfloat16)
@@ -131,20 +129,17 @@ def check_llm(name: str, tokenizer: "PretrainedTokenizer", length: int, answer: 
             runs = logits.shape[:2] == (1, 2) and token.shape[:2] == (1, 1) and len(llm.blocks)
     if not runs or "position_ids" not in llm.accepted:
         raise InputError(lacks)
-    embedding = llm.model.get_input_embeddings()
-    largest, rows = tokenizer.largest_id(), embedding.num_embeddings
+    largest, rows = tokenizer.largest_id(), llm.model.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise InputError(f"--llm {name}: its tokenizer has ids up to {largest}, its model {rows} "
                          "embeddings: take both from one place, or save the model after "
                          f"resize_token_embeddings({largest + 1})")
-    # a table of positions ends where an answer may go on; rotary ones go on
-    tables = [module for module in llm.modules() if isinstance(module, nn.Embedding)]
-    more = answer if len(tables) > 1 else 0
+    # rotary positions go on behind the last one that was trained, a table of them does not
+    more = answer if sum(isinstance(m, nn.Embedding) for m in llm.modules()) > 1 else 0
     positions = getattr(llm.model.config, "max_position_embeddings", None)
     if positions and length + more > positions:
-        raise InputError(f"--llm {name}: has {positions} positions, fewer than --max-length "
-                         f"{length}{f' + --max-new-tokens {more}' if more else ''}; add "
-                         f"--max-length {max(1, positions - more)}")
+        raise InputError(f"--llm {name}: its {positions} positions are fewer than --max-length "
+                         f"{length} wants; add --max-length {max(1, positions - more)}")
 
 
 def join_spaces_last(tokenizer) -> None:
