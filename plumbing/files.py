@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,8 +33,10 @@ def library_errors(line: Callable[[str], str]) -> Iterator[None]:
     except (InputError, Stopped, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        reasons = [text.strip() for text in str(e).splitlines() if text.strip()]
-        reason = reasons[0][:200] if reasons else type(e).__name__
+        texts = [text.strip() for text in str(e).splitlines() if text.strip()]
+        reason = " ".join(texts[:2] if texts and texts[0].endswith(":") else texts[:1])[:200]
+        if " " not in reason:   # the key of a KeyError
+            reason = f"{type(e).__name__}: {reason}".removesuffix(": ")
         raise InputError(line(reason)) from None
 
 
@@ -141,15 +144,20 @@ KINDS = {  # how a file begins, in latin-1, or how its name ends: what it is, an
 
 
 def kind_of(path: Path) -> str:
-    """Return "is KIND: REMEDY" for a file of a kind that people have and we cannot read, or ""."""
-    if not path.is_file():
+    """Return "is KIND: REMEDY" for a file of a known kind that we do not read, else ""."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64).decode("latin-1").lstrip("\xef\xbb\xbf \r\n").lower()
+        inside = zipfile.ZipFile(path).namelist() if head.startswith("pk\3\4") else []
+    except (OSError, zipfile.BadZipFile):
         return ""
-    with open(path, "rb") as file:
-        head = file.read(64).decode("latin-1").lstrip("\xef\xbb\xbf \r\n").lower()
+    if any(name.endswith("/constants.pkl") for name in inside):
+        return ("is a TorchScript archive, as OpenAI's own CLIP: python -c \"import torch; "
+                f"torch.save(torch.jit.load('{path}', 'cpu').state_dict(), '{path}')\"")
     name = path.name.lower().replace(".yml", ".yaml")
     for sign, (kind, remedy) in KINDS.items():
         is_it = name.endswith(sign) if sign[0] == "." else head.startswith(sign)
-        if is_it and not (sign == "pk\3\4" and name.endswith((".pt", ".pth", ".bin"))):  # torch's
+        if is_it and not any(part.endswith("/data.pkl") for part in inside):    # torch's own
             return f"is {kind}: {remedy.replace('FILE', str(path))}"
     return ""
 

@@ -29,9 +29,9 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
     else:
         c = read_config(folder)
         if c.llm:
-            tokenizer = PretrainedTokenizer(str(folder / "llm"))
-            llm = PretrainedLLM.without_weights(str(folder / "llm"))
-            vlm = build.build_vlm(c, tokenizer, {}, llm)
+            name = str(folder / "llm")
+            tokenizer = PretrainedTokenizer(name)
+            vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM.without_weights(name))
         else:
             tokenizer = WordTokenizer(sets.read_words(folder))
             vlm = build.build_vlm(c, tokenizer, {})

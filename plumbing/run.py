@@ -93,9 +93,7 @@ class Run:
         if machine.first:
             checks.check_rows(c, self.sets, machine)
             run_folder.check_data(c, self.sets, self.progress)
-            if c.llm and c.llm != c.init_from:  # the authors' checkpoint is checked by its reader
-                from real.pretrained_llm import check_llm
-                check_llm(c.llm, self.tokenizer, c.max_length, c.max_new_tokens)
+            build.check_llm(c, self.tokenizer)
 
         # Stage 0 makes what the tiny preset has in place of downloads.
         words = run_log.stage_words(c, 0)

@@ -32,8 +32,10 @@ def find_weights(spec: str, folder: str) -> Path | str:
         file = Path(folder) / (name + ending)
         if file.exists():
             return file
-    fault = f"has no {name}.safetensors, or" if Path(folder).is_dir() else "no such folder; want"
-    raise InputError(f"--weights {folder}: {fault} {', '.join(ENDINGS[1:])}; {timms_file(name)}")
+    fault = "has no" if Path(folder).is_dir() else "no such folder; it must have"
+    endings = ", ".join(ENDINGS[1:])
+    raise InputError(f"--weights {folder}: {fault} {name}{ENDINGS[0]} (or {endings}); "
+                     f"{timms_file(name)}")
 
 
 def timms_file(name: str) -> str:

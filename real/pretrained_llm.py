@@ -3,6 +3,7 @@
 Letters: B samples, T tokens, D width, V vocabulary.
 """
 
+import contextlib
 import inspect
 import json
 import re
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from data import InputError
 from plumbing.files import library_errors
-from real.encoder_weights import ask_hub
+from real.encoder_weights import ask_hub, unreadable
 from tiny.llm import token_positions
 
 SPACE = "\u2581"  # in the pieces of a sentencepiece model
@@ -34,11 +36,15 @@ def require_transformers():
 
 def llm_error(name: str, fault: str) -> str:
     """Return the line for an LLM that cannot be loaded."""
-    line = (f"--llm {name}: {fault}; name a folder with config.json, *.safetensors, and "
-            "tokenizer.json or tokenizer.model (which needs sentencepiece and protobuf)")
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not Path(name).exists():
-        line += f": the files of https://huggingface.co/{name}, if that is a name of the hub"
-    return line
+    folder, link = Path(name), ""
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        fault = "holds no config.json"
+    elif re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not folder.exists():
+        link = f": the files of https://huggingface.co/{name}, if that is a name of the hub"
+    elif not folder.is_dir():
+        fault = "is no folder"
+    return (f"--llm {name}: {fault}; name a folder with config.json, *.safetensors, and "
+            f"tokenizer.json or tokenizer.model (which needs sentencepiece and protobuf){link}")
 
 
 class PretrainedLLM(nn.Module):
@@ -61,10 +67,11 @@ class PretrainedLLM(nn.Module):
         self.cache_name = "cache" if "cache" in self.accepted else "past_key_values"  # before 5.24
 
     @classmethod
-    def without_weights(cls, name: str) -> "PretrainedLLM":
+    def without_weights(cls, name: str, dtype=None) -> "PretrainedLLM":
         """Build the model that the config.json of a folder, or of a name on the hub, describes."""
         with library_errors(lambda e: llm_error(name, f"its config.json cannot be read ({e})")):
             config = require_transformers().AutoConfig.from_pretrained(name)
+        config.dtype = dtype or config.dtype
         return cls(name, config)
 
     @property
@@ -104,32 +111,35 @@ def check_llm(name: str, tokenizer: "PretrainedTokenizer", length: int, answer: 
     folder = Path(name)
     if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         raise InputError(llm_error(name, "holds no *.safetensors and no pytorch_model*.bin"))
-    lacks = (f"--llm {name}: cannot be the LLM: it needs blocks and a cache of keys and values, and must "
-             "take inputs_embeds, position_ids and logits_to_keep, as a Llama, Qwen or GPT-2 does")
+    for file in folder.glob("*.safetensors"):
+        with (library_errors(lambda e, file=file: llm_error(name, unreadable(file, e))),
+              safe_open(file, "pt")):
+            pass    # its header says whether the file is whole
+    lacks = (f"--llm {name}: cannot be the LLM: it needs blocks, a cache of keys and values, and "
+             "inputs_embeds, position_ids and logits_to_keep, as a Llama, Qwen or GPT-2 has")
+    runs = True
     with FakeTensorMode(), torch.no_grad(), library_errors(lambda _: lacks):
-        llm = PretrainedLLM.without_weights(name).bfloat16()
+        llm = PretrainedLLM.without_weights(name, torch.bfloat16)
         ids = torch.zeros(1, 3, dtype=torch.long)
         mask, cache = torch.ones_like(ids), llm.new_cache()
-        logits = llm(llm.embed(ids), None, logits_at=torch.arange(2))
-        llm(llm.embed(ids), mask, cache)
-        token = llm(llm.embed(ids[:, :1]), F.pad(mask, (0, 1), value=1), cache)
-        runs = logits.shape[:2] == (1, 2) and token.shape[:2] == (1, 1)
-    if not (runs and len(llm.blocks) and "position_ids" in llm.accepted):
+        with contextlib.suppress(DataDependentOutputException):  # some model looks at the numbers
+            logits = llm(llm.embed(ids), None, logits_at=torch.arange(2))
+            llm(llm.embed(ids), mask, cache)
+            token = llm(llm.embed(ids[:, :1]), F.pad(mask, (0, 1), value=1), cache)
+            runs = logits.shape[:2] == (1, 2) and token.shape[:2] == (1, 1) and len(llm.blocks)
+    if not runs or "position_ids" not in llm.accepted:
         raise InputError(lacks)
-    embedding = llm.model.get_input_embeddings()
-    largest, rows = tokenizer.largest_id(), embedding.num_embeddings
+    largest, rows = tokenizer.largest_id(), llm.model.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise InputError(f"--llm {name}: its tokenizer has ids up to {largest}, its model {rows} "
                          "embeddings: take both from one place, or save the model after "
                          f"resize_token_embeddings({largest + 1})")
-    # a table of positions ends where an answer may go on; rotary ones go on
-    tables = [module for module in llm.modules() if isinstance(module, nn.Embedding)]
-    more = answer if len(tables) > 1 else 0
+    # rotary positions go on behind the last one that was trained, a table of them does not
+    more = answer if sum(isinstance(m, nn.Embedding) for m in llm.modules()) > 1 else 0
     positions = getattr(llm.model.config, "max_position_embeddings", None)
     if positions and length + more > positions:
-        raise InputError(f"--llm {name}: has {positions} positions, fewer than --max-length "
-                         f"{length}{f' + --max-new-tokens {more}' if more else ''}; add "
-                         f"--max-length {max(1, positions - more)}")
+        raise InputError(f"--llm {name}: its {positions} positions are fewer than --max-length "
+                         f"{length} wants; add --max-length {max(1, positions - more)}")
 
 
 def join_spaces_last(tokenizer) -> None:
@@ -180,8 +190,8 @@ class PretrainedTokenizer:
         decoded = self.tokenizer.decode(self.encode(text))
         if decoded.strip() != text:
             raise InputError(f"--llm {name}: its tokenizer reads {text!r} as {decoded!r}; "
-                             "transformers 5.0 to 5.2 garble a tokenizer.model: pip install "
-                             "'transformers>=5.3'")
+                             "take all files of one model, and with a tokenizer.model "
+                             "transformers >= 5.3, because 5.0 to 5.2 garble it")
 
     def largest_id(self) -> int:
         """Return the largest id of all that `encode`, or a prompt, can hold."""
