@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         for word in sys.argv[1:] if args is None else args:
             name = word.split("=")[0]
             if name.startswith("--") and " " not in name and name not in known:
-                similar = difflib.get_close_matches(name, known, n=1)
+                similar = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
                 mean = f"; did you mean {similar[0]}?" if similar else ""
                 self.error(f"unrecognized arguments: {word}{mean}")
         return super().parse_args(args, namespace)

@@ -131,6 +131,9 @@ KINDS = {  # how a file begins, in latin-1, or how its name ends: what it is, an
     "par1": ("parquet", PYTHON.format("parquet")),
     "arrow1": ("arrow", PYTHON.format("feather")),
     "\x1f\x8b": ("compressed", "gunzip FILE"),
+    "\xff\xff\xff\xff": ("arrow", "python -c \"import datasets; "
+                         "datasets.Dataset.from_file('FILE').to_json('FILE.json')\""),
+    "\xff\xfe\0\0": ("text in UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > FILE.json"),
     "\xff\xfe": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.json"),
     "\xfe\xff": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.json"),
     "gguf": ("weights of llama.cpp", "take those of PyTorch: *.safetensors or *.pth"),

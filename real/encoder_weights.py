@@ -18,6 +18,12 @@ from teachers import create_net, parse_spec
 
 HUB = "hub"  # in place of a file: the weights that timm's hub has under the name
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+LAYOUTS = {  # how a tensor's name begins, and whose layout it is, which timm does not convert
+    "text_model.": "Hugging Face's CLIP", "vision_model.": "Hugging Face's CLIP",
+    "embeddings.class_embedding": "Hugging Face's CLIP", "convnext.": "Hugging Face's ConvNext",
+    "embeddings.patch_embeddings": "Hugging Face's ConvNext",
+    "vision_encoder.": "Hugging Face's SAM", "mm_projector.": "LLaVA", "language_model.": "LLaVA",
+    "model.": "LLaVA, or an LLM"}
 
 
 def find_weights(spec: str, folder: str) -> Path | str:
@@ -77,6 +83,10 @@ def fill_net(net: nn.Module, file: Path, remedy: str) -> None:
     with library_errors(lambda e: f"{unreadable(file, e)}; {remedy}"):
         state = timm.models.load_state_dict(str(file), weights_only=True)
     fault = f"{file}: does not fit {net.pretrained_cfg.get('architecture')}"
+    for start, layout in LAYOUTS.items():
+        if any(name.startswith(start) for name in state):
+            fault = f"{file}: has the names of {layout}, not timm's"
+            break
     with library_errors(lambda e: f"{fault}: {e}; {remedy}"):
         module = sys.modules[type(net).__module__]
         if hasattr(module, "checkpoint_filter_fn"):

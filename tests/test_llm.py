@@ -135,7 +135,7 @@ def write(name: str, text: str):
     (write("config.json", ""), "holds no config.json"),
     (write("config.json", '{"model_type": "xyz"}'), "has model type `xyz`"),
     (write("model.safetensors", ""), "holds no .*safetensors and no pytorch_model"),
-    (write("model.safetensors", "version https://git-lfs"), "is a pointer of git-lfs"),
+    (write("model.safetensors", "version https://git-lfs"), "is a git-lfs pointer"),
     (write("tokenizer.json", "{"), "its tokenizer cannot be loaded .Expecting"),
     (write("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}'),
      "its tokenizer has no end token")])

@@ -84,7 +84,7 @@ def test_a_file_that_does_not_fit_is_one_line(tmp_path):
     """What timm would only warn of, a file that fits nowhere, is an error with the file's name."""
     for first, fault in {"": "does not fit vit_base_patch16_clip_quickgelu_224",
                          "embeddings.class_embedding": "names of Hugging Face's CLIP, not timm's",
-                         "text_model.x": "names of Hugging Face's CLIPModel, not timm's",
+                         "text_model.x": "names of Hugging Face's CLIP, not timm's",
                          "language_model.x": "names of LLaVA, not timm's"}.items():
         save_file({first: torch.ones(96)} if first else {}, tmp_path / "bad.safetensors")
         with pytest.raises(InputError, match=f"bad.safetensors: .*{fault}.*; save model.safet"):
