@@ -99,7 +99,8 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
 
 def check_llm(c: Config, tokenizer) -> None:
     """Raise InputError for a real LLM that cannot be trained, before stage 0 and its weights."""
-    if c.llm and c.llm != c.init_from:  # the reader of the authors' checkpoint checks it
+    # the reader of the authors' checkpoint checks theirs
+    if c.llm and Path(c.llm) != Path(c.init_from):
         from real.pretrained_llm import check_llm
         check_llm(c.llm, tokenizer, c.max_length, c.max_new_tokens)
 

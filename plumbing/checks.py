@@ -117,7 +117,7 @@ def check_encoder(c: Config, name: str) -> None:
         encoder = build_encoder(c, name, {})
         net = encoder.net
         image = {size: torch.empty(1, 3, size, size, dtype=torch.uint8)}
-        tokens, _, scores = encoder(image)                              # (1, n_i, d_i)
+        tokens = encoder(image).tokens                                  # (1, n_i, d_i)
         is_vit = hasattr(net, "patch_embed")
         stride = net.patch_embed.patch_size[0] if is_vit else net.feature_info[-1]["reduction"]
         fits = tokens.shape == (1, encoder.num_tokens, encoder.dim)

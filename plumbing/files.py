@@ -149,10 +149,11 @@ KINDS = {  # how a file begins, in latin-1, or how its name ends: what it is, an
 def kind_of(path: Path) -> str:
     """Return "is KIND: REMEDY" for a file of a known kind that we do not read, else ""."""
     try:
+        require_file(path)      # reading a pipe would wait
         with open(path, "rb") as file:
             head = file.read(64).decode("latin-1").lstrip("\xef\xbb\xbf \r\n").lower()
         inside = zipfile.ZipFile(path).namelist() if head.startswith("pk\3\4") else []
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, InputError, zipfile.BadZipFile):
         return ""
     if any(name.endswith("/constants.pkl") for name in inside):
         return ("is a TorchScript archive, as OpenAI's own CLIP: python -c \"import torch; "
