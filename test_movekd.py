@@ -17,11 +17,11 @@ from kd_loss import kd_loss, on_grid, teacher_weights, token_weights
 from model import Student, next_tokens, text_loss
 from mole import MoLE, ReleasedMoLE, balance_loss, expert_fractions, mole_layers, router_probs
 from plumbing.build import build_movekd
-from plumbing.run import stage_table
 from teachers import ClipEncoder, EncoderAdapter, TeacherOutput, VisionEncoder, adapt, adapt_student
 from tests import common
 from tests.common import MOLE, REAL, C
 from tiny.llm import WordTokenizer
+from train import stage_table
 
 close = torch.testing.assert_close
 

@@ -52,8 +52,9 @@ def train_stage(run: Run, stage: int) -> None:
     """Train one stage to its end. Raises Stopped if a signal ended it, after saving its state."""
     c, model = run.c, run.model
 
-    # How many steps, at which learning rate, on which batches. Prints what is trained.
+    # How many steps, at which learning rate, on which batches.
     plan = run.begin_stage(stage)
+    run.log.say(stage_table(stage, model, run.teachers))
 
     # AdamW without weight decay, as LLaVA. A stage has an optimizer of its own, because the
     # parameters that it trains are its own.
@@ -87,6 +88,19 @@ def train_stage(run: Run, stage: int) -> None:
         # Log the step; save a checkpoint if one is due or a signal has come.
         values["lr"] = lr
         run.finish_step(plan, step, values)
+
+
+def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
+    """Return what a stage trains, one line for each part of the method."""
+    groups = model.parameter_groups()
+    for name, teacher in teachers.encoders.items():
+        groups[f"teacher {name}"] = list(teacher.parameters())
+    rows = [f"stage {stage} {'':22}  parameters"]
+    for name, parameters in groups.items():
+        count = sum(p.numel() for p in parameters)
+        trained = any(p.requires_grad for p in parameters)
+        rows.append(f"  {name:28} {count:12,}  {'trained' if trained else 'frozen'}")
+    return "\n".join(rows)
 
 
 def forward_backward(c: Config, model: MoVEKD, teachers: Teachers,

@@ -7,7 +7,7 @@ from torch import nn
 
 from model import VLM, Ensemble, MethodOptions, MoVEKD, Student
 from plumbing.config import STAND_INS, Config, is_real
-from plumbing.files import read_about, read_tensors, require_file
+from plumbing.files import load_strictly, read_about, read_tensors, require_file
 from plumbing.sets import image_folder
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
@@ -98,6 +98,14 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
     return student
 
 
+def check_llm(c: Config, tokenizer) -> None:
+    """Raise InputError for a real LLM that cannot be trained, before stage 0 and its weights."""
+    # the reader of the authors' checkpoint checks theirs
+    if c.llm and Path(c.llm) != Path(c.init_from):
+        from real.pretrained_llm import check_llm
+        check_llm(c.llm, tokenizer, c.max_length, c.max_new_tokens)
+
+
 def build_llm(c: Config, released: tuple | None = None, first: bool = True) -> nn.Module | None:
     """Build the real LLM of a run; None for a tiny one. `released`: see `released_config`."""
     if not c.llm:
@@ -106,7 +114,7 @@ def build_llm(c: Config, released: tuple | None = None, first: bool = True) -> n
     if released:
         return PretrainedLLM(c.llm, released[1])
     # Only rank 0 reads the weights.
-    return PretrainedLLM(c.llm) if first else PretrainedLLM.without_weights(Path(c.llm))
+    return PretrainedLLM(c.llm) if first else PretrainedLLM.without_weights(c.llm)
 
 
 def build_vlm(c: Config, tokenizer, weights: dict, llm: nn.Module | None = None) -> VLM:
@@ -115,7 +123,9 @@ def build_vlm(c: Config, tokenizer, weights: dict, llm: nn.Module | None = None)
     student = build_student(c, weights)
     language = llm or build_llm(c) or TinyLLM(*llm_shape(c, tokenizer))
     if "llm" in weights:  # of the tiny LLM
-        language.load_state_dict(read_tensors(weights["llm"], "delete it, and it is made again"))
+        remedy = "delete it, and it is made again"
+        load_strictly(language, read_tensors(weights["llm"], remedy),
+                      f"{weights['llm']}: does not fit the tiny LLM", f"; {remedy}")
     # Seed again: with experts or without, the projector starts the same.
     torch.manual_seed(c.seed)
     return VLM(student, language, tokenizer.image)

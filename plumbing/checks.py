@@ -10,14 +10,16 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import timm
 import torch
+from timm.models import VisionTransformer
 
 from data import IGNORE, InputError, conversation_ids, row_name
-from plumbing.build import stage0_encoders
+from plumbing.build import build_encoder, build_student, stage0_encoders
 from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
 from plumbing.evaluate import normalise, questions_of
+from plumbing.files import library_errors
 from plumbing.processes import Machine, launched, wanted_processes
 from plumbing.sets import PREFETCH, image_bytes, llava_layout, training_size
-from teachers import ClipEncoder, VisionEncoder, parse_spec
+from teachers import parse_spec
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -67,7 +69,7 @@ def check_config(c: Config, trains: bool = True) -> None:
               "--cache-teachers ''")
     refuse_if(c.pretrain_data and not c.data, "--pretrain-data needs --data and --eval-data")
     for name in ENCODERS:
-        check_encoder(name, getattr(c, name), name in c.teachers)
+        check_encoder(c, name)
     refuse_if(c.student in ("frozen", "ensemble") and (c.lambda_kd or c.mole_experts),
               f"--student {c.student}: nothing is distilled and no expert trained; add "
               "--lambda-kd 0 --mole-experts 0")
@@ -80,45 +82,56 @@ def check_config(c: Config, trains: bool = True) -> None:
               "--stage1-epochs 0 and --stage2-epochs 0: one of the stages must be run")
 
 
-def check_encoder(name: str, spec: str, teaches: bool) -> None:
-    """Raise InputError for an encoder that timm lacks, or a teacher that cannot serve."""
+# what the code relies on
+TEACHER = ("cannot teach: it needs a ViT or a ConvNeXt of timm whose arguments go together: "
+           "num_heads divides embed_dim, patch_size divides img_size")
+STUDENT = ("cannot be the student: it needs a ViT with [CLS] and no registers, at least 2 blocks, "
+           "each with norm1, attn.qkv with a bias and an mlp of fc1 and fc2; name a CLIP ViT of "
+           "timm")
+
+
+def check_encoder(c: Config, name: str) -> None:
+    """Raise InputError for an encoder that timm lacks, or that cannot serve."""
+    spec = getattr(c, name)
     try:
-        model, *_ = parse_spec(spec)
-    except (ValueError, KeyError, SyntaxError):
+        model, size, options = parse_spec(spec)
+        refuse_if(type(size) is not int or size < 1, "")
+    except (ValueError, KeyError, SyntaxError, TypeError, InputError):
         line = f"--{name} {spec!r}: must read 'TIMM_NAME img_size=PIXELS key=value ...'"
         raise InputError(line) from None
-    refuse_if(not timm.is_model(model),
-              f"--{name} {model}: timm has no such model; timm.list_models() names them")
-    if not teaches:
+    line = f"--{name} {model}: timm has no such model; timm.list_models(pretrained=True) names them"
+    refuse_if(not timm.is_model(model), line)
+    with library_errors(lambda _: line):
+        timm.get_pretrained_cfg(model)      # of an unknown tag
+    refuse_if(options.keys() & {"num_classes", "pretrained", "checkpoint_path"},
+              f"--{name} {spec!r}: takes no num_classes, pretrained or checkpoint_path: the tag in "
+              "the name asks for weights, and --weights DIR has files of your own")
+    if name not in c.teachers:
         return
     refuse_if(name not in STAND_INS and not is_real(spec),
               f"--{name} {spec}: stage 0 makes no such model of the tiny world; name one with real "
               "weights")
-    # Build it without numbers, and run it.
-    kind = ClipEncoder if name == "clip" else VisionEncoder
-    try:
-        with torch.device("meta"):
-            encoder = kind(spec)
-            image = torch.empty(1, 3, encoder.image_size, encoder.image_size)
-            features = encoder.net.forward_features(image)      # (1, prefix + n_i, d_i) or a map
-    except Exception as e:  # whatever timm makes of arguments that do not go together
-        fault = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise InputError(f"--{name} {spec!r}: cannot be built: {fault[:200]}") from None
-    net, size = encoder.net, encoder.image_size
-    refuse_if(name == "clip" and getattr(net, "cls_token", None) is None,
-              f"--clip {spec!r}: has no [CLS] token, whose attention weighs the tokens; name a "
-              "CLIP ViT")
-    is_vit = hasattr(net, "patch_embed")
-    stride = net.patch_embed.patch_size[0] if is_vit else net.feature_info[-1]["reduction"]
-    if features.ndim == 4:
-        tokens = features.shape[2] * features.shape[3]
-    else:
-        tokens = features.shape[1] - net.num_prefix_tokens
+    line = f"--{name} {spec!r}: {STUDENT if name == 'clip' else TEACHER}"
+    # Build it without numbers, and run what a run runs.
+    with library_errors(lambda e: f"{line} ({e})"), torch.device("meta"):
+        encoder = build_encoder(c, name, {})
+        net = encoder.net
+        image = {size: torch.empty(1, 3, size, size, dtype=torch.uint8)}
+        tokens = encoder(image).tokens                                  # (1, n_i, d_i)
+        is_vit = hasattr(net, "patch_embed")
+        stride = net.patch_embed.patch_size[0] if is_vit else net.feature_info[-1]["reduction"]
+        fits = tokens.shape == (1, encoder.num_tokens, encoder.dim)
+        if name == "clip":
+            # other attention than this class's, and q_norm, are not in `cls_scores`
+            fits = fits and isinstance(net, VisionTransformer) and net.num_prefix_tokens == 1
+            fits = fits and isinstance(net.blocks[-1].attn.q_norm, torch.nn.Identity)
+            fits = fits and net.pos_embed is not None   # stage 0 gives it numbers
+            if c.student != "ensemble":
+                fits = fits and build_student(c, {})(image).shape == tokens.shape
     refuse_if(size % stride,
               f"--{name} {spec!r}: img_size {size} is no multiple of {stride}, the pixels of a "
               "token: a rim would not be seen")
-    refuse_if((size // stride) ** 2 != tokens or tokens != encoder.num_tokens,
-              f"--{name} {spec!r}: its {tokens} tokens are no square grid")
+    refuse_if(not fits or (size // stride) ** 2 != encoder.num_tokens, line)
 
 
 def find_device(device: str) -> str:
@@ -150,6 +163,9 @@ def check_machine(c: Config, trains: bool) -> None:
               "--device mps: torch finds no Apple GPU here; --device auto takes what there is")
     if not trains:
         return
+    for name in [name for name in c.teachers if is_real(getattr(c, name))]:
+        from real.encoder_weights import find_weights
+        find_weights(getattr(c, name), c.weights)
     refuse_if(c.device == "mps" and c.precision == "bf16",
               "--device mps: trains in fp32 only; add --precision fp32, or --device cpu")
     refuse_if(c.device == "mps" and (launched() or wanted_processes(c) > 1),

@@ -1,6 +1,7 @@
 """Programs end bad input with one line, `error: ...`, on stderr and exit status 2."""
 
 import argparse
+import difflib
 import os
 import shlex
 import signal
@@ -21,6 +22,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        # An unknown flag is the likeliest reason of whatever argparse says first.
+        known = self._option_string_actions
+        for word in sys.argv[1:] if args is None else args:
+            name = word.split("=")[0]
+            if name.startswith("--") and " " not in name and name not in known:
+                similar = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+                mean = f"; did you mean {similar[0]}?" if similar else ""
+                self.error(f"unrecognized arguments: {word}{mean}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str):
         raise InputError(f"{message} (--help lists the arguments)")

@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, tensors with checksums; and torch's FLOP counter."""
+"""Files: atomic writes, JSON, tensors with checksums, what a file is; and torch's FLOP counter."""
 
 import contextlib
 import glob
@@ -7,16 +7,37 @@ import json
 import os
 import platform
 import tempfile
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError
+from plumbing.signals import Stopped
+
+
+@contextlib.contextmanager
+def library_errors(line: Callable[[str], str]) -> Iterator[None]:
+    """Raise InputError, the `line` of its reason, for any error that a library raises inside.
+
+    Which ones it raises differs from version to version. A signal and a lack of memory pass.
+    """
+    try:
+        yield
+    except (InputError, Stopped, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        texts = [text.strip() for text in str(e).splitlines() if text.strip()]
+        reason = " ".join(texts[:2] if texts and texts[0].endswith(":") else texts[:1])[:200]
+        if " " not in reason:   # the key of a KeyError
+            reason = f"{type(e).__name__}: {reason}".removesuffix(": ")
+        raise InputError(line(reason)) from None
 
 
 @contextlib.contextmanager
@@ -85,7 +106,7 @@ def read_json(path: Path):
         fault = str(e)
         with contextlib.suppress(json.JSONDecodeError, RecursionError):
             return [json.loads(line) for line in text.splitlines() if line.strip()]
-    raise InputError(f"{path}: not valid JSON: {fault}")
+    raise InputError(f"{path}: {kind_of(path) or f'not valid JSON: {fault}'}")
 
 
 def write_json(path: Path, value) -> None:
@@ -97,6 +118,52 @@ def write_json(path: Path, value) -> None:
 
 def digest(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
+# --- what a file is that cannot be read
+
+PYTHON = ("python -c \"import pandas; "
+          "pandas.read_{}('FILE').to_json('FILE.json', orient='records')\"")
+KINDS = {  # how a file begins, in latin-1, or how its name ends: what it is, and the remedy
+    "version https://git-lfs": ("a git-lfs pointer, not the file itself", "git lfs pull"),
+    "<!doctype html": ("a web page, perhaps of a login", "download the file itself"),
+    "<html": ("a web page, perhaps of a login", "download the file itself"),
+    "par1": ("parquet", PYTHON.format("parquet")),
+    "arrow1": ("arrow", PYTHON.format("feather")),
+    "\x1f\x8b": ("compressed", "gunzip FILE"),
+    "\xff\xff\xff\xff": ("arrow", "python -c \"import datasets; "
+                         "datasets.Dataset.from_file('FILE').to_json('FILE.json')\""),
+    "\xff\xfe\0\0": ("text in UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > FILE.json"),
+    "\xff\xfe": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.json"),
+    "\xfe\xff": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.json"),
+    "gguf": ("weights of llama.cpp", "take those of PyTorch: *.safetensors or *.pth"),
+    ".csv": ("a table", PYTHON.format("csv")),
+    ".tsv": ("a table", PYTHON.format("table")),
+    ".xlsx": ("a table", PYTHON.format("excel")),
+    ".yaml": ("YAML", "python -c \"import json, yaml; "
+                      "json.dump(yaml.safe_load(open('FILE')), open('FILE.json', 'w'))\""),
+    "pk\3\4": ("a zip archive", "unzip FILE"),
+}
+
+
+def kind_of(path: Path) -> str:
+    """Return "is KIND: REMEDY" for a file of a known kind that we do not read, else ""."""
+    try:
+        require_file(path)      # reading a pipe would wait
+        with open(path, "rb") as file:
+            head = file.read(64).decode("latin-1").lstrip("\xef\xbb\xbf \r\n").lower()
+        inside = zipfile.ZipFile(path).namelist() if head.startswith("pk\3\4") else []
+    except (OSError, ValueError, InputError, zipfile.BadZipFile):
+        return ""
+    if any(name.endswith("/constants.pkl") for name in inside):
+        return ("is a TorchScript archive, as OpenAI's own CLIP: python -c \"import torch; "
+                f"torch.save(torch.jit.load('{path}', 'cpu').state_dict(), '{path}')\"")
+    name = path.name.lower().replace(".yml", ".yaml")
+    for sign, (kind, remedy) in KINDS.items():
+        is_it = name.endswith(sign) if sign[0] == "." else head.startswith(sign)
+        if is_it and not any(part.endswith("/data.pkl") for part in inside):    # torch's own
+            return f"is {kind}: {remedy.replace('FILE', str(path))}"
+    return ""
 
 
 # --- tensors: each one's checksum stands in the header of its file, and is copied with it
@@ -148,6 +215,20 @@ def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"{path}: {name} holds nan or inf; {remedy}")
     return tensors
+
+
+def load_strictly(module: nn.Module, tensors: dict, fault: str, remedy: str = "") -> None:
+    """Fill a module. Of tied tensors, one parameter with several names, one name is enough.
+
+    Raises InputError: `fault`, the first tensor that does not fit, and the remedy.
+    """
+    names = list(module.named_parameters(remove_duplicate=False))
+    stored = {p: tensors[name] for name, p in reversed(names) if name in tensors}
+    tied = {name: stored[p] for name, p in names if p in stored}
+    try:
+        module.load_state_dict({**tied, **tensors})
+    except RuntimeError as e:
+        raise InputError(f"{fault}: {str(e).splitlines()[1].strip()[:200]}{remedy}") from None
 
 
 # --- FLOPs: torch's counter takes the CPU's fused attention for 0, and before torch 2.14 it fails

@@ -27,10 +27,11 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
         vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM(c.llm, released[1]))
         load_released(vlm, folder)
     else:
-        c = flags.load_config(folder / "config.json")
+        c = read_config(folder)
         if c.llm:
-            tokenizer = PretrainedTokenizer(str(folder / "llm"))
-            vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM.without_weights(folder / "llm"))
+            name = str(folder / "llm")
+            tokenizer = PretrainedTokenizer(name)
+            vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM.without_weights(name))
         else:
             tokenizer = WordTokenizer(sets.read_words(folder))
             vlm = build.build_vlm(c, tokenizer, {})
@@ -39,6 +40,16 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
     bf16 = c.precision == "bf16" and device == "cuda"
     sharding.cast_vlm(vlm, torch.bfloat16 if bf16 else torch.float32)
     return vlm.to(device).eval(), tokenizer, c
+
+
+def read_config(folder: Path) -> Config:
+    """Return the Config of a run of ours. Raises InputError, as for --evaluate."""
+    c = flags.load_config(folder / "config.json")
+    try:
+        checks.check_config(c, trains=False)
+    except InputError as e:
+        raise InputError(f"{folder / 'config.json'}: {e}") from None
+    return c
 
 
 def load_vlm(vlm: VLM, folder: Path) -> None:
@@ -61,7 +72,7 @@ def load_student(run: str | Path) -> tuple[Student, Callable]:
     if released:
         c = dataclasses.replace(FULL, mole_form="fc1_fc2", **released[0])
     else:
-        c = flags.load_config(run / "config.json")
+        c = read_config(run)
     student = build.build_student(c, {})
     if isinstance(student, Ensemble):
         raise InputError(f"{run}: is the baseline that sees with all encoders, not one student")
@@ -88,8 +99,5 @@ def read_run_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def fill_module(module: nn.Module, tensors: dict, prefix: str, folder: Path) -> None:
     """Load the tensors whose names begin with the prefix, strictly. Raises InputError."""
     names = [name for name in tensors if name.startswith(prefix)]
-    try:
-        module.load_state_dict({name.removeprefix(prefix): tensors[name] for name in names})
-    except RuntimeError as e:
-        fault = str(e).splitlines()[1].strip()[:200]
-        raise InputError(f"{folder}: its weights do not fit its config.json: {fault}") from None
+    tensors = {name.removeprefix(prefix): tensors[name] for name in names}
+    files.load_strictly(module, tensors, f"{folder}: its weights do not fit its config.json")

@@ -93,6 +93,7 @@ class Run:
         if machine.first:
             checks.check_rows(c, self.sets, machine)
             run_folder.check_data(c, self.sets, self.progress)
+            build.check_llm(c, self.tokenizer)
 
         # Stage 0 makes what the tiny preset has in place of downloads.
         words = run_log.stage_words(c, 0)
@@ -165,11 +166,10 @@ class Run:
         self.checkpoints.finish()
 
     def begin_stage(self, stage: int) -> StagePlan:
-        """Print what the stage trains, and return its steps, its learning rate and its batches."""
+        """Return a stage's steps, its learning rate and its batches."""
         c = self.c
         if self.machine.sharded:
             sharding.refresh_trained(self.model)
-        self.log.say(stage_table(stage, self.model, self.teachers))
         size, epochs, lr = (getattr(c, f"stage{stage}_{x}") for x in ("batch", "epochs", "lr"))
         pieces, own = self.machine.micro_batches(stage)
         loader = sets.make_loader(
@@ -259,19 +259,6 @@ class Run:
             result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
         files.write_json(out / "result.json", result)
         evaluate.print_result(result, out, run_log.next_commands(c))
-
-
-def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
-    """Return what a stage trains, one line for each part of the method."""
-    groups = model.parameter_groups()
-    for name, teacher in teachers.encoders.items():
-        groups[f"teacher {name}"] = list(teacher.parameters())
-    rows = [f"stage {stage} {'':22}  parameters"]
-    for name, parameters in groups.items():
-        count = sum(p.numel() for p in parameters)
-        trained = any(p.requires_grad for p in parameters)
-        rows.append(f"  {name:28} {count:12,}  {'trained' if trained else 'frozen'}")
-    return "\n".join(rows)
 
 
 def evaluate_run(c: Config, held_out: tuple, run: Path, vlm: VLM | None = None,

@@ -148,6 +148,10 @@ def export(c: Config, first: bool, model: MoVEKD, tokenizer) -> None:
     state = sharding.full_state(model)      # all processes gather, the first one writes
     if not first:
         return
+    once = dict(model.named_parameters())
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name not in once:    # tied to another, which is stored
+            del state[name]
     if c.precision == "bf16":
         for name, tensor in state.items():
             state[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor

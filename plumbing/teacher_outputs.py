@@ -5,6 +5,7 @@ by memory mapping, but written from two copies in memory: large sets need --cach
 Letters: B images, R pixels of the loader's square image, n_i tokens and d_i width of teacher i.
 """
 
+import os
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -79,7 +80,10 @@ def cache_teachers(teachers: Teachers, folder: Path, sets: list[tuple]) -> Cache
                 path.rmdir()    # OSError, which names it, if anything is in it
             write_tensors(path, run_encoder(name, teachers.encoders[name], source))
             outputs[name] = read_outputs(path, len(images))
-        clear_old(folder, name, path)
+        path.touch()
+        files = sorted(folder.glob(f"{name}-*px-*.safetensors"), key=os.path.getmtime)
+        for old in files[:-LAST_USED]:
+            old.unlink(missing_ok=True)
     return CachedTeachers(teachers, {image: row for row, image in enumerate(images)}, outputs)
 
 
@@ -91,14 +95,6 @@ def check_disk(folder: Path, count: int, missing: list[VisionEncoder]) -> None:
         raise InputError(f"{folder}: the outputs of the teachers for {count:,} images take "
                          f"{wanted:,.0f} MB, and {free:,.0f} MB are free; name another folder with "
                          "--cache-teachers, or none: --cache-teachers ''")
-
-
-def clear_old(folder: Path, name: str, used: Path) -> None:
-    """Delete a teacher's outputs but those of the last few sets, by when they were last used."""
-    used.touch()
-    files = sorted(folder.glob(f"{name}-*px-*.safetensors"), key=lambda path: path.stat().st_mtime)
-    for old in files[:-LAST_USED]:
-        old.unlink(missing_ok=True)
 
 
 def read_outputs(path: Path, count: int) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pickle
 import socket
 import sys
 from pathlib import Path
@@ -11,24 +10,47 @@ from urllib.request import getproxies, proxy_bypass
 
 import timm
 from huggingface_hub import constants
-from safetensors import SafetensorError
 from torch import nn
 
 from data import InputError
+from plumbing.files import kind_of, library_errors, load_strictly
 from teachers import create_net, parse_spec
 
 HUB = "hub"  # in place of a file: the weights that timm's hub has under the name
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+LAYOUTS = {  # how a tensor's name begins, and whose layout it is, which timm does not convert
+    "text_model.": "Hugging Face's CLIP", "vision_model.": "Hugging Face's CLIP",
+    "embeddings.class_embedding": "Hugging Face's CLIP", "convnext.": "Hugging Face's ConvNext",
+    "embeddings.patch_embeddings": "Hugging Face's ConvNext",
+    "vision_encoder.": "Hugging Face's SAM", "mm_projector.": "LLaVA", "language_model.": "LLaVA",
+    "model.": "LLaVA, or an LLM"}
 
 
 def find_weights(spec: str, folder: str) -> Path | str:
-    """Return where a spec's weights are: a file of `folder` named like the model, else HUB."""
+    """Return where a spec's weights are: a file of `folder` named like the model; "": HUB.
+
+    Raises InputError if the folder lacks it.
+    """
+    if not folder:
+        return HUB
     name, *_ = parse_spec(spec)
-    for ending in ENDINGS if folder else ():
+    for ending in ENDINGS:
         file = Path(folder) / (name + ending)
         if file.exists():
             return file
-    return HUB
+    fault = "has no" if Path(folder).is_dir() else "no such folder; it must have"
+    endings = ", ".join(ENDINGS[1:])
+    raise InputError(f"--weights {folder}: {fault} {name}{ENDINGS[0]} (or {endings}); "
+                     f"{timms_file(name)}")
+
+
+def timms_file(name: str) -> str:
+    """Return what to do for want of an encoder's file. The models of stage 0 have no tag."""
+    if "." not in name:
+        return "delete it, and it is made again"
+    repository = timm.get_pretrained_cfg(name).hf_hub_id or "timm"
+    return (f"save model.safetensors of https://huggingface.co/{repository} as {name}.safetensors "
+            "in a folder and name it with --weights")
 
 
 def load_net(spec: str, source: Path | str | None) -> nn.Module:
@@ -36,37 +58,39 @@ def load_net(spec: str, source: Path | str | None) -> nn.Module:
 
     Raises InputError if they cannot be had.
     """
+    name, *_ = parse_spec(spec)
     if source != HUB:
         net = create_net(spec)
         if source is not None:
-            fill_net(net, source)
+            fill_net(net, source, timms_file(name))
         return net
     ask_hub()
-    try:
+    with library_errors(lambda e: f"{name}: the hub gives no weights ({e}); {timms_file(name)}"):
         return create_net(spec, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as e:
-        name, *_ = parse_spec(spec)
-        repository = timm.get_pretrained_cfg(name).hf_hub_id or "timm"
-        raise InputError(f"{name}: the hub gives no weights ({type(e).__name__}); save "
-                         f"model.safetensors of https://huggingface.co/{repository} as "
-                         f"{name}.safetensors in a folder and name it with --weights") from None
 
 
-def fill_net(net: nn.Module, file: Path) -> None:
+def unreadable(file: Path, reason: str) -> str:
+    """Return the line for a file that is no weights, without its remedy."""
+    return f"{file}: not readable as weights: {kind_of(file) or reason}"
+
+
+def fill_net(net: nn.Module, file: Path, remedy: str) -> None:
     """Fill a timm model from a file, in timm's layout or one that timm converts (OpenAI's, ...).
 
     Position tables and patch embeddings are resized to the model. It is strict, because timm itself
-    only warns when a file fits nowhere. Raises InputError.
+    only warns when a file fits nowhere. Raises InputError with the remedy.
     """
-    try:
+    with library_errors(lambda e: f"{unreadable(file, e)}; {remedy}"):
         state = timm.models.load_state_dict(str(file), weights_only=True)
+    fault = f"{file}: does not fit {net.pretrained_cfg.get('architecture')}"
+    for start, layout in LAYOUTS.items():
+        if any(name.startswith(start) for name in state):
+            fault = f"{file}: has the names of {layout}, not timm's"
+            break
+    with library_errors(lambda e: f"{fault}: {e}; {remedy}"):
         module = sys.modules[type(net).__module__]
         if hasattr(module, "checkpoint_filter_fn"):
             state = module.checkpoint_filter_fn(state, net)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError,
-            pickle.UnpicklingError) as e:
-        raise InputError(f"{file}: not readable as weights of {type(net).__name__} "
-                         f"({type(e).__name__})") from None
 
     # the file's classifier is of no use here
     heads = net.pretrained_cfg.get("classifier") or ()
@@ -74,15 +98,7 @@ def fill_net(net: nn.Module, file: Path) -> None:
     prefixes = tuple(head + "." for head in heads)
     own = net.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith(prefixes)}
-    load_strictly(net, state, f"{file}: does not fit {net.pretrained_cfg.get('architecture')}")
-
-
-def load_strictly(module: nn.Module, state: dict, fault: str) -> None:
-    """Fill a module. Raises InputError, `fault` and the first tensor that does not fit."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as e:
-        raise InputError(f"{fault}: {str(e).splitlines()[1].strip()[:200]}") from None
+    load_strictly(net, state, fault, f"; {remedy}")
 
 
 @functools.cache

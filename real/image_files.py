@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from data import InputError, square_image, square_views
+from plumbing.files import kind_of
 
 Size = int | tuple[int, ...]  # of the loader's image; or of the views made of the original
 # what the machine lacks, not the file: such an error is passed on as it is
@@ -42,7 +43,7 @@ def load_image(path: Path, size: Size) -> torch.Tensor | dict:
     except (ArithmeticError, EOFError, LookupError, SyntaxError, TypeError, ValueError,
             struct.error) as e:  # what PIL makes of a broken file
         fault = f"not a readable image ({type(e).__name__})"
-    raise InputError(f"{name}: {fault}; replace the file or drop its row")
+    raise InputError(f"{name}: {kind_of(path) or fault}; replace the file or drop its row")
 
 
 def printable(text) -> str:

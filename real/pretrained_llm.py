@@ -3,15 +3,21 @@
 Letters: B samples, T tokens, D width, V vocabulary.
 """
 
+import contextlib
 import inspect
 import json
+import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from data import InputError
-from real.encoder_weights import ask_hub
+from plumbing.files import library_errors
+from real.encoder_weights import ask_hub, unreadable
 from tiny.llm import token_positions
 
 SPACE = "\u2581"  # in the pieces of a sentencepiece model
@@ -28,11 +34,17 @@ def require_transformers():
     return transformers
 
 
-def llm_error(name: str, fault: str) -> InputError:
-    """Return the error for an LLM that cannot be used."""
-    return InputError(f"--llm {name}: {fault}; name a folder with config.json, *.safetensors, and "
-                      "tokenizer.json or tokenizer.model (which needs sentencepiece and protobuf): "
-                      f"the files of https://huggingface.co/{name}, if that is a name of the hub")
+def llm_error(name: str, fault: str) -> str:
+    """Return the line for an LLM that cannot be loaded."""
+    folder, link = Path(name), ""
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        fault = "holds no config.json"
+    elif re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not folder.exists():
+        link = f": the files of https://huggingface.co/{name}, if that is a name of the hub"
+    elif not folder.is_dir():
+        fault = "is no folder"
+    return (f"--llm {name}: {fault}; name a folder with config.json, *.safetensors, and "
+            f"tokenizer.json or tokenizer.model (which needs sentencepiece and protobuf){link}")
 
 
 class PretrainedLLM(nn.Module):
@@ -45,25 +57,27 @@ class PretrainedLLM(nn.Module):
     def __init__(self, name: str, config=None):
         super().__init__()
         causal = require_transformers().AutoModelForCausalLM
-        try:
+        with library_errors(lambda e: llm_error(name, f"cannot be loaded ({e})")):
             if config is not None:
                 self.model = causal.from_config(config, dtype=config.dtype)
             else:
                 self.model = causal.from_pretrained(name, dtype="auto")
-        except (OSError, ValueError) as e:
-            raise llm_error(name, f"cannot be loaded ({type(e).__name__})") from None
-        self.dim = self.model.config.hidden_size
-        accepted = inspect.signature(self.model.forward).parameters  # 5.24 renamed one
-        self.cache_name = "cache" if "cache" in accepted else "past_key_values"
+            self.dim = self.model.config.hidden_size
+        self.accepted = inspect.signature(self.model.forward).parameters
+        self.cache_name = "cache" if "cache" in self.accepted else "past_key_values"  # before 5.24
 
     @classmethod
-    def without_weights(cls, folder: Path) -> "PretrainedLLM":
-        """Build the model that folder/config.json describes."""
-        return cls(str(folder), require_transformers().AutoConfig.from_pretrained(folder))
+    def without_weights(cls, name: str, dtype=None) -> "PretrainedLLM":
+        """Build the model that the config.json of a folder, or of a name on the hub, describes."""
+        with library_errors(lambda e: llm_error(name, f"its config.json cannot be read ({e})")):
+            config = require_transformers().AutoConfig.from_pretrained(name)
+        config.dtype = dtype or config.dtype
+        return cls(name, config)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return self.model.get_decoder().layers
+        decoder = self.model.get_decoder()
+        return decoder.layers if hasattr(decoder, "layers") else decoder.h  # GPT-2's name
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings()(ids)                                    # (B, T, D)
@@ -86,6 +100,46 @@ class PretrainedLLM(nn.Module):
                             logits_to_keep=0 if logits_at is None else logits_at,  # 0: all
                             **{self.cache_name: cache})
         return output.logits                                                             # (B, K, V)
+
+
+def check_llm(name: str, tokenizer: "PretrainedTokenizer", length: int, answer: int) -> None:
+    """Raise InputError for an LLM that cannot be trained or answer, before its weights are read.
+
+    It runs on fake tensors, which have shapes and no numbers. `length` and `answer` are the most
+    tokens of a conversation and of a generated answer.
+    """
+    folder = Path(name)
+    if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        raise InputError(llm_error(name, "holds no *.safetensors and no pytorch_model*.bin"))
+    for file in folder.glob("*.safetensors"):
+        with (library_errors(lambda e, file=file: llm_error(name, unreadable(file, e))),
+              safe_open(file, "pt")):
+            pass    # its header says whether the file is whole
+    lacks = (f"--llm {name}: cannot be the LLM: it needs blocks, a cache of keys and values, and "
+             "inputs_embeds, position_ids and logits_to_keep, as a Llama, Qwen or GPT-2 has")
+    runs = True
+    with FakeTensorMode(), torch.no_grad(), library_errors(lambda _: lacks):
+        llm = PretrainedLLM.without_weights(name, torch.bfloat16)
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        mask, cache = torch.ones_like(ids), llm.new_cache()
+        with contextlib.suppress(DataDependentOutputException):  # some model looks at the numbers
+            logits = llm(llm.embed(ids), None, logits_at=torch.arange(2))
+            llm(llm.embed(ids), mask, cache)
+            token = llm(llm.embed(ids[:, :1]), F.pad(mask, (0, 1), value=1), cache)
+            runs = logits.shape[:2] == (1, 2) and token.shape[:2] == (1, 1) and len(llm.blocks)
+    if not runs or "position_ids" not in llm.accepted:
+        raise InputError(lacks)
+    largest, rows = tokenizer.largest_id(), llm.model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise InputError(f"--llm {name}: its tokenizer has ids up to {largest}, its model {rows} "
+                         "embeddings: take both from one place, or save the model after "
+                         f"resize_token_embeddings({largest + 1})")
+    # rotary positions go on behind the last one that was trained, a table of them does not
+    more = answer if sum(isinstance(m, nn.Embedding) for m in llm.modules()) > 1 else 0
+    positions = getattr(llm.model.config, "max_position_embeddings", None)
+    if positions and length + more > positions:
+        raise InputError(f"--llm {name}: its {positions} positions are fewer than --max-length "
+                         f"{length} wants; add --max-length {max(1, positions - more)}")
 
 
 def join_spaces_last(tokenizer) -> None:
@@ -118,13 +172,13 @@ class PretrainedTokenizer:
               "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
 
     def __init__(self, name: str):
-        try:
+        with library_errors(lambda e: llm_error(name, f"its tokenizer cannot be loaded ({e})")):
             self.tokenizer = require_transformers().AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, ImportError) as e:
-            fault = f"its tokenizer cannot be loaded ({type(e).__name__})"
-            raise llm_error(name, fault) from None
-        join_spaces_last(self.tokenizer)
+            join_spaces_last(self.tokenizer)
         self.eos = self.tokenizer.eos_token_id
+        if self.eos is None:
+            raise InputError(f"--llm {name}: its tokenizer has no end token, with which an answer "
+                             'ends; add "eos_token" to tokenizer_config.json')
         bos = self.tokenizer.bos_token_id
         self.bos = self.eos if bos is None else bos
         self.pad = self.eos  # never seen: the attention mask hides it, its label is IGNORE
@@ -136,8 +190,13 @@ class PretrainedTokenizer:
         decoded = self.tokenizer.decode(self.encode(text))
         if decoded.strip() != text:
             raise InputError(f"--llm {name}: its tokenizer reads {text!r} as {decoded!r}; "
-                             "transformers 5.0 to 5.2 garble a tokenizer.model: pip install "
-                             "'transformers>=5.3'")
+                             "take all files of one model, and with a tokenizer.model "
+                             "transformers >= 5.3, because 5.0 to 5.2 garble it")
+
+    def largest_id(self) -> int:
+        """Return the largest id of all that `encode`, or a prompt, can hold."""
+        words = self.tokenizer.get_vocab().values()
+        return max({*words} - {*self.tokenizer.all_special_ids} | {self.eos, self.bos})
 
     def encode(self, text: str) -> list[int]:
         if self.puts_space and text.startswith(" "):

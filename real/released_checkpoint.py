@@ -1,19 +1,17 @@
 """The authors' released weights: a LLaVA checkpoint whose vision tower carries the experts."""
 
 import json
-import pickle
 import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from data import InputError
 from model import VLM, Student
 from mole import ReleasedMoLE
-from plumbing.files import read_json
-from real.encoder_weights import load_strictly
+from plumbing.files import library_errors, load_strictly, read_json
+from real.encoder_weights import unreadable
 from real.pretrained_llm import require_transformers
 
 TOWER = "model.vision_tower.vision_tower.vision_model."  # their prefix of the student
@@ -41,13 +39,11 @@ class ReleasedTensors(dict):
         if not files:
             raise InputError(f"{folder}: holds no *.safetensors and no pytorch_model*.bin")
         for file in files:
-            try:
+            with library_errors(lambda e, file=file: unreadable(file, e)):
                 if file.suffix == ".bin":
                     self.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
                 else:
                     self.update(load_file(file))
-            except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as e:
-                raise InputError(f"{file}: not readable as weights ({type(e).__name__})") from None
 
     def __missing__(self, name: str):
         raise InputError(f"{self.folder}: has no tensor {name!r}; the authors' checkpoints have")

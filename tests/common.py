@@ -159,10 +159,10 @@ def run_here(folder: Path, *flags: str) -> None:
         train.main(list(flags))
 
 
-def error_of(argv: list[str], capsys) -> str:
+def error_of(argv: list[str], capsys, main=train.main) -> str:
     """Return the one error line of `train.py ARGV`, the last on stderr; exit status 2."""
     with pytest.raises(SystemExit) as end:
-        run(lambda: train.main(argv))
+        run(lambda: main(argv))
     lines = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2
     assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True]

@@ -15,12 +15,23 @@ import torch
 
 import train
 from data import InputError
+from plumbing.build import build_encoder, build_vlm
 from plumbing.checkpoints import Progress, examine, saved_checkpoints
-from plumbing.config import Config
-from plumbing.files import read_tensors, temporary_name, write_tensors
+from plumbing.config import TINY, Config
+from plumbing.files import (
+    kind_of,
+    read_json,
+    read_tensors,
+    temporary_name,
+    write_json,
+    write_tensors,
+)
 from plumbing.finished_run import load_run
 from plumbing.run_log import RunLog
+from real.encoder_weights import load_net
+from real.image_files import load_image
 from tests.common import SHORT, C, damage
+from tiny.llm import WordTokenizer
 
 HOW = ("flipped", "halved", "empty", "missing", "a folder", "a pipe")
 
@@ -46,6 +57,66 @@ def test_a_damaged_run_does_not_answer(kept, tmp_path, file, how):
         damage(tmp_path / file, how)
     with pytest.raises(InputError, match=file):
         load_run(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("field, value, fault", [
+    ("lm_heads", 5, "--lm-heads 5"), ("clip", "rubbish", "--clip 'rubbish': must read"),
+    ("clip", "resnet50 img_size=64", "cannot be the student")])
+def test_a_config_that_was_edited_is_one_line(kept, tmp_path, field, value, fault):
+    """Of `ask` and `explain` as of --evaluate: the file, and what is wrong."""
+    config = read_json(kept / "runs/kept/config.json")
+    write_json(tmp_path / "config.json", {**config, field: value})
+    with pytest.raises(InputError, match=f"config.json: .*{fault}"):
+        load_run(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("name", ["llm", "eva"])
+def test_weights_of_stage0_that_do_not_fit_are_named(workplace, tmp_path, name):
+    """A tensor missing, or of another shape; the checksums are right."""
+    file = next((workplace / C.stage0).glob(f"{name}-*.safetensors"))
+    tensors = read_tensors(file, "")
+    first = next(iter(tensors))
+    words = WordTokenizer(read_json(workplace / "runs/tiny/vocabulary.json"))
+    c = Config(lm_dim=96)
+    for changed in ({**tensors, first: torch.ones(3, 3)},
+                    {key: value for key, value in tensors.items() if key != first}):
+        write_tensors(tmp_path / file.name, changed)
+        with pytest.raises(InputError, match=f"{file.name}: does not fit .*; delete it, and it is"):
+            build_vlm(c, words, {"llm": tmp_path / file.name})
+            build_encoder(c, "eva", {"eva": tmp_path / file.name})
+
+
+KINDS = {
+    "a.parquet": (b"PAR1", "is parquet: .*pandas.read_parquet.*to_json"),
+    "a.gz": (b"\x1f\x8b\b", "is compressed: gunzip"), "a.csv": (b"id,image\n", "pandas.read_csv"),
+    "a.arrow": (b"\xff\xff\xff\xff", "Dataset.from_file"), "a.yml": (b"- id: 1", "yaml.safe_load"),
+    "a.json": ("[]".encode("utf-16"), "UTF-16: iconv -f UTF-16"),
+    "b.json": ("[]".encode("utf-32"), "UTF-32: iconv -f UTF-32"),
+    "c.json": (b"\n<!DOCTYPE html>", "is a web page"), "d.json": (b"hello", "not valid JSON"),
+    "e.json": (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_of_another_kind_is_named(tmp_path, name):
+    """With what brings it into JSON; images and weights too say that they are another file."""
+    content, fault = KINDS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=fault):
+        read_json(tmp_path / name)
+    if name in ("c.json", "e.json"):
+        with pytest.raises(InputError, match=fault):
+            load_image(tmp_path / name, 32)
+        with pytest.raises(InputError, match=f"not readable as weights: .*{fault}"):
+            load_net(TINY.eva, tmp_path / name)
+
+
+def test_a_torchscript_archive_is_named(tmp_path):
+    """OpenAI's own CLIP is one; torch's other files are zip archives too."""
+    torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "a.pt"))
+    torch.save({}, tmp_path / "b.pt")
+    assert "TorchScript archive" in kind_of(tmp_path / "a.pt")
+    assert kind_of(tmp_path / "b.pt") == ""
 
 
 def test_weights_that_are_no_numbers_are_not_read(tmp_path):

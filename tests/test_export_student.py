@@ -85,3 +85,7 @@ def test_a_batch_of_the_loader_and_no_experts(tmp_path):
     alone = Alone(tmp_path)
     assert alone(images(3)).allclose(student(images(3)), atol=1e-6, rtol=0)
     assert not [name for name, _ in alone.named_parameters() if "router" in name]
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        seen = alone.to(dtype)(images(3))
+        assert seen.dtype == dtype
+        assert seen.allclose(student(images(3)).to(dtype), atol=0.1, rtol=0.1)

@@ -1,11 +1,16 @@
-"""The tiny LLM, its tokenizer, and the count of its FLOPs."""
+"""The tiny LLM, its tokenizer, the count of its FLOPs; and which real LLMs are refused."""
+
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
+from data import InputError
 from plumbing.files import flop_counter
+from real.pretrained_llm import PretrainedTokenizer, check_llm
 from tiny.llm import TinyLLM, WordTokenizer
 
 close = torch.testing.assert_close
@@ -75,3 +80,69 @@ def test_flop_counter_counts_attention_forward_and_backward():
     with flop_counter() as counter:
         F.scaled_dot_product_attention(q, k, v).sum().backward()
     assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 4 * 37 * 37 * 24
+
+
+# ------------------------------------------------------------------------------------------------
+# A real LLM is checked before its weights are read
+
+def copy_of(llama_folder, tmp_path, kind="Llama", **changed):
+    """Return a folder with Llama's tokenizer and the config of a small model; its weights are {}"""
+    transformers = pytest.importorskip("transformers")
+    folder = shutil.copytree(llama_folder, tmp_path / "llm")
+    config = getattr(transformers, f"{kind}Config")(**{
+        "vocab_size": 700, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, **changed})
+    config.save_pretrained(folder)
+    save_file({}, folder / "model.safetensors")
+    return folder
+
+
+REFUSED = {
+    "rows": ("Llama", {"vocab_size": 60}, "its tokenizer has ids up to 494, its model 60 "),
+    "rotary": ("Llama", {"max_position_embeddings": 64}, "its 64 positions .*--max-length 64$"),
+    "table": ("GPT2", {"n_positions": 64}, "its 64 positions .*add --max-length 48$"),
+    "no cache": ("Mamba", {}, "cannot be the LLM"), "no decoder": ("Bert", {}, "cannot be the LLM"),
+    "no positions": ("Bloom", {}, "cannot be the LLM"), "T5": ("T5", {}, "cannot be loaded .Unrec"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_llm_that_cannot_run_is_refused(llama_folder, tmp_path, case):
+    """By its config alone: embeddings, positions, and what its forward takes."""
+    kind, changed, fault = REFUSED[case]
+    folder = str(copy_of(llama_folder, tmp_path, kind, **changed))
+    with pytest.raises(InputError, match=f"--llm {folder}: {fault}"):
+        check_llm(folder, PretrainedTokenizer(str(llama_folder)), 100, 16)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Gemma2", "OPT", "GPT2"])
+def test_other_llms_are_not_refused(llama_folder, tmp_path, kind):
+    """Blocks called `layers` or `h`, positions of both kinds."""
+    folder = str(copy_of(llama_folder, tmp_path, kind, num_key_value_heads=2, head_dim=8))
+    check_llm(folder, PretrainedTokenizer(str(llama_folder)), 100, 16)
+
+
+def write(name: str, text: str):
+    """Return what writes a file of an LLM's folder; "" deletes it."""
+    def change(folder):
+        (folder / name).write_text(text, encoding="utf-8")
+        if not text:
+            (folder / name).unlink()
+    return change
+
+
+@pytest.mark.parametrize("change, fault", [
+    (write("config.json", ""), "holds no config.json"),
+    (write("config.json", '{"model_type": "xyz"}'), "has model type `xyz`"),
+    (write("model.safetensors", ""), "holds no .*safetensors and no pytorch_model"),
+    (write("model.safetensors", "version https://git-lfs"), "is a git-lfs pointer"),
+    (write("tokenizer.json", "{"), "its tokenizer cannot be loaded .Expecting"),
+    (write("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}'),
+     "its tokenizer has no end token")])
+def test_a_folder_that_holds_no_llm_says_why(llama_folder, tmp_path, change, fault):
+    """The file and the reason in place of an error's class, and no link to the hub."""
+    folder = copy_of(llama_folder, tmp_path)
+    change(folder)
+    with pytest.raises(InputError, match=f"--llm {folder}: .*{fault}") as error:
+        check_llm(str(folder), PretrainedTokenizer(str(folder)), 100, 16)
+    assert "huggingface.co" not in str(error.value)

@@ -1,5 +1,6 @@
 """Weights that others made: encoder files, the hub, pretrained LLMs, the authors' checkpoint."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from torch import nn
 
 from data import InputError
 from model import VLM, Student, next_tokens, text_loss
-from plumbing.config import ENCODERS, FULL, SMALL, TINY, is_real
-from plumbing.files import read_json, write_json
+from plumbing.build import build_movekd, build_teachers, build_vlm
+from plumbing.config import ENCODERS, FULL, SMALL, TINY, Config, is_real
+from plumbing.files import read_json, read_tensors, write_json, write_tensors
 from plumbing.finished_run import load_run
-from real.encoder_weights import find_weights, load_net
-from real.pretrained_llm import PretrainedLLM
+from plumbing.run_folder import export
+from real.encoder_weights import HUB, find_weights, load_net
+from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from real.released_checkpoint import released_config
 from teachers import ClipEncoder, VisionEncoder, create_net, parse_spec
 from tests.common import REAL, SHORT, C, images, random_file, run_here
@@ -79,14 +82,28 @@ def test_encoder_files_load_whole(tmp_path):
 
 def test_a_file_that_does_not_fit_is_one_line(tmp_path):
     """What timm would only warn of, a file that fits nowhere, is an error with the file's name."""
-    for bad in ({"embeddings.class_embedding": torch.ones(96)}, {}):
-        save_file(bad, tmp_path / "bad.safetensors")
-        fault = "bad.safetensors: does not fit vit_base_patch16_clip_quickgelu_224"
-        with pytest.raises(InputError, match=fault):
+    for first, fault in {"": "does not fit vit_base_patch16_clip_quickgelu_224",
+                         "embeddings.class_embedding": "names of Hugging Face's CLIP, not timm's",
+                         "text_model.x": "names of Hugging Face's CLIP, not timm's",
+                         "language_model.x": "names of LLaVA, not timm's"}.items():
+        save_file({first: torch.ones(96)} if first else {}, tmp_path / "bad.safetensors")
+        with pytest.raises(InputError, match=f"bad.safetensors: .*{fault}.*; save model.safet"):
             load_net(REAL["clip"], tmp_path / "bad.safetensors")
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     with pytest.raises(InputError, match="bad.pth: not readable"):
         load_net(REAL["clip"], tmp_path / "bad.pth")
+    with pytest.raises(InputError, match=f"{tmp_path}: has no samvit_base_patch16.sa1b.safetens"):
+        find_weights(REAL["sam"], str(tmp_path))
+
+
+def test_whatever_the_hub_does_is_one_line(monkeypatch):
+    """The error of a proxy is of a class that differs from version to version."""
+    def fail(*_, **__):
+        raise type("ProxyError", (Exception,), {})("407 Proxy Authentication Required")
+
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(InputError, match="gives no weights .407 Proxy Authentication Required.;"):
+        load_net(REAL["convnext"], HUB)
 
 
 class RunsCode:
@@ -155,6 +172,28 @@ def test_pretrained_llm_is_transformers_own(llama_folder):
     assert given.tolist() == expected.tolist()
     with pytest.raises(InputError, match="--llm nowhere/at-all: cannot be loaded"):
         PretrainedLLM("nowhere/at-all")
+
+
+def test_tied_weights_are_stored_once(llama_folder, tmp_path):
+    """They come back strictly: a name may be missing only if another of its parameter is there."""
+    transformers = pytest.importorskip("transformers")
+    folder = shutil.copytree(llama_folder, tmp_path / "tied")
+    config = transformers.AutoConfig.from_pretrained(folder, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    c, tokenizer = Config(out=str(tmp_path), llm=str(folder)), PretrainedTokenizer(str(folder))
+    model = build_movekd(c, build_vlm(c, tokenizer, {}), build_teachers(c, {}))
+    export(c, True, model, tokenizer)
+    write_json(tmp_path / "config.json", dataclasses.asdict(c))
+    tensors = read_tensors(tmp_path / "model.safetensors", "")
+    head = "vlm.llm.model.lm_head.weight"
+    assert model.state_dict().keys() - tensors.keys() == {head}
+    vlm = load_run(tmp_path)[0]
+    close(vlm.state_dict(), model.vlm.state_dict(), rtol=0, atol=0)
+    assert vlm.llm.model.lm_head.weight is vlm.llm.model.get_input_embeddings().weight
+    del tensors["vlm.llm.model.model.embed_tokens.weight"]
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(InputError, match="do not fit its config.json: Missing key"):
+        load_run(tmp_path)
 
 
 MLP = "model.vision_tower.vision_tower.vision_model.encoder.layers.1.mlp."

@@ -37,6 +37,7 @@ class Student(nn.Module):
         x = TF.resize(images, **self.config["view"])                            # (B, 3, R_i, R_i)
         x = TF.to_dtype(x, torch.float32, scale=True)                           # (B, 3, R_i, R_i)
         x = TF.normalize(x, **self.config["colours"])                           # (B, 3, R_i, R_i)
+        x = x.to(next(self.net.parameters()).dtype)                             # (B, 3, R_i, R_i)
         return self.net.forward_features(x)[:, 1:]                              # (B, n, d)
 
     def read_photo(self, path):
