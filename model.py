@@ -195,6 +195,7 @@ class MoVEKD(nn.Module):
         self.adapters = adapters
         self.target_norms = target_norms
         self.options = options
+        self.stage = 2
 
     def forward(self, batch: dict, teachers: Teachers) -> dict[str, torch.Tensor]:
         """Run one batch of `data.collate` through the whole method; return its losses.
@@ -210,13 +211,15 @@ class MoVEKD(nn.Module):
             outputs = teachers(images, batch["image_names"])                        # m x (B_img, .)
         V_s = None if images is None else self.vlm.student(images)                   # (B_img, n, d)
 
+        zero = torch.zeros((), device=batch["labels"].device)                                   # ()
+        terms = {"L_text": zero, "L_kd": zero, "L_balance": zero}
         # L_text: the LLM reads V^s and the words, and predicts the answers. Right padding needs no
         # mask under causal attention. Positions without an answer in any sample get no logits.
-        answers = next_tokens(batch["labels"])                                              # (B, T)
-        logits_at = (answers != IGNORE).any(dim=0).nonzero().flatten()                        # (K,)
-        logits = self.vlm(V_s, batch["input_ids"], None, logits_at)                      # (B, K, V)
-        L_text = text_loss(logits, answers[:, logits_at])                                       # ()
-        terms = {"L_text": L_text, "L_kd": L_text.new_zeros(()), "L_balance": L_text.new_zeros(())}
+        if self.stage > 0:
+            answers = next_tokens(batch["labels"])                                          # (B, T)
+            logits_at = (answers != IGNORE).any(dim=0).nonzero().flatten()                    # (K,)
+            logits = self.vlm(V_s, batch["input_ids"], None, logits_at)                  # (B, K, V)
+            terms["L_text"] = text_loss(logits, answers[:, logits_at])                          # ()
         if images is None:
             return terms
 
@@ -276,9 +279,13 @@ class MoVEKD(nn.Module):
         return groups
 
     def set_stage(self, stage: int) -> None:
-        """Freeze and unfreeze: stage 1 trains experts, adapters and projector, stage 2 all."""
+        """Freeze and unfreeze: stage 1 trains experts, adapters and projector, stage 2 all.
+
+        Stage 0, which the paper has not, distils alone: student and adapters, without the LLM.
+        """
+        self.stage = stage
         # CLIP and the LLM are pretrained: in stage 1 only what is new learns.
-        frozen = {"student backbone", "LLM"} if stage == 1 else set()
+        frozen = [{"projector", "LLM"}, {"student backbone", "LLM"}, set()][stage]
         # An ablation trains the experts alone; baselines have no trained student.
         if self.options.student_learns != "all":
             frozen.add("student backbone")

@@ -25,7 +25,7 @@ from torch import nn
 from data import InputError
 from model import MoVEKD
 from plumbing import cli
-from plumbing.config import Config
+from plumbing.config import STAGES, Config
 from plumbing.run import Run, StagePlan, Step, start
 from plumbing.sharding import backward, gather_full
 from teachers import Teachers
@@ -153,7 +153,7 @@ def check_finite(values: dict[str, torch.Tensor], plan: StagePlan, step: int) ->
         if value.isfinite().all():
             continue
         bad = value[~value.isfinite()].flatten()[0].item()
-        remedy = f"lower --stage{plan.stage}-lr {plan.lr}"
+        remedy = f"lower --{STAGES[plan.stage]}-lr {plan.lr}"
         if name.startswith("kd_"):
             teacher = name.removeprefix("kd_")
             remedy += f", if teacher {teacher}'s tokens of these images are finite"

@@ -29,7 +29,7 @@ ERRORS = (Exception, dcp.CheckpointException)   # DCP's is no Exception
 class Progress:
     """Where a run stands, and what it has counted: a checkpoint has it beside the tensors."""
 
-    stage: int = 1
+    stage: int = 0
     step: int = 0               # steps done in the stage
     log: list = field(default_factory=lambda: [0, 0])   # bytes of log.jsonl, and their CRC-32
     skipped: int = 0            # rows that --skip-bad left out

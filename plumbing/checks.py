@@ -14,7 +14,7 @@ from timm.models import VisionTransformer
 
 from data import IGNORE, InputError, conversation_ids, row_name
 from plumbing.build import build_encoder, build_student, stage0_encoders
-from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
+from plumbing.config import ENCODERS, STAGES, STAND_INS, Config, flag, is_real, plain_type
 from plumbing.evaluate import normalise, questions_of
 from plumbing.files import library_errors
 from plumbing.processes import Machine, launched, wanted_processes
@@ -190,13 +190,15 @@ def check_shared_memory(c: Config) -> None:
 def check_rows(c: Config, sets: dict[str, tuple], machine: Machine) -> None:
     """Raise InputError for a stage without rows, or with fewer than its batch has micro-batches."""
     pictured = sum("image" in record for record in sets["pretrain"][0])
-    for stage, rows in ((1, pictured), (2, len(sets["train"][0]))):
-        if not getattr(c, f"stage{stage}_epochs"):
+    for stage, rows in enumerate((pictured, pictured, len(sets["train"][0]))):
+        if not getattr(c, f"{STAGES[stage]}_epochs"):
             continue
-        refuse_if(not rows, f"{c.pretrain_data or c.data}: no record has an image, so stage 1 has "
-                            "nothing to align; leave it out: --stage1-epochs 0")
-        batch_size, (pieces, _) = getattr(c, f"stage{stage}_batch"), machine.micro_batches(stage)
-        fault = f"--stage{stage}-batch {batch_size}: its {pieces} micro-batches"
+        refuse_if(not rows, f"{c.pretrain_data or c.data}: no record has an image, so "
+                            f"{STAGES[stage]} has nothing to learn from; leave it out: "
+                            f"--{STAGES[stage]}-epochs 0")
+        batch_size = getattr(c, f"{STAGES[stage]}_batch")
+        pieces, _ = machine.micro_batches(stage)
+        fault = f"--{STAGES[stage]}-batch {batch_size}: its {pieces} micro-batches"
         refuse_if(machine.world > min(batch_size, rows),
                   f"{fault}, one for each process, need {machine.world} rows and as large a batch; "
                   f"start fewer --processes")

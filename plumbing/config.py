@@ -95,6 +95,9 @@ class Config:
     # --- stages
     stage0_scale: Weight = 1.0              # multiplies stage 0's steps; small for a smoke run
     stage0_pictures: Literal["world", "data"] = "world"  # "data": the toys learn the set's own
+    distil_epochs: Weight = 0.0             # before stage 1: L_kd alone, no LLM runs; ours alone
+    distil_batch: Count = 64                # cheap without an LLM, and the targets are smooth
+    distil_lr: Weight = 2e-3                # goes with the batch
     stage1_epochs: Weight = 1.0             # LLaVA's
     stage1_batch: Count = 16                # small: here steps matter more than smooth gradients
     stage1_lr: Weight = 1e-3                # LLaVA's
@@ -121,6 +124,7 @@ class Config:
     eval_batch: Count = 256                 # questions answered at once
 
 
+STAGES = ("distil", "stage1", "stage2")  # by number: what the names of their fields begin with
 STAND_INS = ("clip", "eva", "convnext")  # the encoders that stage 0 can make
 ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("encoder"))
 
@@ -128,7 +132,7 @@ ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("e
 # how it is evaluated.
 MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute", "save_every",
            "skip_damaged", "tensorboard", "workers")
-LEARNING = ("grad_clip", "stage1_lr", "stage2_lr")
+LEARNING = ("distil_lr", "grad_clip", "stage1_lr", "stage2_lr")
 PLACES = ("allow_new_data", "allow_outside", "cache_teachers", "data", "data_root", "eval_data",
           "image_folder", "pretrain_data", "stage0")
 RESUME = (*MACHINE, *LEARNING, *PLACES, "eval_batch", "eval_split", "max_new_tokens", "n_eval")
@@ -192,6 +196,7 @@ RECIPES = {  # --recipe sets these at once; None leaves a field as it is
     "adapter_direction":  ("teacher_to_student", "teacher_to_student", "student_to_teacher"),
     "target_norm":        (None,                 None,                 "channel"),
     "clip_share":         (None,                 None,                 0.1),
+    "distil_epochs":      (0.0,                  0.0,                  4.0),
     "balance_weight":     (0.0,                  0.01,                 0.01),
     "balance_form":       ("per_layer",          "pooled",             "per_layer"),
 }

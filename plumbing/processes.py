@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import IGNORE, InputError, blank_image, to_device
 from model import VLM
 from plumbing import cli, signals
-from plumbing.config import Config
+from plumbing.config import STAGES, Config
 
 
 def launched() -> bool:
@@ -201,7 +201,7 @@ class Machine:
 
     def micro_batches(self, stage: int) -> tuple[int, range]:
         """Return how many micro-batches a batch of a stage has, and which are this process's."""
-        batch_size = getattr(self.c, f"stage{stage}_batch")
+        batch_size = getattr(self.c, f"{STAGES[stage]}_batch")
         size = self.c.micro_batch
         own = math.ceil(batch_size / self.world / size) if size else 1
         return self.world * own, range(self.rank * own, (self.rank + 1) * own)

@@ -15,7 +15,7 @@ from model import VLM, MoVEKD
 from plumbing import build, checks, evaluate, files, run_folder, run_log, sets, sharding, signals
 from plumbing.checkpoints import Checkpoints, load_checkpoint
 from plumbing.cli import command
-from plumbing.config import Config
+from plumbing.config import STAGES, Config
 from plumbing.flags import parse_flags
 from plumbing.processes import Machine, Step, launch, wanted_processes
 from teachers import Teachers
@@ -96,9 +96,8 @@ class Run:
             build.check_llm(c, self.tokenizer)
 
         # Stage 0 makes what the tiny preset has in place of downloads.
-        words = run_log.stage_words(c, 0)
-        if words and machine.first:
-            print(words, flush=True)
+        if machine.first and run_log.stand_in_words(c):
+            print(run_log.stand_in_words(c), flush=True)
         stage0_begin = time.perf_counter()
         with machine.first_alone():
             weights, tflops = build.pretrained_weights(c, self.sets["train"][0], self.tokenizer,
@@ -170,7 +169,7 @@ class Run:
         c = self.c
         if self.machine.sharded:
             sharding.refresh_trained(self.model)
-        size, epochs, lr = (getattr(c, f"stage{stage}_{x}") for x in ("batch", "epochs", "lr"))
+        size, epochs, lr = (getattr(c, f"{STAGES[stage]}_{x}") for x in ("batch", "epochs", "lr"))
         pieces, own = self.machine.micro_batches(stage)
         loader = sets.make_loader(
             self.datasets[stage], size, epochs, c.seed + stage, self.tokenizer.pad,

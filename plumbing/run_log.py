@@ -15,7 +15,7 @@ from model import VLM
 from plumbing import evaluate, files, sets
 from plumbing.checkpoints import Progress
 from plumbing.cli import command
-from plumbing.config import Config, is_real
+from plumbing.config import STAGES, Config, is_real
 
 HEADING = ("each line: losses, each teacher's own loss (kd_) and weight (w_), then `experts`: one "
            "group per layer, in it the % of the tokens that each of its experts took")
@@ -33,19 +33,24 @@ def is_lesson(c: Config) -> bool:
     return bool(method) and not (c.llm or c.data or c.data_root)
 
 
+def stand_in_words(c: Config) -> str:
+    """Return what the stand-ins of the tiny preset know, if that is not the run's own pictures."""
+    if is_real(c.clip) or not c.data:
+        return ""
+    if c.stage0_pictures == "data":
+        return (f"the toy encoders are trained on the pictures of {c.data} itself: CLIP on its "
+                "questions and answers, the others without labels (once, a few minutes)")
+    return ("the toy encoders know the drawn pictures of the tiny world, not those of "
+            f"{c.data}; --stage0-pictures data trains them on its own first")
+
+
 def stage_words(c: Config, stage: int) -> str:
     """Return what a stage of the tiny preset trains, on what, and why, for a first-time reader."""
-    if stage == 0 and c.data and not is_real(c.clip):
-        if c.stage0_pictures == "data":
-            return (f"stage 0 trains the toy encoders on the pictures of {c.data} itself: CLIP on "
-                    "its questions and answers, the others without labels (once, a few minutes)")
-        return ("the toy encoders know the drawn pictures of the tiny world, not those of "
-                f"{c.data}; --stage0-pictures data trains them on its own first")
     if not is_lesson(c):
         return ""
     return {
-        0: "stage 0 stands for the downloads of the real method: a small CLIP, EVA, ConvNeXt and "
-           "LLM, each trained by itself on drawn pictures or on text (once, a minute or two)",
+        0: f"stage 0 distils, which the paper has not: the student alone learns the teachers' "
+           f"tokens of {c.n_pretrain:,} pictures; no LLM runs",
         1: f"stage 1 aligns: experts, adapters and projector learn from {c.n_pretrain:,} captioned "
            "pictures, so that the LLM can read the student's tokens; student and LLM stay frozen",
         2: "stage 2 finetunes: all but the teachers learns from "
@@ -74,8 +79,8 @@ def count_stage_steps(c: Config, datasets: dict[int, Conversations]) -> dict[int
     """Return {stage: its steps}; a stage of 0 epochs has none."""
     counts = {}
     for stage, dataset in datasets.items():
-        epochs = getattr(c, f"stage{stage}_epochs")
-        steps = sets.count_steps(len(dataset), getattr(c, f"stage{stage}_batch"), epochs)
+        epochs = getattr(c, f"{STAGES[stage]}_epochs")
+        steps = sets.count_steps(len(dataset), getattr(c, f"{STAGES[stage]}_batch"), epochs)
         counts[stage] = min(steps, c.max_steps or steps) if epochs else 0
     return counts
 

@@ -126,8 +126,9 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
     else:
         pictured = records.select(rows)     # they are read when they are used
     template = "plain" if c.pretrain_data or not c.data else "v1"
-    return {1: Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
-                             c.caption_end),
+    captions = Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
+                             c.caption_end)
+    return {0: captions, 1: captions,
             2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
 
 
