@@ -25,7 +25,10 @@ PANELS = (  # title, prefix of the names of its curves, scale of the axis
 def plot_curves(folder: Path) -> None:
     """Draw curves.png from log.jsonl: losses, teachers, experts, held-out accuracy, both stages."""
     lines = read_log(folder)
-    offset = max((line["step"] + 1 for line in lines if line["stage"] == 1), default=0)
+    starts = {0: 0}     # of each stage on the axis
+    for stage in (0, 1):
+        steps = [line["step"] + 1 for line in lines if line["stage"] == stage]
+        starts[stage + 1] = starts[stage] + max(steps, default=0)
     names = {}
     for line in lines:
         names.update(line)  # not every line has all of them
@@ -35,33 +38,34 @@ def plot_curves(folder: Path) -> None:
         for name in [name for name in names if name.startswith(prefix)]:
             drawn = [line for line in lines if name in line]
             label = name if prefix in ("L_", name) else name.removeprefix(prefix)
-            axis.plot(steps_of(drawn, offset), [line[name] for line in drawn], label=label, lw=1)
+            axis.plot(steps_of(drawn, starts), [line[name] for line in drawn], label=label, lw=1)
         axis.set(title=title, yscale=scale)
         if prefix == "kd_":  # CLIP's starts at 0, which would squeeze the others
             axis.set_ylim(bottom=max(0.01, axis.get_ylim()[0]))
         if axis.lines:  # without distillation there is no teacher
             axis.legend(fontsize=8)
-    plot_experts(axes[4], figure, lines, offset)
+    plot_experts(axes[4], figure, lines, starts)
     axes[5].set(title="held-out accuracy, %", ylim=(0, 100))
     held_out = folder / "held_out.json"
     points = read_json(held_out) if held_out.exists() else []
     if points:
-        axes[5].plot(steps_of(points, offset), [point["accuracy"] for point in points], marker="o")
+        axes[5].plot(steps_of(points, starts), [point["accuracy"] for point in points], marker="o")
     for axis in axes:
         if not axis.has_data():
             text = "none before the end: result.json" if axis is axes[5] else "none"
             axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
-        axis.axvline(offset, color="grey", linewidth=0.5)
-        axis.set(xlabel="step (stage 1 | stage 2)")
+        for start in {*starts.values()} - {0}:
+            axis.axvline(start, color="grey", linewidth=0.5)
+        axis.set(xlabel="step; a line where a stage begins")
     save_figure(figure, folder / "curves.png")
 
 
-def steps_of(lines: list[dict], offset: int) -> list[int]:
-    """Return the steps of some lines, with those of stage 2 after those of stage 1."""
-    return [line["step"] + offset * (line["stage"] - 1) for line in lines]
+def steps_of(lines: list[dict], starts: dict[int, int]) -> list[int]:
+    """Return the steps of some lines, with those of a stage after those of the one before."""
+    return [starts[line["stage"]] + line["step"] for line in lines]
 
 
-def plot_experts(axis: Axes, figure: Figure, lines: list[dict], offset: int) -> None:
+def plot_experts(axis: Axes, figure: Figure, lines: list[dict], starts: dict) -> None:
     """Draw a stripe per expert, layer under layer: its fraction of the tokens at each step."""
     drawn = [line for line in lines if "experts" in line]
     axis.set(title="each expert's fraction of the tokens, one stripe per expert")
@@ -69,7 +73,7 @@ def plot_experts(axis: Axes, figure: Figure, lines: list[dict], offset: int) -> 
         return
     fractions = torch.tensor([line["experts"] for line in drawn])       # (lines, layers, E)
     _, layers, count = fractions.shape
-    steps = steps_of(drawn, offset)
+    steps = steps_of(drawn, starts)
     mesh = axis.pcolormesh([*steps, steps[-1] + 1], range(layers * count + 1),
                            fractions.flatten(1).T, vmin=0, vmax=1, cmap="magma")
     for layer in range(1, layers):
