@@ -51,7 +51,7 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer,
 
 
 def weights_of_run(c: Config) -> tuple[dict, float]:
-    """Return the same of a run that has begun, whose folder keeps what stage 0 made for it."""
+    """Return what `pretrained_weights` does, from a run folder, which keeps stage 0's files."""
     names = stage0_encoders(c) + ([] if c.llm else ["llm"])
     own = {name: Path(c.out) / "stage0" / f"{name}.safetensors" for name in names}
     for path in own.values():
