@@ -48,7 +48,7 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer,
 
 
 def weights_of_run(c: Config) -> tuple[dict, float]:
-    """Return the same of a run that has begun, whose folder keeps what stage 0 made for it."""
+    """Return what `pretrained_weights` does, from a run folder, which keeps stage 0's files."""
     own = {name: Path(c.out) / "stage0" / f"{name}.safetensors" for name in stage0_models(c)}
     for path in own.values():
         require_file(path, "; copy the run folder again, with all that is in it")

@@ -208,7 +208,7 @@ def check_rows(c: Config, sets: dict[str, tuple], machine: Machine) -> None:
 
 
 def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
-    """Raise InputError for a prompt that leaves no room; note held-out answers out of reach."""
+    """Raise InputError for a prompt that leaves no room; print notes of unreachable answers."""
     for name, file in (("train", c.data or c.data_root), ("eval", c.eval_data)):
         records, _ = sets.get(name, ([], None))
         for row, record in enumerate(records):
@@ -228,7 +228,7 @@ def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
 
 
 def note_answers(c: Config, records: list[dict], tokenizer) -> None:
-    """Note on stderr how many held-out answers need words or tokens that the LLM has not."""
+    """Print a note of the held-out answers that the LLM cannot give: unknown words, too long."""
     known = set(" ".join(map(normalise, [] if c.llm else tokenizer.vocabulary)).split())
     unknown, long = [], []
     rows = questions_of(records)

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        # An unknown flag is the likeliest reason of whatever argparse says first.
+        """Parse as argparse does, but name an unknown flag, a slip, before what is missing."""
         known = self._option_string_actions
         for word in sys.argv[1:] if args is None else args:
             name = word.split("=")[0]
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(program: str) -> str:
-    """Return how to call "train.py" or a module as "tools.ask" from the current folder."""
+    """Return how to call "train.py", or a module such as "tools.ask", from this folder."""
     home = Path(__file__).parent.parent
     here = home.samefile(Path.cwd())
     if program.endswith(".py"):

@@ -63,7 +63,7 @@ class PretrainedLLM(nn.Module):
             else:
                 self.model = causal.from_pretrained(name, dtype="auto")
             self.dim = self.model.config.hidden_size
-        self.accepted = inspect.signature(self.model.forward).parameters
+        self.accepted = list(inspect.signature(self.model.forward).parameters)
         self.cache_name = "cache" if "cache" in self.accepted else "past_key_values"  # before 5.24
 
     @classmethod

@@ -165,8 +165,9 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("size, place", [(300_000, "stage0"), (60_000, "cache"),
-                                         (1_890_000, "checkpoints"), (200, "config.json")])
+@pytest.mark.parametrize("size, place", [
+    pytest.param(300_000, "stage0", marks=pytest.mark.slow), (60_000, "cache"),
+    (1_890_000, "checkpoints"), (200, "config.json")])
 def test_a_full_disk_is_one_line(workplace, tmp_path, monkeypatch, size, place):
     """Stage 0, cache, checkpoint, config: the place and the reason; no half of a file stays."""
     monkeypatch.chdir(tmp_path)

@@ -19,6 +19,7 @@ from tiny.llm import WordTokenizer
 from tiny.world import WorldImages, world_records
 
 
+@pytest.mark.slow
 def test_text_is_utf8_whatever_the_locale(workplace):
     """A run in plain ASCII's locale: its files are UTF-8, its console shows \\u... ."""
     save_png(workplace / "a.png", images(1)[0])

@@ -50,7 +50,8 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["ours", "released", "full"])
+@pytest.mark.parametrize("kind", [
+    "ours", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("released", "full"))])
 def test_the_same_tokens_without_the_repository(kind, workplace, released_folder, full_run, photos):
     """student.py's pixels and tokens are load_student's and the run's, in both forms of MoLE.
 

@@ -76,6 +76,7 @@ def test_a_signal_before_the_processes_listen(start_two, monkeypatch, capfd):
     assert capfd.readouterr().err == "stopped by SIGTERM before the first step: nothing is lost\n"
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_named(start_two, capsys):
     """One that the machine has killed cannot say so itself."""
     assert start_two(signal.raise_signal, signal.SIGKILL) == 1

@@ -177,8 +177,8 @@ def test_sigterm_saves_and_ends_cleanly(workplace):
 
 def test_resume_refuses_other_settings(two_processes):
     """A flag that would change what is computed is refused; so is a run without a checkpoint."""
-    with pytest.raises(InputError, match="--stage2-lr: with --resume a run keeps"):
-        run_here(two_processes, "--resume", "runs/two", "--stage2-lr", "1")
+    with pytest.raises(InputError, match="--stage2-epochs: with --resume a run keeps"):
+        run_here(two_processes, "--resume", "runs/two", "--stage2-epochs", "1")
     with pytest.raises(InputError, match="runs/tiny/checkpoints: holds no checkpoint"):
         run_here(two_processes, "--resume", "runs/tiny")
 

@@ -100,6 +100,7 @@ def test_plan_names_what_it_assumes(full_meta):
     assert 6 <= sum(float(rows[name]) for name in named) <= 9
 
 
+@pytest.mark.slow
 def test_plan_says_what_does_not_fit_and_counts_the_real_words(capsys):
     """It promises hours only if both stages fit. Its tiny LLM has the words of the tiny world."""
     program.main(["--tiny", "--gpus", "1", "--gpu-memory", "0.815"])

@@ -69,6 +69,7 @@ def test_no_kd_one_stage_and_no_clipping(workplace):
     assert log[-1]["L_total"] < log[0]["L_total"]
 
 
+@pytest.mark.slow
 def test_a_set_without_images_trains_the_llm(workplace, capsys):
     """Stage 2 alone, with distillation and its norms, though no picture ever comes."""
     rows = [{"conversations": conversation(f"what is {i}?", "so")} for i in range(20)]

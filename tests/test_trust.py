@@ -146,6 +146,7 @@ def test_transparent_places_are_white(tmp_path):
     assert load_image(tmp_path / "p.png", 8).min() == 255
 
 
+@pytest.mark.slow
 def test_long_thin_pictures_take_memory_near_their_own(tmp_path):
     """They are shrunk first and padded then: under 200 MB, and in the middle of the square."""
     names = []
@@ -216,6 +217,7 @@ def test_words_of_a_text_are_never_control_tokens():
     assert labels[-1] == tokenizer.eos
 
 
+@pytest.mark.slow
 def test_started_from_a_run_words_keep_their_numbers(workplace):
     """--init-from a run on data with other words: the run's keep their numbers, new ones follow."""
     common.world_on_disk(workplace / "renamed", "heart", "zebra")      # as many words, one renamed

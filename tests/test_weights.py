@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_named(released):
             load_run(folder)
 
 
-@pytest.mark.parametrize("kind", ["authors", "ours"])
+@pytest.mark.parametrize("kind", [pytest.param("authors", marks=pytest.mark.slow), "ours"])
 def test_training_starts_from_a_checkpoint(kind, released_folder, workplace):
     """--init-from: a run starts with the checkpoint's weights, and takes its shape and experts."""
     start = {"authors": released_folder, "ours": workplace / "runs/tiny"}[kind]

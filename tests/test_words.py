@@ -199,5 +199,5 @@ def test_a_garbling_tokenizer_is_refused(tmp_path):
     """One whose texts do not come back, as with transformers 5.0 to 5.2, is one line at load."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581Hello": 3}
     transformers.LlamaTokenizer(words, []).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"its tokenizer reads 'Hello.*transformers>=5.3"):
+    with pytest.raises(InputError, match=r"its tokenizer reads 'Hello.*transformers >= 5.3"):
         PretrainedTokenizer(str(tmp_path))
