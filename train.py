@@ -25,7 +25,7 @@ from torch import nn
 from data import InputError
 from model import MoVEKD
 from plumbing import cli
-from plumbing.config import STAGES, Config
+from plumbing.config import STAGES, Config, stage_name
 from plumbing.run import Run, StagePlan, Step, start
 from plumbing.sharding import backward, gather_full
 from teachers import Teachers
@@ -41,6 +41,7 @@ def train(run: Run) -> None:
 
     Stage 1 aligns: from captions, it trains the experts, the adapters and the projector. Stage 2
     finetunes: from conversations, it trains everything but the teachers. The loss is the same.
+    Our recipe has a phase before them that distils alone.
     """
     for stage in run.stages_left():
         run.model.set_stage(stage)
@@ -95,7 +96,7 @@ def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
     groups = model.parameter_groups()
     for name, teacher in teachers.encoders.items():
         groups[f"teacher {name}"] = list(teacher.parameters())
-    rows = [f"stage {stage} {'':22}  parameters"]
+    rows = [f"{stage_name(stage):30}  parameters"]
     for name, parameters in groups.items():
         count = sum(p.numel() for p in parameters)
         trained = any(p.requires_grad for p in parameters)
@@ -157,7 +158,7 @@ def check_finite(values: dict[str, torch.Tensor], plan: StagePlan, step: int) ->
         if name.startswith("kd_"):
             teacher = name.removeprefix("kd_")
             remedy += f", if teacher {teacher}'s tokens of these images are finite"
-        raise InputError(f"{name} is {bad} at stage {plan.stage}, step {step}: {remedy}")
+        raise InputError(f"{name} is {bad} at {stage_name(plan.stage)}, step {step}: {remedy}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import torch
 from timm.models import VisionTransformer
 
 from data import IGNORE, InputError, conversation_ids, row_name
+from plumbing import config
 from plumbing.build import build_encoder, build_student, stage0_encoders
-from plumbing.config import ENCODERS, STAGES, STAND_INS, Config, flag, is_real, plain_type
+from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
 from plumbing.evaluate import normalise, questions_of
 from plumbing.files import library_errors
 from plumbing.processes import Machine, launched, wanted_processes
@@ -191,20 +192,20 @@ def check_rows(c: Config, sets: dict[str, tuple], machine: Machine) -> None:
     """Raise InputError for a stage without rows, or with fewer than its batch has micro-batches."""
     pictured = sum("image" in record for record in sets["pretrain"][0])
     for stage, rows in enumerate((pictured, pictured, len(sets["train"][0]))):
-        if not getattr(c, f"{STAGES[stage]}_epochs"):
+        if not getattr(c, f"{config.STAGES[stage]}_epochs"):
             continue
         refuse_if(not rows, f"{c.pretrain_data or c.data}: no record has an image, so "
-                            f"{STAGES[stage]} has nothing to learn from; leave it out: "
-                            f"--{STAGES[stage]}-epochs 0")
-        batch_size = getattr(c, f"{STAGES[stage]}_batch")
+                            f"{config.stage_name(stage)} has nothing to learn from; leave it out: "
+                            f"--{config.STAGES[stage]}-epochs 0")
+        batch_size = getattr(c, f"{config.STAGES[stage]}_batch")
         pieces, _ = machine.micro_batches(stage)
-        fault = f"--{STAGES[stage]}-batch {batch_size}: its {pieces} micro-batches"
+        fault = f"--{config.STAGES[stage]}-batch {batch_size}: its {pieces} micro-batches"
         refuse_if(machine.world > min(batch_size, rows),
                   f"{fault}, one for each process, need {machine.world} rows and as large a batch; "
                   f"start fewer --processes")
         refuse_if(pieces > min(batch_size, rows),
-                  f"{fault} are more than the {rows:,} rows of stage {stage}; lower it to "
-                  f"{rows // machine.world * machine.world}")
+                  f"{fault} are more than the {rows:,} rows of {config.stage_name(stage)}; lower "
+                  f"it to {rows // machine.world * machine.world}")
 
 
 def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:

@@ -1,7 +1,7 @@
 """Config: every field is a flag (--lambda-kd 0), is saved with the run, and says why it is so.
 
-The defaults stand here and nowhere else. They are the TINY preset; SMALL and FULL, below, change
-names and numbers, never the code that runs.
+The defaults stand here and nowhere else. They are the TINY preset, with the method of `--recipe
+paper`; SMALL and FULL, below, change names and numbers, never the code that runs.
 """
 
 import dataclasses
@@ -75,8 +75,8 @@ class Config:
     mole_router_grad: RouterGrad = "straight_through"   # row 2; "none" is the paper's formula
     mole_init: MoleInit = "zero"            # row 3; so that the student starts as CLIP
     # --- loss
-    lambda_kd: Weight = 1.0                 # lambda, the weight of L_kd
-    clip_share: Fraction = 0.4              # CLIP's fixed share of the teacher weights
+    lambda_kd: Weight = 0.5                 # lambda, the weight of L_kd; the paper's
+    clip_share: Fraction = 0.8              # CLIP's fixed share of the teacher weights; the paper's
     kd_token_weight: TokenWeight = "paper"                          # row 4
     kd_teacher_weight: TeacherWeight = "paper"                      # row 5
     kd_teacher_grad: Literal["detached", "attached"] = "detached"   # row 6
@@ -84,7 +84,7 @@ class Config:
     adapter_form: AdapterForm = "token_mixing"                      # row 8
     adapter_direction: AdapterDirection = "teacher_to_student"      # the other is AM-RADIO's
     target_norm: TargetNorm = "layer"       # of the targets of student_to_teacher
-    balance_weight: Weight = 0.01           # row 9; the paper's L_total has no such term
+    balance_weight: Weight = 0.0            # row 9; the paper's L_total has no such term
     balance_form: BalanceForm = "per_layer"                         # row 9
     # --- LLM
     llm: str = ""                           # folder or hub name of a causal LM; "": the tiny one
@@ -162,8 +162,6 @@ LARGER = {
     "mole_rank":        (32,                                   32),
     "mole_alpha":       (1.0,                                  1.0),
     "mole_dropout":     (0.05,                                 0.05),
-    "lambda_kd":        (0.5,                                  0.5),
-    "clip_share":       (0.8,                                  0.8),
     "llm":              ("HuggingFaceTB/SmolLM2-135M-Instruct", "lmsys/vicuna-7b-v1.5"),
     "stage1_epochs":    (1,                                    1),
     "stage1_batch":     (256,                                  256),
@@ -183,19 +181,21 @@ SMALL = Config(**{name: values[0] for name, values in LARGER.items()})
 FULL = Config(**{name: values[1] for name, values in LARGER.items()})
 PRESETS = {"tiny": TINY, "small": SMALL, "full": FULL}
 
-RECIPES = {  # --recipe sets these at once; None leaves a field as it is
+RECIPES = {  # --recipe sets all of these; the presets have the paper's
     # field               paper                 released              ours
     "mole_form":          ("ffn",                "fc1_fc2",            "ffn"),
-    "mole_router_grad":   ("none",               "none",               "straight_through"),
+    # The paper's formula leaves the router untrained; this is the least that trains it.
+    "mole_router_grad":   ("straight_through",   "none",               "straight_through"),
     "mole_init":          ("zero",               "kaiming",            "zero"),
+    "lambda_kd":          (0.5,                  0.5,                  1.0),
+    "clip_share":         (0.8,                  0.8,                  0.1),
     "kd_token_weight":    ("paper",              "released",           "paper"),
     "kd_teacher_weight":  ("paper",              "released",           "uniform"),
     "kd_teacher_grad":    ("detached",           "attached",           "detached"),
     "kd_collapse":        ("none",               "second_softmax",     "none"),
     "adapter_form":       ("token_mixing",       "released",           "per_token"),
     "adapter_direction":  ("teacher_to_student", "teacher_to_student", "student_to_teacher"),
-    "target_norm":        (None,                 None,                 "channel"),
-    "clip_share":         (None,                 None,                 0.1),
+    "target_norm":        ("layer",              "layer",              "channel"),
     "distil_epochs":      (0.0,                  0.0,                  4.0),
     "balance_weight":     (0.0,                  0.01,                 0.01),
     "balance_form":       ("per_layer",          "pooled",             "per_layer"),
@@ -206,8 +206,12 @@ RECIPE_NAMES = ("paper", "released", "ours")
 def recipe(name: str) -> dict:
     """Return the fields that a recipe sets, and their values."""
     column = RECIPE_NAMES.index(name)
-    fields = {field: values[column] for field, values in RECIPES.items()}
-    return {field: value for field, value in fields.items() if value is not None}
+    return {field: values[column] for field, values in RECIPES.items()}
+
+
+def stage_name(stage: int) -> str:
+    """Return how a stage is called in words: distil, stage 1, stage 2."""
+    return STAGES[stage].replace("stage", "stage ")
 
 
 def is_real(spec: str) -> bool:

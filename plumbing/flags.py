@@ -32,7 +32,7 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
     start.add_argument("--evaluate", metavar="RUN", help="a run folder, to evaluate it; with "
                        f"{', '.join(map(flag, EVALUATION))} only")
     parser.add_argument("--recipe", choices=config.RECIPE_NAMES, default=argparse.SUPPRESS,
-                        help="rows 1-9 of docs/differences.md as in the paper, or as released")
+                        help="all of the method as in the paper (default), released, or ours")
     for field in dataclasses.fields(Config):
         kind = plain_type(field)
         options = {"type": kind}

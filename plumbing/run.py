@@ -15,7 +15,7 @@ from model import VLM, MoVEKD
 from plumbing import build, checks, evaluate, files, run_folder, run_log, sets, sharding, signals
 from plumbing.checkpoints import Checkpoints, load_checkpoint
 from plumbing.cli import command
-from plumbing.config import STAGES, Config
+from plumbing.config import STAGES, Config, stage_name
 from plumbing.flags import parse_flags
 from plumbing.processes import Machine, Step, launch, wanted_processes
 from teachers import Teachers
@@ -226,7 +226,7 @@ class Run:
         if stop:
             self.checkpoints.finish()
             raise signals.Stopped(
-                f"stopped by {self.machine.stop or 'a signal'} at stage {plan.stage}, step "
+                f"stopped by {self.machine.stop or 'a signal'} at {stage_name(plan.stage)}, step "
                 f"{progress.step}; to go on: {command('train.py')} --resume {c.out}")
 
     def finish(self) -> None:

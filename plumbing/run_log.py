@@ -15,7 +15,7 @@ from model import VLM
 from plumbing import evaluate, files, sets
 from plumbing.checkpoints import Progress
 from plumbing.cli import command
-from plumbing.config import STAGES, Config, is_real
+from plumbing.config import STAGES, Config, is_real, stage_name
 
 HEADING = ("each line: losses, each teacher's own loss (kd_) and weight (w_), then `experts`: one "
            "group per layer, in it the % of the tokens that each of its experts took")
@@ -49,8 +49,8 @@ def stage_words(c: Config, stage: int) -> str:
     if not is_lesson(c):
         return ""
     return {
-        0: f"stage 0 distils, which the paper has not: the student alone learns the teachers' "
-           f"tokens of {c.n_pretrain:,} pictures; no LLM runs",
+        0: "a phase that the paper has not: the student alone learns the teachers' tokens of "
+           f"{c.n_pretrain:,} pictures; no LLM runs",
         1: f"stage 1 aligns: experts, adapters and projector learn from {c.n_pretrain:,} captioned "
            "pictures, so that the LLM can read the student's tokens; student and LLM stay frozen",
         2: "stage 2 finetunes: all but the teachers learns from "
@@ -152,7 +152,7 @@ class RunLog:
         self.say(HEADING if self.c.mole_experts else "")
         self.clock, self.tokens = time.perf_counter(), 0
         steps = self.steps[progress.stage]
-        return tqdm(range(progress.step, steps), f"stage {progress.stage} of 2", steps,
+        return tqdm(range(progress.step, steps), stage_name(progress.stage), steps,
                     initial=progress.step, mininterval=1, disable=not self.first)
 
     def write(self, progress: Progress, terms: dict, counts: dict) -> None:
@@ -189,7 +189,7 @@ class RunLog:
         """Show a line of the log: in words, with the accuracy, in TensorBoard, in the curves."""
         stage, step = values["stage"], values["step"]
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
-        words = [f"stage {stage} step {step}"]
+        words = [f"{stage_name(stage)} step {step}"]
         words += [f"{name} {value:.3g}" for name, value in numbers.items()]
         if "experts" in values:
             layers = ["/".join(f"{100 * x:.0f}" for x in layer) for layer in values["experts"]]
@@ -200,7 +200,7 @@ class RunLog:
             self.held_out.measure(stage, step + 1, self.steps[stage])
         if self.tensorboard:
             for name, value in numbers.items():
-                self.tensorboard.add_scalar(f"stage {stage}/{name}", value, step)
+                self.tensorboard.add_scalar(f"{stage_name(stage)}/{name}", value, step)
         start = time.perf_counter()
         if start >= self.next_drawing:
             from plumbing.plots import plot_curves  # matplotlib takes long to load
@@ -232,5 +232,5 @@ class RunLog:
             settled = len(losses) == SETTLED_STEPS or (last and len(losses) >= SHORTEST)
             if settled and abs(now - start) <= STILL * start:
                 tqdm.write(f"warning: teacher {name.removeprefix('kd_')}: its loss has hardly "
-                           f"moved in {len(losses)} steps of stage {stage}: {start:.3g}, now "
+                           f"moved in {len(losses)} steps of {stage_name(stage)}: {start:.3g}, now "
                            f"{now:.3g}; the student learns nothing from it", file=sys.stderr)

@@ -272,7 +272,7 @@ def full_flags(real_folder: Path, llama_folder: Path) -> list[str]:
              "--weights", str(real_folder), "--llm", str(llama_folder)]
     for name, spec in REAL.items():
         flags += [f"--{name}", spec]
-    return flags + ("--stage1-batch 4 --stage2-batch 4 --micro-batch 2 "
+    return flags + ("--distil-batch 4 --stage1-batch 4 --stage2-batch 4 --micro-batch 2 "
                     "--log-every 1 --workers 1 --mole-rank 4 "
                     "--teachers clip eva convnext sam").split()
 

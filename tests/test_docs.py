@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data import InputError
+from plumbing.config import FULL, TINY
 from plumbing.flags import parse_flags
 
 HERE = Path(__file__).parent.parent
@@ -85,6 +86,18 @@ def test_every_table_is_whole(page):
     prose = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.M | re.S)
     rows = sum(table.count("\n") for table in TABLE.findall(prose + "\n"))
     assert rows == len(re.findall(r"^\|", prose, re.M))
+
+
+def test_the_numbers_that_tiny_changes():
+    """The table of docs/differences.md has the values of FULL and TINY."""
+    text = TEXTS[HERE / "docs/differences.md"]
+    rows = re.findall(r"^\|[^|]+, `--([\w-]+)` \| (\S+) \| (\S+) \|", text, re.M)
+    assert len(rows) >= 9
+    for name, paper, tiny in rows:
+        values = [getattr(c, name.replace("-", "_")) for c in (FULL, TINY)]
+        expected = [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
+        assert tiny == expected[1], name
+        assert paper == expected[0] or name == "n-pretrain", name
 
 
 def test_the_readme_can_be_read_in_one_sitting():

@@ -6,23 +6,28 @@ import shlex
 import pytest
 
 from plumbing.build import build_movekd, build_teachers
-from plumbing.config import ENCODERS, RECIPES, Config, encoder, recipe
+from plumbing.config import ENCODERS, PRESETS, RECIPES, Config, encoder, recipe
 from plumbing.flags import load_config, parse_config
 from tests.common import SHORT, error_of, images, small_vlm, whole_method
 from tools.export_student import __main__ as export_student
 
 
-def test_recipe_sets_rows_1_to_9():
-    """--recipe sets every switch of the table; a flag of one's own wins."""
+def test_a_recipe_sets_the_whole_method():
+    """--recipe sets every field of the table; a flag of one's own wins."""
     for name in ("paper", "released", "ours"):
         c = parse_config(["--tiny", "--recipe", name])
-        left = set(RECIPES) - set(recipe(name))  # numbers, which a recipe may leave as they are
-        assert left == (set() if name == "ours" else {"target_norm", "clip_share"})
+        assert recipe(name).keys() == RECIPES.keys()
         for field, value in recipe(name).items():
             assert getattr(c, field) == value
     c = parse_config("--tiny --recipe released --kd-token-weight paper".split())
     assert c.kd_token_weight == "paper"
     assert c.kd_teacher_weight == "released"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_default_is_the_paper(preset):
+    """`--recipe paper` changes nothing: each preset has the paper's method already."""
+    assert parse_config([f"--{preset}", "--recipe", "paper"]) == PRESETS[preset]
 
 
 def test_the_config_of_a_run_records_every_switch(workplace):

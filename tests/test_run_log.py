@@ -20,14 +20,14 @@ from tests.common import SHORT, C, assert_same_run, run_here, some_conversations
 def new_log(folder, steps: int = 100, **fields) -> RunLog:
     """Return the log of a run in a folder, whose stages have so many steps each."""
     c = dataclasses.replace(C, out=str(folder), **fields)
-    return RunLog(c, True, Progress(), {1: steps, 2: steps}, None)
+    return RunLog(c, True, Progress(stage=1), {1: steps, 2: steps}, None)
 
 
 def test_the_output_explains_itself(workplace, monkeypatch):
     """A line per stage, the log's heading, what to try next, if it is the whole tiny method."""
     out = (workplace / "output.txt").read_text(encoding="utf-8")
     c = dataclasses.replace(C, n_pretrain=128, n_train=64, n_described=32, n_text=32)
-    for stage in (0, 1, 2):
+    for stage in (1, 2):
         assert stage_words(c, stage) in out
     assert out.count(run_log.HEADING) == 2
     monkeypatch.chdir(workplace)
@@ -69,7 +69,7 @@ def test_curves_are_drawn_while_it_trains(workplace, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "plot_curves", drawn.append)
     log = new_log(tmp_path)
-    log.bar(Progress()).close()
+    log.bar(Progress(stage=1)).close()
     line = read_log(workplace / "runs/tiny")[0]
     log.show(line)
     assert not drawn
@@ -97,7 +97,7 @@ def test_tensorboard_is_optional(workplace, tmp_path, monkeypatch):
     package = mock.Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
     log = new_log(tmp_path, tensorboard="events")
-    log.bar(Progress()).close()
+    log.bar(Progress(stage=1)).close()
     log.show({"stage": 2, "step": 3, "L_text": 0.5, "experts": [[1.0]]})
     package.SummaryWriter.assert_called_once_with("events")
     log.tensorboard.add_scalar.assert_called_once_with("stage 2/L_text", 0.5, 3)

@@ -167,7 +167,9 @@ def test_small_runs_with_our_recipe(real_folder, llama_folder):
     """`--small --recipe ours` runs on real encoders' files and LLaVA's layout."""
     flags = "--small --recipe ours --skip-bad --max-steps 1 --out runs/ours".split()
     run_here(real_folder, *full_flags(real_folder, llama_folder)[1:], *flags)
-    first, second = read_log(real_folder / "runs/ours")
+    first, *later = read_log(real_folder / "runs/ours")
+    assert [line["stage"] for line in later] == [1, 2]
+    assert first["stage"] == 0 and first["L_text"] == 0  # it distils, and asks no LLM
     for name in ("eva", "convnext", "sam"):
         assert 0.5 < first[f"kd_{name}"] < 8  # standardised targets, untrained heads
         assert first[f"w_{name}"] == pytest.approx(0.3)
