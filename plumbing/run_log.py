@@ -21,7 +21,7 @@ HEADING = ("each line: losses, each teacher's own loss (kd_) and weight (w_), th
            "group per layer, in it the % of the tokens that each of its experts took")
 QUESTIONS, POINTS = 100, 4      # held-out questions, and how often in a stage they are asked
 DRAW_SECONDS = 10.0             # between two drawings of the curves, at least
-DRAW_PAUSE = 20                 # and so many times what a drawing takes: 5 % of a run at most
+DRAW_PAUSE = 60                 # and so many times what a drawing takes: 2 % of a run at most
 COLLAPSED, COLLAPSED_STEPS = 0.99, 100  # fraction of a layer's tokens, and how long it may last
 SETTLED_STEPS, SHORTEST = 300, 100      # when a loss should have moved; in a shorter stage: its end
 STILL = 0.02                    # relative change of a loss that has not moved

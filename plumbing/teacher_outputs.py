@@ -22,7 +22,7 @@ from plumbing.files import checksum, digest, read_about, read_tensors, write_ten
 from plumbing.sets import images_of
 from teachers import ChannelNorm, TeacherOutput, Teachers, VisionEncoder
 
-BATCH = 64              # images that a teacher sees at once
+BATCH = 32              # images that a teacher sees at once: the maps of ConvNeXt stay in cache
 SAMPLE = 4000           # images to measure, if the teachers must run; all of them if cached
 LAST_USED = 4           # sets whose outputs stay in the folder
 SMALLEST_STD = 1e-4     # a channel that never changes is not blown up

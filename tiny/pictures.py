@@ -108,5 +108,5 @@ def _render_chunk(scenes: torch.Tensor, geometry: dict, generator: torch.Generat
     tint = 0.06 * torch.randn(n, 3, generator=generator)
     body = (_COLOURS[colour] + tint)[:, :, None, None]                            # (N, 3, 1, 1)
     body = body * ((0.7 - 0.2 * paint) * (1 - 0.75 * rim))                        # (N, 3, R, R)
-    image = torch.lerp(image, body, inside)                                       # (N, 3, R, R)
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    image.lerp_(body, inside)                                                     # (N, 3, R, R)
+    return image.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
