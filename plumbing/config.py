@@ -72,7 +72,7 @@ class Config:
     mole_alpha: Weight = 8.0                # LoRA's alpha: the scale is alpha / rank
     mole_dropout: Dropout = 0.0             # released runs 0.05; a run of minutes does without
     mole_form: MoleForm = "ffn"             # row 1
-    mole_router_grad: RouterGrad = "straight_through"   # row 2; "none" is the paper's formula
+    mole_router_grad: RouterGrad = "straight_through"   # row 2; "none", the formula, trains none
     mole_init: MoleInit = "zero"            # row 3; so that the student starts as CLIP
     # --- loss
     lambda_kd: Weight = 0.5                 # lambda, the weight of L_kd; the paper's
@@ -184,7 +184,6 @@ PRESETS = {"tiny": TINY, "small": SMALL, "full": FULL}
 RECIPES = {  # --recipe sets all of these; the presets have the paper's
     # field               paper                 released              ours
     "mole_form":          ("ffn",                "fc1_fc2",            "ffn"),
-    # The paper's formula leaves the router untrained; this is the least that trains it.
     "mole_router_grad":   ("straight_through",   "none",               "straight_through"),
     "mole_init":          ("zero",               "kaiming",            "zero"),
     "lambda_kd":          (0.5,                  0.5,                  1.0),
@@ -207,6 +206,13 @@ def recipe(name: str) -> dict:
     """Return the fields that a recipe sets, and their values."""
     column = RECIPE_NAMES.index(name)
     return {field: values[column] for field, values in RECIPES.items()}
+
+
+def references(c: Config) -> list[tuple]:
+    """Return figures to compare with, if a run is the tiny preset in whatever recipe: else none."""
+    free = (*RECIPES, *MACHINE, "out", "seed", "overwrite", "cache_teachers", "stage0")
+    preset = dataclasses.replace(c, **{name: getattr(TINY, name) for name in free})
+    return list(tiny.REFERENCES.values()) if preset == TINY else []
 
 
 def stage_name(stage: int) -> str:

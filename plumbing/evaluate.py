@@ -149,10 +149,12 @@ def print_accuracy(result: dict) -> None:
     print(f"  {'macro':26} {result['macro_accuracy']:7.1f}\n")
 
 
-def print_result(result: dict, out: Path, words: str = "") -> None:
+def print_result(result: dict, out: Path, references: list[tuple], words: str) -> None:
     """Print a table and words for the reader, then a line for programs: `result: ` and JSON."""
     if "accuracy" in result:
         print_accuracy(result)
+    for name, mean, width in references:
+        print(f"  reference, 5 seeds: {name:15} {mean} ± {width}")
     print(f"{result['seconds']} s, {result['seconds_stage0']} s of them stage 0; "
           f"{result['tflops']} TFLOPs in the two stages, {result['tflops_stage0']} in stage 0; "
           f"peak {result['peak_rss_mb']} MB; everything is in {out}/\n{words}")

@@ -22,8 +22,8 @@ PANELS = (  # title, prefix of the names of its curves, scale of the axis
 )
 
 
-def plot_curves(folder: Path) -> None:
-    """Draw curves.png from log.jsonl: losses, teachers, experts, held-out accuracy, both stages."""
+def plot_curves(folder: Path, references: list[tuple]) -> None:
+    """Draw curves.png from log.jsonl: losses, teachers, experts, held-out accuracy, all stages."""
     lines = read_log(folder)
     starts = {0: 0}     # of each stage on the axis
     for stage in (0, 1):
@@ -50,6 +50,10 @@ def plot_curves(folder: Path) -> None:
     points = read_json(held_out) if held_out.exists() else []
     if points:
         axes[5].plot(steps_of(points, starts), [point["accuracy"] for point in points], marker="o")
+        for name, mean, _ in references:
+            axes[5].axhline(mean, color="grey", linewidth=0.5)
+            axes[5].text(0.01, mean, f"{name}, mean of 5 seeds", fontsize=7, va="bottom",
+                         transform=axes[5].get_yaxis_transform())
     for axis in axes:
         if not axis.has_data():
             text = "none before the end: result.json" if axis is axes[5] else "none"

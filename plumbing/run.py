@@ -15,7 +15,7 @@ from model import VLM, MoVEKD
 from plumbing import build, checks, evaluate, files, run_folder, run_log, sets, sharding, signals
 from plumbing.checkpoints import Checkpoints, load_checkpoint
 from plumbing.cli import command
-from plumbing.config import STAGES, Config, stage_name
+from plumbing.config import STAGES, Config, references, stage_name
 from plumbing.flags import parse_flags
 from plumbing.processes import Machine, Step, launch, wanted_processes
 from teachers import Teachers
@@ -240,7 +240,7 @@ class Run:
         if not machine.first:
             return
         from plumbing.plots import plot_curves  # matplotlib takes long to load
-        plot_curves(out)
+        plot_curves(out, references(c))
         result = {}
         if "eval" in self.sets:
             held_out = self.sets["eval"]
@@ -257,7 +257,7 @@ class Run:
         if c.device == "cuda":
             result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
         files.write_json(out / "result.json", result)
-        evaluate.print_result(result, out, run_log.next_commands(c))
+        evaluate.print_result(result, out, references(c), run_log.next_commands(c))
 
 
 def evaluate_run(c: Config, held_out: tuple, run: Path, vlm: VLM | None = None,

@@ -15,7 +15,7 @@ from model import VLM
 from plumbing import evaluate, files, sets
 from plumbing.checkpoints import Progress
 from plumbing.cli import command
-from plumbing.config import STAGES, Config, is_real, stage_name
+from plumbing.config import STAGES, Config, is_real, references, stage_name
 
 HEADING = ("each line: losses, each teacher's own loss (kd_) and weight (w_), then `experts`: one "
            "group per layer, in it the % of the tokens that each of its experts took")
@@ -204,7 +204,7 @@ class RunLog:
         start = time.perf_counter()
         if start >= self.next_drawing:
             from plumbing.plots import plot_curves  # matplotlib takes long to load
-            plot_curves(self.file.parent)
+            plot_curves(self.file.parent, references(self.c))
             now = time.perf_counter()
             self.next_drawing = now + max(DRAW_SECONDS, DRAW_PAUSE * (now - start))
 

@@ -11,6 +11,7 @@ import pytest
 from data import InputError
 from plumbing.config import FULL, TINY
 from plumbing.flags import parse_flags
+from tiny import REFERENCES
 
 HERE = Path(__file__).parent.parent
 PAGES = sorted([*HERE.glob("*.md"), *HERE.glob("docs/*.md")])
@@ -98,6 +99,13 @@ def test_the_numbers_that_tiny_changes():
         expected = [f"{x:g}" if isinstance(x, float) else str(x) for x in values]
         assert tiny == expected[1], name
         assert paper == expected[0] or name == "n-pretrain", name
+
+
+def test_the_references_are_those_of_the_results():
+    """What a run is shown beside stands in the tables of docs/results.md."""
+    for variant, (_, mean, width) in REFERENCES.items():
+        row = f"(`{variant}`) | {mean} ± {width} |"
+        assert row in TEXTS[HERE / "docs/results.md"], row
 
 
 def test_the_readme_can_be_read_in_one_sitting():

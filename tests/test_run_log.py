@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from data import InputError
-from plumbing import plots, run_log
+from plumbing import evaluate, plots, run_log
 from plumbing.checkpoints import Progress
+from plumbing.config import references
 from plumbing.files import read_json
+from plumbing.flags import parse_config
 from plumbing.run_folder import read_log
 from plumbing.run_log import HeldOut, RunLog, count_stage_steps, next_commands, stage_words
 from tests.common import SHORT, C, assert_same_run, run_here, some_conversations
@@ -67,7 +69,7 @@ def test_a_stage_has_the_steps_of_its_epochs():
 def test_curves_are_drawn_while_it_trains(workplace, tmp_path, monkeypatch):
     """Not at every line, but as soon as the time is up."""
     drawn = []
-    monkeypatch.setattr(plots, "plot_curves", drawn.append)
+    monkeypatch.setattr(plots, "plot_curves", lambda folder, _: drawn.append(folder))
     log = new_log(tmp_path)
     log.bar(Progress(stage=1)).close()
     line = read_log(workplace / "runs/tiny")[0]
@@ -79,11 +81,22 @@ def test_curves_are_drawn_while_it_trains(workplace, tmp_path, monkeypatch):
     assert drawn == [tmp_path]
 
 
+def test_references_are_of_the_unchanged_preset(tmp_path, capsys):
+    """Another recipe, seed or machine has them; other data, models or steps have not."""
+    for same in ("", "--recipe ours", "--lambda-kd 0 --seed 3 --out x --micro-batch 4"):
+        assert len(references(parse_config(["--tiny", *same.split()]))) == 3
+    for other in ("--max-steps 4", "--n-train 300", "--eval-split validation", "--student experts"):
+        assert references(parse_config(["--tiny", *other.split()])) == []
+    result = {name: 0.0 for name in ("seconds", "seconds_stage0", "tflops", "tflops_stage0")}
+    evaluate.print_result({**result, "peak_rss_mb": 1}, tmp_path, references(C), "")
+    assert "reference, 5 seeds: frozen CLIP" in capsys.readouterr().out
+
+
 def test_curves_of_any_run(tmp_path):
     """One line only, no experts, no teachers: there is a picture, and nothing half written."""
     line = '{"stage": 2, "step": 0, "L_text": 1.0}\n'
     (tmp_path / "log.jsonl").write_text(line, encoding="utf-8")
-    plots.plot_curves(tmp_path)
+    plots.plot_curves(tmp_path, references(C))
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert not list(tmp_path.glob("*.tmp"))
 
