@@ -1,7 +1,9 @@
 """Does MoVE-KD help, which component of it, and why?  Variants of one run over several seeds.
 
-    python -m tools.compare                 # 13 variants x 5 seeds -> compare.md, compare.png
+    python -m tools.compare                 # 13 variants, 5 or 10 seeds -> compare.md, compare.png
+    python -m tools.compare --quick         # the five that matter, one seed (6 min on 2 cores)
     python -m tools.compare --ladder        # the paper's components, then ours, step by step
+    python -m tools.compare --ablation      # our recipe without each of its components
     python -m tools.compare --shares        # CLIP's share, both directions of the adapters
     python -m tools.compare --mole          # when does MoLE help?
     python -m tools.compare --probe         # what each teacher knows (30 s, 3 min with stage 0)
@@ -26,8 +28,9 @@ from tools.compare.variants import EXPERIMENTS, VARIANTS
 
 ANSWERED = """\
 Held-out accuracy in %, mean ± 95 % interval over the seeds; cost of the vision side at inference in
-% of CLIP's; macro accuracy over a baseline's seed by seed, and in % of the way from `llava` to
-`ensemble`; the paper's average over its benchmarks, from a note on the paper, not its text."""
+% of CLIP's; TFLOPs of the training; macro accuracy over a baseline's seed by seed, and in % of the
+way from `llava` to `ensemble`; the paper's average over its benchmarks, from a note on the paper,
+not its text."""
 PROBED = """\
 What an encoder's tokens hold, in %, whatever the LLM makes of them: a linear probe of the pooled
 tokens per attribute, and how much of a teacher's pooled tokens is linear in them. CLIP's are also
@@ -39,9 +42,10 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     parser.prog = "python -m tools.compare"
     parser.add_argument("--seeds", type=int, choices=range(1, len(T_QUANTILE) + 2),
-                        help="how many (default 5; 3 with --ladder and --mole, 1 with --shares)")
+                        help="how many (default 5 or 10; 3 with --ladder and --mole, 1 with "
+                             "--quick and --shares)")
     choice = parser.add_mutually_exclusive_group()
-    for name in ("ladder", "shares", "mole", "probe"):
+    for name in ("quick", "ladder", "ablation", "shares", "mole", "probe"):
         choice.add_argument(f"--{name}", dest="experiment", action="store_const", const=name)
     choice.add_argument("--arms", nargs="+", choices=VARIANTS, metavar="VARIANT",
                         help=f"of: {' '.join(VARIANTS)}")
@@ -68,10 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     cache_teachers(teachers, cache, [sets["pretrain"], sets["train"]])
 
     # The runs, seed by seed.
-    variants, seeds = EXPERIMENTS[experiment]
+    seeds = dict.fromkeys(args.arms, 5) if args.arms else EXPERIMENTS[experiment]
+    if args.seeds:
+        seeds = dict.fromkeys(seeds, args.seeds)
     runs = {}
-    for seed in range(args.seeds or seeds):
-        for variant in args.arms or variants:
+    for seed in range(max(seeds.values())):
+        for variant in [variant for variant in seeds if seed < seeds[variant]]:
             folder = args.out / variant / str(seed)
             runs[folder] = ["--tiny", *VARIANTS[variant][1].split(), *rest, "--seed", str(seed),
                             "--out", str(folder), "--cache-teachers", str(cache)]
@@ -81,11 +87,13 @@ def main(argv: list[str] | None = None) -> None:
     answers = {}
     for folder in runs:
         numbers = read_json(folder / "numbers.json")
+        numbers["answers"]["TFLOPs"] = read_json(folder / "result.json")["tflops"]
         answers.setdefault(folder.parent.name, []).append(numbers["answers"])
         if numbers["probe"]:
             probed.setdefault(folder.parent.name, []).append(numbers["probe"])
     compare(answers)
-    text = "\n".join([ANSWERED, "", *table(answers), "", PROBED, "", *table(probed), ""])
+    counts = "Seeds: " + ", ".join(f"{name} {count}" for name, count in seeds.items())
+    text = "\n".join([ANSWERED, counts, "", *table(answers), "", PROBED, "", *table(probed), ""])
     (args.out / f"{experiment}.md").write_text(text, encoding="utf-8")
     plot(answers, args.out / f"{experiment}.png")
     print(text)

@@ -36,8 +36,8 @@ def compare(results: Numbers) -> None:
     """Add to each run what it gains over two baselines, and to some the paper's own number."""
     for base in [name for name in ("no-kd", "llava") if name in results]:
         for variant in results.keys() - {base}:
-            # seed by seed: what the seeds share cancels
-            for run, other in zip(results[variant], results[base], strict=True):
+            # seed by seed, as many as both have: what the seeds share cancels
+            for run, other in zip(results[variant], results[base], strict=False):
                 run[f"over `{base}`"] = run["macro"] - other["macro"]
     ends = [mean(run["macro"] for run in results[v]) for v in ("llava", "ensemble") if v in results]
     if len(set(ends)) == 2:  # after a few steps they are equal

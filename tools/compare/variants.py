@@ -2,6 +2,7 @@
 
 HEADS = "--adapter-direction student_to_teacher"
 UNIFORM = "--kd-token-weight uniform --kd-teacher-weight uniform"
+TOKENS = f"{HEADS} --target-norm channel --adapter-form per_token"
 CONFLICT = "--adapter-form interpolation --clip-share 0.333"
 
 VARIANTS = {  # name: (what it is, flags of train.py)
@@ -23,10 +24,16 @@ VARIANTS = {  # name: (what it is, flags of train.py)
     # heads on the student's side, step by step to our recipe
     "student-to-teacher": ("heads student -> teacher (AM-RADIO)", HEADS),
     "heads-channel": ("+ targets standardised per channel", f"{HEADS} --target-norm channel"),
-    "heads-per-token": ("+ heads see one token at a time",
-                        f"{HEADS} --target-norm channel --adapter-form per_token"),
-    "ours-share-0.2": ("+ CLIP's share 0.2", "--recipe ours --clip-share 0.2"),
-    "ours": ("**our recipe** (CLIP's share 0.1)", "--recipe ours"),
+    "heads-per-token": ("+ heads see one token at a time", TOKENS),
+    "heads-share-0.1": ("+ CLIP's share 0.1", f"{TOKENS} --clip-share 0.1"),
+    "ours-no-distil": ("+ lambda 1 and a balance loss: our recipe without a phase of distillation",
+                       "--recipe ours --distil-epochs 0"),
+    "ours": ("**our recipe**: + distillation alone before stage 1", "--recipe ours"),
+    # our recipe without what is left of the paper's components
+    "ours-no-token-weight": ("our recipe without token weights",
+                             "--recipe ours --kd-token-weight uniform"),
+    "ours-no-share": ("our recipe, CLIP's share as the others'",
+                      "--recipe ours --clip-share 0.333"),
     # the paper's own components, one after the other
     "interpolation": ("+ KD, tokens and channels resized",
                       f"--mole-experts 0 --adapter-form interpolation {UNIFORM}"),
@@ -42,25 +49,30 @@ VARIANTS = {  # name: (what it is, flags of train.py)
     "ours-few": ("our recipe, 300 answered images", "--recipe ours --n-train 300"),
     "ours-few-no-mole": ("the same without MoLE", "--recipe ours --n-train 300 --mole-experts 0"),
 }
-for _share in (0.05, 0.1, 0.2, 0.8):  # CLIP's, of the teacher weights; the preset's is 0.4
+for _share in (0.05, 0.1, 0.2, 0.4):  # CLIP's, of the teacher weights; the paper's is 0.8
     VARIANTS[f"paper-share-{_share}"] = (f"MoVE-KD, CLIP's share {_share}",
                                          f"--clip-share {_share}")
-for _share in (0.05, 0.4, 0.8):
+for _share in (0.05, 0.2, 0.4, 0.8):  # ours is 0.1
     VARIANTS[f"ours-share-{_share}"] = (f"our recipe, CLIP's share {_share}",
                                         f"--recipe ours --clip-share {_share}")
 
 # The paper's component table, 7B, average over its benchmarks: from a note on the paper.
 PUBLISHED = {"llava": 66.5, "interpolation": 66.3, "adapters": 66.7, "adapters-mole": 67.4,
              "no-teacher-weight": 67.7, "movekd": 68.0}
-EXPERIMENTS = {  # flag: (its variants, seeds); "compare" is the default
-    "compare": (["llava", "no-kd", "ensemble", "movekd", "no-mole", "no-token-weight",
-                 "no-teacher-weight", "clip-only", "clip-eva", "clip-convnext", "released",
-                 "student-to-teacher", "ours"], 5),
-    "ladder": ([*PUBLISHED, "student-to-teacher", "heads-channel", "heads-per-token",
-                "ours-share-0.2", "ours", "ensemble"], 3),
-    "shares": (["paper-share-0.05", "paper-share-0.1", "paper-share-0.2", "movekd",
-                "paper-share-0.8", "ours-share-0.05", "ours", "ours-share-0.2", "ours-share-0.4",
-                "ours-share-0.8"], 1),
-    "mole": (["llava", "movekd-experts", "ours-experts", "movekd", "no-mole", "ours",
-              "ours-no-mole", "conflict", "conflict-no-mole", "ours-few", "ours-few-no-mole"], 3),
+TEN = ("llava", "no-kd", "movekd", "clip-only")     # variants that the main claims hang on
+EXPERIMENTS = {  # flag: its variants, and how many seeds each has; "compare" is the default
+    "compare": {v: 10 if v in TEN else 5 for v in (
+        "llava", "no-kd", "ensemble", "movekd", "no-mole", "no-token-weight", "no-teacher-weight",
+        "clip-only", "clip-eva", "clip-convnext", "released", "student-to-teacher", "ours")},
+    "quick": dict.fromkeys(("llava", "no-kd", "movekd", "ours", "ensemble"), 1),
+    "ladder": dict.fromkeys((*PUBLISHED, "student-to-teacher", "heads-channel", "heads-per-token",
+                             "heads-share-0.1", "ours-no-distil", "ours", "ensemble"), 3),
+    "ablation": dict.fromkeys(("ours", "ours-no-token-weight", "ours-no-share", "ours-no-mole",
+                               "ours-no-distil"), 5),
+    "shares": dict.fromkeys((
+        "paper-share-0.05", "paper-share-0.1", "paper-share-0.2", "paper-share-0.4", "movekd",
+        "ours-share-0.05", "ours", "ours-share-0.2", "ours-share-0.4", "ours-share-0.8"), 1),
+    "mole": dict.fromkeys((
+        "llava", "movekd-experts", "ours-experts", "movekd", "no-mole", "ours", "ours-no-mole",
+        "conflict", "conflict-no-mole", "ours-few", "ours-few-no-mole"), 3),
 }
