@@ -91,15 +91,6 @@ def test_exported_world_trains_bit_for_bit_as_the_built_in(workplace):
     assert_same_run(workplace / "runs/disk", workplace / "runs/tiny", "vocabulary.json")
 
 
-@pytest.mark.slow
-def test_stage0_is_rebuilt_when_what_made_it_changes(workplace):
-    """Another EVA shape retrains EVA and nothing else."""
-    before = set((workplace / "runs/stage0").iterdir())
-    run_here(workplace, *SHORT, "--out", "runs/eva", "--eva", C.eva.replace("depth=3", "depth=2"))
-    new = set((workplace / "runs/stage0").iterdir()) - before
-    assert [path.name.split("-")[0] for path in new] == ["eva"]
-
-
 # as in github.com/GT-Vision-Lab/VQA; the last line is ours: other scripts, texts that it empties
 EQUAL = """Red.=red|a cat=The cat!|two=2|none=0|1,000=1000|$1,500=$1500|dont=don't|U.S.=us|3.=3|-5=5
     t-shirt=t shirt|red/blue=red blue|first,second=first, second|1,000 t-shirts=1000 tshirts

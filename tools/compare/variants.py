@@ -28,7 +28,7 @@ VARIANTS = {  # name: (what it is, flags of train.py)
     "heads-share-0.1": ("+ CLIP's share 0.1", f"{TOKENS} --clip-share 0.1"),
     "ours-no-distil": ("+ lambda 1 and a balance loss: our recipe without a phase of distillation",
                        "--recipe ours --distil-epochs 0"),
-    "ours": ("**our recipe**: + distillation alone before stage 1", "--recipe ours"),
+    "ours": ("**our recipe**, with a phase of distillation alone", "--recipe ours"),
     # our recipe without what is left of the paper's components
     "ours-no-token-weight": ("our recipe without token weights",
                              "--recipe ours --kd-token-weight uniform"),
