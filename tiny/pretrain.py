@@ -222,8 +222,7 @@ def stage0(models: dict[str, tuple], scale: float, folder: Path) -> tuple[dict[s
     """Return files of `folder` with the models' weights, made now if missing, and their TFLOPs.
 
     `models` has each one's entry of MAKERS and the arguments of its training. `scale` multiplies
-    the steps. A file's name has a hash of all that made it. Raises InputError for a damaged file,
-    or if a process is killed.
+    the steps. A file's name has a hash of all that made it. Raises InputError.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     source = [file.read_text(encoding="utf-8") for file in sources]

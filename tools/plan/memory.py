@@ -20,7 +20,7 @@ from kd_loss import kd_loss, token_weights
 from model import MoVEKD, next_tokens, text_loss
 from plumbing.config import Config
 from plumbing.sets import training_size
-from plumbing.sharding import SHARD_TEACHERS_ABOVE, recompute
+from plumbing.sharding import recompute
 from teachers import Teachers
 from tools.plan.models import count, run_llm, trained
 
@@ -71,21 +71,9 @@ def memory(c: Config, model: MoVEKD, teachers: Teachers, gpus: int,
     if gpus > 1:  # a single GPU copies straight to where it is used
         buffers += width * (outside + first)
     return {"parameters": parameters, "gradients": gradients, "optimizer": 8 * P_trained / gpus,
-            "teachers": teacher_bytes(teachers, width, gpus) if c.lambda_kd else 0.0,
+            "teachers": width * count(teachers.parameters()) if c.lambda_kd else 0.0,
             "buffers of gather and reduce": buffers, "CUDA's context": CONTEXT,
             "NCCL": NCCL if gpus > 1 else 0.0}
-
-
-def teacher_bytes(teachers: Teachers, width: int, gpus: int) -> float:
-    """Return the bytes of the teachers on one GPU, with `width` bytes per parameter."""
-    total = 0.0
-    for encoder in teachers.encoders.values():
-        P = count(encoder.parameters())
-        if gpus > 1 and P > SHARD_TEACHERS_ABOVE:
-            units = getattr(encoder.net, "stages", getattr(encoder.net, "blocks", [encoder]))
-            P = P / gpus + max(count(unit.parameters()) for unit in units)
-        total += width * P
-    return total
 
 
 def samples_that_fit(fixed: dict[str, float], per_sample: float, gpu_memory: float) -> int:
