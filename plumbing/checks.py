@@ -14,7 +14,7 @@ import torch
 from timm.models import VisionTransformer
 
 from data import InputError, conversation_ids, row_name
-from plumbing.build import build_encoder, build_student, stage0_encoders
+from plumbing.build import build_encoder, build_student, real_weights, stage0_encoders
 from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
 from plumbing.evaluate import normalise, questions_of
 from plumbing.files import library_errors
@@ -156,9 +156,7 @@ def check_machine(c: Config, trains: bool) -> None:
               "--device mps: torch finds no Apple GPU here; --device auto takes what there is")
     if not trains:
         return
-    for name in [name for name in c.teachers if is_real(getattr(c, name))]:
-        from real.encoder_weights import find_weights
-        find_weights(getattr(c, name), c.weights)
+    real_weights(c)
     refuse_if(c.device == "mps" and c.precision == "bf16",
               "--device mps: trains in fp32 only; add --precision fp32, or --device cpu")
     refuse_if(c.device == "mps" and (launched() or wanted_processes(c) > 1),

@@ -23,15 +23,12 @@ from plumbing.signals import Stopped
 
 @contextlib.contextmanager
 def library_errors(line: Callable[[str], str]) -> Iterator[None]:
-    """Raise InputError, the `line` of its reason, for any error that a library raises inside.
-
-    Which ones it raises differs from version to version. A signal and a lack of memory pass.
-    """
+    """Raise InputError, the `line` of its reason, for any error that a library raises inside."""
     try:
         yield
     except (InputError, Stopped, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as e:
+    except Exception as e:  # which ones a library raises differs from version to version
         texts = [text.strip() for text in str(e).splitlines() if text.strip()]
         reason = " ".join(texts[:2] if texts and texts[0].endswith(":") else texts[:1])[:200]
         if " " not in reason:   # the key of a KeyError

@@ -12,8 +12,6 @@ from plumbing.evaluate import score
 from plumbing.files import read_json, replacing
 from plumbing.run_folder import read_log
 
-# a character that the font lacks is drawn as a box
-warnings.filterwarnings("ignore", message="Glyph .* missing from")
 PANELS = (  # title, prefix of the names of its curves, scale of the axis
     ("losses", "L_", "log"),
     ("each teacher's own loss", "kd_", "log"),
@@ -105,5 +103,6 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image: Ca
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG atomically."""
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # that the font lacks: it draws a box
         figure.savefig(temporary, dpi=80, format="png")

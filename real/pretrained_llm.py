@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from data import InputError
 from plumbing.files import library_errors
-from real.encoder_weights import ask_hub
+from real.encoder_weights import ask_hub, unreadable
 from tiny.llm import token_positions
 
 SPACE = "\u2581"  # in the pieces of a sentencepiece model
@@ -36,9 +37,9 @@ def llm_error(name: str, fault: str) -> str:
     """Return the line for an LLM that cannot be loaded."""
     if not Path(name, "config.json").is_file() and (Path(name).exists() or name[0] in "./~"):
         fault = "is no folder with a config.json"
+    hub = "" if Path(name).exists() else ", or a model of https://huggingface.co"
     return (f"--llm {name}: {fault}; name a folder with config.json, *.safetensors, and "
-            "tokenizer.json or tokenizer.model (which needs sentencepiece and protobuf), or a "
-            "model of https://huggingface.co, as lmsys/vicuna-7b-v1.5")
+            f"tokenizer.json or tokenizer.model (which needs sentencepiece and protobuf){hub}")
 
 
 class PretrainedLLM(nn.Module):
@@ -104,6 +105,10 @@ def check_llm(name: str, tokenizer: "PretrainedTokenizer", length: int, answer: 
     folder = Path(name)
     if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         raise InputError(llm_error(name, "holds no *.safetensors and no pytorch_model*.bin"))
+    for file in folder.glob("*.safetensors"):
+        with (library_errors(lambda e, file=file: llm_error(name, unreadable(file, e))),
+              safe_open(file, "pt")):
+            pass    # its header says whether the file is whole
     lacks = (f"--llm {name}: cannot be the LLM: it needs blocks, a cache of keys and values, and "
              "inputs_embeds, position_ids and logits_to_keep, as a Llama, Qwen or GPT-2 has")
     runs = True

@@ -70,7 +70,7 @@ BAD = {
         "num_heads=4': cannot teach: it needs a ViT or a ConvNeXt of timm",
     "--eva 'eva02_tiny_patch14_224 img_size=(64,32)'": "img_size=(64,32)': must read 'TIMM_NAME",
     "--eva 'swin_tiny_patch4_window7_224 img_size=224'": "img_size=224': cannot teach",
-    "--eva 'eva02_tiny_patch14_224.mine img_size=64'": "patch14_224.mine: timm has no such model",
+    "--eva 'eva02_tiny_patch14_224.mine img_size=64'": "(Invalid pretrained tag (mine) for",
     "--clip 'eva02_tiny_patch14_224 img_size=56'": "img_size=56': cannot be the student: it needs",
     "--clip 'vit_small_patch14_reg4_dinov2 img_size=56'": "and no registers",
     "--clip 'vit_tiny_patch16_224 img_size=64 depth=1'": "at least 2 blocks",
@@ -84,7 +84,7 @@ BAD = {
         "--sam samvit_base_patch16 img_size=64: stage 0 makes no such model",
     "--resume runs/tiny": "not allowed with argument --tiny",
     "--stage1-batch 300 --micro-batch 1":
-        "--stage1-batch 300: its 300 micro-batches are more than the 128 rows",
+        "--stage1-batch 300: its 300 micro-batches want a sample each, and there are 128",
     "--stage2-lr 1e6 --grad-clip 0": "is nan at stage 2",
 }
 

@@ -18,7 +18,7 @@ TOP = {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml", "requirement
        *(f"{name}.py" for name in PAPER)}
 ROOMS = {".ci", ".github", "docs", "plumbing", "real", "tests", "tiny", "tools"}
 BUDGETS = {"mole.py": 190, "kd_loss.py": 140, "teachers.py": 300, "model.py": 290, "data.py": 320,
-           "train.py": 210, "test_movekd.py": 700, "plumbing": 3_220, "real": 860, "tiny": 980,
+           "train.py": 210, "test_movekd.py": 700, "plumbing": 3_090, "real": 810, "tiny": 970,
            "tools": 3_400, "tests": 5_300}
 
 
@@ -94,9 +94,9 @@ def test_each_room_keeps_its_budget(room):
 
 
 def test_all_of_it_keeps_its_budget():
-    """Six files at most 1,560 lines; everything that is no test at most 9,830."""
+    """Six files at most 1,560 lines; everything that is no test at most 9,750."""
     assert sum(len(lines_of(Path(f"{name}.py"))) for name in PAPER) <= 1_560
-    assert sum(len(lines_of(path)) for path in FILES.values()) <= 9_830
+    assert sum(len(lines_of(path)) for path in FILES.values()) <= 9_750
 
 
 def test_training_loads_little():

@@ -132,7 +132,7 @@ def write(name: str, text: str):
 
 
 @pytest.mark.parametrize("change, fault", [
-    (write("config.json", ""), "holds no config.json"),
+    (write("config.json", ""), "is no folder with a config.json"),
     (write("config.json", '{"model_type": "xyz"}'), "has model type `xyz`"),
     (write("model.safetensors", ""), "holds no .*safetensors and no pytorch_model"),
     (write("model.safetensors", "version https://git-lfs"), "is a git-lfs pointer"),

@@ -9,7 +9,7 @@ import torch
 from plumbing.build import pretrained_weights
 from plumbing.files import read_json, write_json
 from plumbing.flags import parse_config
-from plumbing.run_log import stage_words
+from plumbing.run_log import stand_in_words
 from plumbing.sets import build_tokenizer, load_sets
 from real.image_files import DiskImages
 from tests.common import SHORT, conversation, images, run_script, save_png
@@ -91,6 +91,6 @@ def test_encoders_learn_the_sets_own_pictures(shapes, monkeypatch):
     records = read_json(shapes / "train.json")
     pretrained_weights(c, records, build_tokenizer(c, load_sets(c)))
     assert {path: path.stat().st_mtime_ns for path in shapes.glob("runs/stage0/*")} == files
-    other = stage_words(parse_config(own[:-2]), 0)
+    other = stand_in_words(parse_config(own[:-2]))
     assert other == ("the toy encoders know the drawn pictures of the tiny world, not those of "
                      "train.json; --stage0-pictures data trains them on its own first")
