@@ -35,8 +35,7 @@ that is in no unit (the student, or a block of the LLM), and two units
   gradients    4 P_trained / G; with several micro-batches a step, 4 P_trained, for they are added \
 up unsharded; sharded, also one unit's
   optimizer    8 P_trained / G: AdamW's two moments
-  teachers     P_teacher in the arithmetic's precision; above 500 M parameters shared among G, and \
-one stage of it gathered
+  teachers     P_teacher in the arithmetic's precision, whole on every GPU
   buffers      sharded: a flat copy of what is gathered (all in no unit, and a unit), the same two \
 gradients in the arithmetic's precision, and the larger in fp32 to reduce
   activations  b times what one more sample of --max-length tokens takes at the worst moment, \
