@@ -513,7 +513,7 @@ def test_an_evaluation_prints_first_and_writes_elsewhere(kept, monkeypatch, caps
     del rows[0]["answers"]
     write_json(Path("said.json"), rows)
     argv = ["--evaluate", "runs/shut", "--eval-data", "said.json"]
-    line = "error: runs/shut/evaluation.json: Is a directory; name another folder with --out"
+    line = "error: runs/shut/evaluation.json: Is a directory"
     assert common.error_of(argv, capsys) == line
     train.main([*argv, "--out", "new/folder"])
     printed = capsys.readouterr()
