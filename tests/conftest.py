@@ -118,10 +118,12 @@ def full_run(real_folder, llama_folder):
 
 @pytest.fixture(scope="session")
 def two_processes(workplace):
-    """The workplace with runs/two, made by two processes; its checkpoints are kept."""
+    """The workplace with runs/two, made by two processes, and runs/one, with their checkpoints."""
     done = common.run_script(workplace, *common.SHORT, *common.SHARED, "--out", "runs/two",
                              "--processes", "2")
     assert done.returncode == 0, done.stderr[-3000:]
+    common.run_here(workplace, *common.SHORT, *common.SHARED, "--out", "runs/one",
+                    "--micro-batch", "1")
     return workplace
 
 

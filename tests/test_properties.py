@@ -9,7 +9,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_loss import kd_loss, on_grid, teacher_weights, token_weights
+from kd_loss import kd_loss, teacher_weights
 from mole import MoLE, balance_loss, expert_fractions, router_probs
 from tests.common import MOLE
 
@@ -38,17 +38,6 @@ def test_mole_is_finite_for_any_shape(B, side, d, E, r, scale, dtype, seed):
     assert loss.isfinite() and x.grad.isfinite().all()
     assert expert_fractions(p).sum().item() == pytest.approx(1, abs=1e-6)
     assert 1 - 1e-3 <= balance_loss([p], "per_layer").item() * E <= E * E + 1e-3
-
-
-@given(B=SIZES, h=SIZES, n=st.sampled_from([1, 4, 9]), scale=SCALES, dtype=DTYPES, seed=SEEDS,
-       form=st.sampled_from(["paper", "released", "uniform"]))
-def test_token_weights_sum_to_one(B, h, n, scale, dtype, seed, form):
-    """For any scores, on the student's grid and on another."""
-    torch.manual_seed(seed)
-    w = token_weights((scale * torch.randn(B, h, 1 + n)).to(dtype), form)
-    for weights in (w, on_grid(w, 16)):
-        assert weights.isfinite().all() and (weights >= 0).all()
-        torch.testing.assert_close(weights.sum(1), torch.ones(B), atol=1e-4, rtol=1e-4)
 
 
 @given(B=SIZES, n=st.sampled_from([1, 4]), d=st.integers(1, 9), m=st.integers(1, 4), scale=SCALES,
