@@ -184,10 +184,10 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
 
 
 def stop(process: subprocess.Popen, name: str) -> str:
-    """Send a run a signal in the middle of stage 1; return its last words, status 3."""
+    """Send a run's processes a signal in the middle of stage 1; return its last words, status 3."""
     for line in process.stdout:
         if line.startswith("stage 1 step 3 "):
-            process.send_signal(getattr(signal, name))
+            os.killpg(process.pid, getattr(signal, name))
             break
     _, errors = process.communicate()
     assert process.returncode == 3, errors
@@ -217,6 +217,13 @@ def damage(path: Path, how: str) -> None:
         path.mkdir()
     if how == "a pipe":     # a reader would wait for it
         os.mkfifo(path)
+
+
+class RunsCode:
+    """Unpickled, it makes the file "pwned"."""
+
+    def __reduce__(self):
+        return open, ("pwned", "w")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -157,19 +157,6 @@ def test_the_authors_checkpoint(released_folder, photo, tmp_path):
     assert (tmp_path / "explain/experts-1.png").exists()
 
 
-@pytest.mark.slow
-def test_a_full_run(full_run, real_folder, photo, tmp_path, monkeypatch):
-    """Real names of encoders, weights from files, an LLM of transformers."""
-    monkeypatch.chdir(real_folder)
-    html = explain(tmp_path, full_run, photo, "--answer", "heart")
-    assert "teacher sam" in html
-    assert "the trained LLM, which is not loaded twice" in html
-
-
-# ------------------------------------------------------------------------------------------------
-# tools.lesson, on a short run
-
-
 def printed(capsys, *argv) -> str:
     """Return the text that an exercise prints."""
     capsys.readouterr()
@@ -221,10 +208,6 @@ def test_a_run_that_cannot_answer(released_folder):
     """A run without teachers is refused in one line."""
     with pytest.raises(InputError, match="no held-out picture"):
         lesson.main(["uniform", str(released_folder)])
-
-
-# ------------------------------------------------------------------------------------------------
-# tools.walk: the lines are the source's own, and the numbers those that they gave
 
 
 @pytest.fixture

@@ -77,9 +77,6 @@ def test_flop_counter_counts_attention_forward_and_backward():
     assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 4 * 37 * 37 * 24
 
 
-# ------------------------------------------------------------------------------------------------
-# A real LLM is checked before its weights are read
-
 def copy_of(llama_folder, tmp_path, kind="Llama", **changed):
     """Return a folder with Llama's tokenizer and the config of a small model; its weights are {}"""
     transformers = pytest.importorskip("transformers")

@@ -69,10 +69,6 @@ def gradients(c: Config, model: MoVEKD, teachers, step: Step) -> dict[str, torch
     return {**found, **sums}
 
 
-# ------------------------------------------------------------------------------------------------
-# Processes
-
-
 def test_weighted_micro_batches_add_up_to_the_batch():
     """Micro-batches' gradients and losses, weighted, add up to the batch's; one is text only."""
     c = dataclasses.replace(C, balance_form="pooled")   # a mean over images, as L_kd is
@@ -132,10 +128,6 @@ def test_bad_input_of_many_processes_is_one_line(workplace):
     assert "Traceback" not in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("run, last, processes", [
     ("two", "stage2-00000008", 2), ("two", "stage1-00000004", 1), ("one", "stage2-00000004", 2)])
@@ -167,10 +159,6 @@ def test_resume_refuses_other_settings(two_processes):
         run_here(two_processes, "--resume", "runs/two", "--stage2-epochs", "1")
     with pytest.raises(InputError, match="runs/tiny/checkpoints: holds no checkpoint"):
         run_here(two_processes, "--resume", "runs/tiny")
-
-
-# ------------------------------------------------------------------------------------------------
-# Memory and speed
 
 
 def test_recomputing_changes_nothing(workplace):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from unittest import mock
 
@@ -14,10 +15,9 @@ from plumbing import plots, run_log
 from plumbing.checkpoints import Progress
 from plumbing.evaluate import accuracy_per_type, normalise, questions_of, score
 from plumbing.files import read_json, write_json
-from plumbing.flags import load_config
+from plumbing.flags import load_config, parse_config
 from plumbing.run_folder import read_log
-from plumbing.run_log import HeldOut, RunLog, count_stage_steps, next_commands, stage_words
-from tests import common
+from plumbing.run_log import HeldOut, RunLog, next_commands, stage_words
 from tests.common import SHORT, C, assert_same_run, conversation, full_flags, run_here
 from tiny import world
 from tiny.scenes import QUESTIONS
@@ -37,7 +37,10 @@ def assert_total_is_the_sum(line: dict, c) -> None:
 
 
 def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
-    """`train.py --tiny`: two tables, the result as one JSON object on the last line, all files."""
+    """`train.py --tiny`: two tables, the result as JSON on the last line, all files and settings.
+
+    The weights can be read by whom the umask lets.
+    """
     out = (workplace / "output.txt").read_text(encoding="utf-8")
     assert out.count("parameters\n") == 2
     result = read_json(workplace / "runs/tiny/result.json")
@@ -49,6 +52,13 @@ def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
         assert (workplace / "runs/tiny" / name).stat().st_size > 0
     for folder in ("tiny", "stage0", "teachers"):
         assert not list((workplace / "runs" / folder).rglob("*.tmp"))
+    c = parse_config([*SHORT])
+    assert read_json(workplace / "runs/tiny/config.json").keys() == vars(c).keys()
+    assert load_config(workplace / "runs/tiny/config.json") == c
+    umask = os.umask(0)
+    os.umask(umask)
+    mode = (workplace / "runs/tiny/model.safetensors").stat().st_mode & 0o777
+    assert mode == 0o666 & ~umask
 
 
 def test_the_log_has_one_line_per_step(workplace):
@@ -144,10 +154,6 @@ def test_accuracy_and_its_baselines():
     assert accuracy_per_type(rows, answers) == {"other": 100.0, "what?": 50.0}
 
 
-# ------------------------------------------------------------------------------------------------
-# --full
-
-
 def test_full_names_a_bad_row(real_folder, llama_folder):
     """`--full` on LLaVA's layout ends at a picture that cannot be read, and names its row."""
     fault = "row 5 .* has a bad image: .*5.png: not a readable image .*; --skip-bad"
@@ -169,10 +175,6 @@ def test_full_runs_on_llavas_layout(full_run):
     assert log[-1]["skipped"] == result["skipped"] == 1
     assert "macro_accuracy" not in result
     assert not list(full_run.rglob("*.tmp"))
-
-
-# ------------------------------------------------------------------------------------------------
-# What a person sees of a run while it trains; none of it changes the run
 
 
 def new_log(folder, steps: int = 100, **fields) -> RunLog:
@@ -215,13 +217,6 @@ def test_held_out_accuracy_is_asked_at_each_quarter(workplace):
     assert points[-1]["accuracy"] == pytest.approx(result["macro_accuracy"])
 
 
-def test_a_stage_has_the_steps_of_its_epochs():
-    """38 rows in batches of 4, once; 22 rows in batches of 2, five times."""
-    c = dataclasses.replace(C, stage1_batch=4, stage2_batch=2)
-    datasets = {1: common.some_conversations(32), 2: common.some_conversations(16)}
-    assert count_stage_steps(c, datasets) == {1: 9, 2: 55}
-
-
 def test_curves_are_drawn_while_it_trains(workplace, tmp_path, monkeypatch):
     """Not at every line, but as soon as the time is up."""
     drawn = []
@@ -237,15 +232,6 @@ def test_curves_are_drawn_while_it_trains(workplace, tmp_path, monkeypatch):
     assert drawn == [tmp_path]
 
 
-def test_curves_of_any_run(tmp_path):
-    """One line only, no experts, no teachers: there is a picture, and nothing half written."""
-    line = '{"stage": 2, "step": 0, "L_text": 1.0}\n'
-    (tmp_path / "log.jsonl").write_text(line, encoding="utf-8")
-    plots.plot_curves(tmp_path)
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-    assert not list(tmp_path.glob("*.tmp"))
-
-
 def test_tensorboard_is_optional(workplace, tmp_path, monkeypatch):
     """Missing: one line before any work. Installed: every number of a line is handed over."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -259,10 +245,6 @@ def test_tensorboard_is_optional(workplace, tmp_path, monkeypatch):
     log.show({"stage": 2, "step": 3, "L_text": 0.5, "experts": [[1.0]]})
     package.SummaryWriter.assert_called_once_with("events")
     log.tensorboard.add_scalar.assert_called_once_with("stage 2/L_text", 0.5, 3)
-
-
-# ------------------------------------------------------------------------------------------------
-# Warnings of what goes wrong in silence: each once, with its number, and none of a sound run
 
 
 def warnings(capsys, folder, experts: list[list[float]], kd_eva, steps: int = 300) -> list[str]:

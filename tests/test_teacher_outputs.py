@@ -85,20 +85,18 @@ def test_outputs_that_do_not_fit_the_disk(tmp_path, eva, pictures, monkeypatch):
 def spoil(path, how: str) -> None:
     """Damage a cache file as `damage` does, or in one of the ways below."""
     tokens = load_file(path)["tokens"]
-    about = read_about(path)
     if how == "zeroed":
-        save_file({"tokens": 0 * tokens}, path, {"about": json.dumps(about)})
+        save_file({"tokens": 0 * tokens}, path, {"about": json.dumps(read_about(path))})
     elif how == "fewer rows":
         write_tensors(path, {"tokens": tokens[:2]})
-    elif how in ('"tokens":{', "crc32"):    # one letter of the header
-        before, after = how.encode(), how.replace("n", "m").replace("2", "3").encode()
-        path.write_bytes(path.read_bytes().replace(before, after))
+    elif how == "crc32":    # a letter of the header
+        path.write_bytes(path.read_bytes().replace(b"crc32", b"crc33"))
     else:
         damage(path, how)
 
 
 @pytest.mark.parametrize("how", ["flipped", "halved", "empty", "a folder", "a pipe", "zeroed",
-                                 "fewer rows", '"tokens":{', "crc32"])
+                                 "fewer rows", "crc32"])
 def test_a_damaged_cache_is_made_again(tmp_path, file, eva, pictures, capsys, how):
     """One line names the file and says so; the outputs are those of the teacher."""
     before = file.read_bytes()

@@ -82,10 +82,6 @@ def test_every_object_lies_inside_its_picture(monkeypatch):
     assert pictures.amin(dim=(1, 2, 3)).max() < 255  # and there is an object in each
 
 
-# ------------------------------------------------------------------------------------------------
-# Stage 0 on a set's own pictures: its sentences, its patches, the run that a user makes of it
-
-
 def test_a_sentence_is_compared_with_other_answers_to_its_question():
     """The right one first, others drawn anew; with any question's only if its own has no other."""
     chance = random.Random(0)
