@@ -45,9 +45,6 @@ for number in SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 
-# ------------------------------------------------------------------------------------------------
-# Pictures and text
-
 
 def images(n: int) -> torch.Tensor:
     """Return n pictures of the tiny world, uint8 (n, 3, R, R)."""
@@ -96,9 +93,6 @@ def some_conversations(n: int = 12, n_text: int = 6, max_length: int = 999) -> C
     return Conversations(records, WorldImages("train", n), tokenizer, "v1", 36, max_length)
 
 
-# ------------------------------------------------------------------------------------------------
-# Models, untrained
-
 MOLE = {"num_experts": 3, "rank": 2, "alpha": 4.0, "dropout": 0.0,
         "router_grad": "straight_through", "init": "zero"}
 
@@ -141,9 +135,6 @@ def total_loss(terms: dict, c: Config = C) -> torch.Tensor:
     """Return L_total of train.py, by default with TINY's weights."""
     return train.total_loss(c, terms)
 
-
-# ------------------------------------------------------------------------------------------------
-# Runs
 
 SHORT = ("--tiny --stage0-scale 0.01 --max-steps 4 --log-every 1 --n-pretrain 128 --n-train 64 "
          "--n-described 32 --n-text 32 --n-eval 12 --stage1-batch 16 --stage2-batch 8").split()
@@ -225,9 +216,6 @@ class RunsCode:
     def __reduce__(self):
         return open, ("pwned", "w")
 
-
-# ------------------------------------------------------------------------------------------------
-# Files like those that the real run downloads
 
 REAL = {  # real names at toy sizes
     "clip": "vit_base_patch16_clip_quickgelu_224.openai img_size=48 patch_size=8 embed_dim=96 "

@@ -188,7 +188,6 @@ BAD = {  # what is said of a row: the row. (docs/messages.md has more of them.)
     "not a regular file": {"image": "pipe.png", "conversations": QUESTIONS},
     "File name too long":
         {"image": "data:image/png;base64," + "A" * 30_000, "conversations": QUESTIONS},
-    "lies outside the image folder": {"image": "../ok.png", "conversations": QUESTIONS},
     "has an <image> line in a question": {"conversations": QUESTIONS},
     'an <image> line in a question but no "image" file':
         {"image": None, "conversations": conversation("a?", "b", "what?\r\n <image> \n", "that")},

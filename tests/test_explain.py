@@ -20,7 +20,7 @@ from plumbing.sets import load_eval_set, load_sets
 from tests.common import SHORT, images, run_here, save_png
 from tools import lesson, walk
 from tools.explain.__main__ import main
-from tools.explain.numbers import cls_attention, make_batch, measure, three_colours
+from tools.explain.numbers import cls_attention, make_batch, measure
 from tools.explain.whole_run import load_whole_run
 
 
@@ -104,14 +104,6 @@ def test_the_numbers_of_the_attention(sample):
     assert attention.n_max["released"] < math.e
     assert attention.n_max["uniform"] == pytest.approx(1)
     assert attention.entropy["released"] > 0.999
-
-
-def test_three_colours_are_principal_components_on_one_basis():
-    """Tokens that differ along one direction only have colours in the order of that direction."""
-    line = torch.arange(9.0)[:, None] * torch.tensor([[0.0, 2.0, 0.0, 0.0]])
-    both = three_colours([line + 0.001 * torch.randn(9, 4), line[:4]])
-    assert both[0][1:8, 0].diff().min() > 0
-    assert both[0][:4, 0].tolist() == pytest.approx(both[1][:, 0].tolist(), abs=0.01)
 
 
 def test_the_page_stands_alone(page):
@@ -202,12 +194,6 @@ def test_trained_adapters_let_go_of_what_only_the_teacher_sees():
     assert max(paper.values()) > 0.5
     assert paper[3000] < 0.05
     assert radio[3000] > 0.95
-
-
-def test_a_run_that_cannot_answer(released_folder):
-    """A run without teachers is refused in one line."""
-    with pytest.raises(InputError, match="no held-out picture"):
-        lesson.main(["uniform", str(released_folder)])
 
 
 @pytest.fixture

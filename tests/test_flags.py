@@ -42,9 +42,6 @@ def test_adding_a_teacher_is_one_entry_in_the_config():
     assert all(p.grad is not None for p in model.adapters["dino"].parameters())
 
 
-# ------------------------------------------------------------------------------------------------
-# Bad input beyond docs/messages.md
-
 BAD = {
     "--max-length 20": "--max-length is 20",
     "--eva 'no_such_model img_size=64'": "--eva no_such_model: timm has no such model",
@@ -57,8 +54,6 @@ BAD = {
     "--clip 'vit_tiny_patch16_224 img_size=64 qk_norm=True'": "name a CLIP ViT of timm",
     "--clip 'vit_tiny_patch16_224 img_size=64 qkv_bias=False'": "attn.qkv with a bias",
     "--clip 'vit_tiny_patch16_224 img_size=64 pretrained=True'": "takes no num_classes, pretrained",
-    "--weights nowhere --eva 'eva02_tiny_patch14_224.mim_in22k img_size=56'":
-        "--weights nowhere: no such folder",
     "--teachers clip sam --sam 'samvit_base_patch16 img_size=64'":
         "--sam samvit_base_patch16 img_size=64: stage 0 makes no such model",
     "--resume runs/tiny": "not allowed with argument --tiny",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data import InputError
-from plumbing import plots, run_log
+from plumbing import run_log
 from plumbing.checkpoints import Progress
 from plumbing.evaluate import accuracy_per_type, normalise, questions_of, score
 from plumbing.files import read_json, write_json
@@ -215,21 +215,6 @@ def test_held_out_accuracy_is_asked_at_each_quarter(workplace):
     assert steps == [*itertools.product((1, 2), (1, 2, 3, 4))]
     result = read_json(workplace / "runs/tiny/result.json")
     assert points[-1]["accuracy"] == pytest.approx(result["macro_accuracy"])
-
-
-def test_curves_are_drawn_while_it_trains(workplace, tmp_path, monkeypatch):
-    """Not at every line, but as soon as the time is up."""
-    drawn = []
-    monkeypatch.setattr(plots, "plot_curves", drawn.append)
-    log = new_log(tmp_path)
-    log.bar(Progress()).close()
-    line = read_log(workplace / "runs/tiny")[0]
-    log.show(line)
-    assert not drawn
-    log.next_drawing = 0.0
-    log.show(line)
-    log.show(line)
-    assert drawn == [tmp_path]
 
 
 def test_tensorboard_is_optional(workplace, tmp_path, monkeypatch):

@@ -107,15 +107,6 @@ def test_a_damaged_cache_is_made_again(tmp_path, file, eva, pictures, capsys, ho
     assert "the outputs of teacher eva are made again: " in line and str(file) in line
 
 
-def test_a_folder_that_is_in_use_is_not_deleted(tmp_path, file, eva, pictures):
-    """A folder in the file's place that holds something is an error that names it."""
-    damage(file, "a folder")
-    (file / "own.txt").touch()
-    with pytest.raises(OSError, match=file.name):
-        cache(eva, pictures, tmp_path)
-    assert (file / "own.txt").exists()
-
-
 def test_what_fp16_cannot_hold_is_named(tmp_path, eva, pictures):
     """Outputs beyond 65,504 are an error that names the teacher; no file is left."""
     next(eva.encoders["eva"].parameters()).data.fill_(float("inf"))

@@ -62,8 +62,8 @@ def is_valid(name: str, value) -> bool:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_field_refuses_what_it_cannot_be(name):
-    """Each odd value of a flag is accepted, valid, or gets one line that names the flag."""
+def test_every_field_refuses_what_it_cannot_be(name, tmp_path):
+    """Each odd value is accepted, valid, or gets one line: that names the flag, or file and key."""
     for value in ("-1", "0", "nan", "inf", "1000000000000", "", "word"):
         try:
             c = parse_config(["--tiny", f"{flag(name)}={value}"])
@@ -72,11 +72,6 @@ def test_every_field_refuses_what_it_cannot_be(name):
             assert "\n" not in str(e)
         else:
             assert is_valid(name, getattr(c, name))
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_config_json_is_checked_as_flags_are(name, tmp_path):
-    """config.json: a valid value is read, any other is one line with the file and the key."""
     file = tmp_path / "config.json"
     for value in (-1, 0, 0.5, 2, 7, 10 ** 12, "", "1e-3", None, True, {"a": 1}, (), ("a",), (1,)):
         write_json(file, {name: value})
@@ -194,10 +189,6 @@ def test_images_outside_their_folder_are_refused(tmp_path):
         assert DiskImages(folder, 8, allow_outside=True)(name).shape == (3, 8, 8)
 
 
-# ------------------------------------------------------------------------------------------------
-# Records and words
-
-
 def test_json_as_people_write_it(tmp_path):
     """An empty "image" is none, and half an emoji is read, as a list and as JSON Lines."""
     row = {"conversations": conversation("what?", "nice \ud83d")}
@@ -236,7 +227,6 @@ def test_started_from_a_run_words_keep_their_numbers(workplace):
     old = load_file(workplace / "runs/tiny/model.safetensors")[name]
     new = load_file(workplace / "runs/zebra/model.safetensors")[name]
     assert torch.equal(new[:len(old)], old) and len(new) == len(old) + 1
-
 
 # ------------------------------------------------------------------------------------------------
 # Runs that meet other runs, other data, damage
@@ -322,8 +312,6 @@ def test_an_overwritten_run_leaves_nothing_of_the_earlier_one(kept):
 
 
 TENSORS = "shard-00001-model-00003-of-00008.safetensors"    # a file of a checkpoint
-
-
 DAMAGE = [*itertools.product([TENSORS, "progress.json"],
                              ["flipped", "halved", "empty", "missing"]),
           ("extra.safetensors", "put there")]   # DCP would read its tensors
@@ -542,10 +530,6 @@ def test_long_prompts_are_known_before_training(kept, monkeypatch):
         train.main([*SHORT, "--out", "runs/long", "--data", "kept/train.json", "--eval-data",
                     "kept/long.json", "--cache-teachers", ""])
     assert not Path("runs/long/log.jsonl").exists()
-
-
-# ------------------------------------------------------------------------------------------------
-# Other locales, scripts, ways to start a process, and devices, as far as Linux can show them
 
 
 @pytest.mark.slow
