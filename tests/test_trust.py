@@ -419,7 +419,7 @@ def test_a_dead_teacher_is_named():
 
 def test_every_signal_ends_a_run_in_order(workplace):
     """Sent to all of a run's processes, those that load images too: saved, status 3, one line."""
-    flags = "--stage1-epochs 500 --max-steps 0 --workers 1".split()
+    flags = "--stage1-epochs 500 --max-steps 0 --workers 2".split()
     processes = {name: common.start(workplace, "--out", f"runs/{name}", *flags)
                  for name in ("SIGTERM", "SIGINT", "SIGHUP")}
     for name, process in processes.items():
