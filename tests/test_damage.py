@@ -15,16 +15,11 @@ import torch
 
 import train
 from data import InputError
+from plumbing import files
 from plumbing.build import build_encoder, build_vlm
 from plumbing.checkpoints import Progress, examine, saved_checkpoints
 from plumbing.config import TINY, Config
-from plumbing.files import (
-    read_json,
-    read_tensors,
-    temporary_name,
-    write_json,
-    write_tensors,
-)
+from plumbing.files import read_json, read_tensors, write_json, write_tensors
 from plumbing.finished_run import load_run
 from plumbing.run_log import RunLog
 from real.encoder_weights import load_net
@@ -134,14 +129,10 @@ def test_what_dead_processes_left_is_cleared(tmp_path):
     dead.wait()
     for name in (f"a.bin.{host}-{dead.pid}.tmp", f"a.bin.{host}-1.tmp", "a.bin.other-1.tmp"):
         (tmp_path / name).touch()
-    own = temporary_name(tmp_path / "a.bin")
+    own = files.temporary_name(tmp_path / "a.bin")
     assert own.name == f"a.bin.{host}-{os.getpid()}.tmp"
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {f"a.bin.{host}-1.tmp", "a.bin.other-1.tmp"}
-
-
-# ------------------------------------------------------------------------------------------------
-# A disk that refuses
 
 
 @contextlib.contextmanager
