@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from data import IGNORE, InputError, conversation_ids
+from data import IGNORE, conversation_ids
 from plumbing.config import FULL, TINY
 from plumbing.files import read_json, write_json
 from plumbing.sets import build_datasets
