@@ -127,7 +127,18 @@ def test_train_reads_from_top_to_bottom():
     assert len(ours) <= 5
     everything = [line for path in FILES.values() for line in lines_of(path)]
     assert sum(line.strip().startswith("L_total = L_text +") for line in everything) == 1
-    least = {"train.py": 9, "teachers.py": 5, "model.py": 5, "data.py": 5}
+    least = {"train.py": 15, "teachers.py": 8, "model.py": 8, "data.py": 8}
     for name, per_hundred in least.items():
         comments = sum(line.strip().startswith("#") for line in lines_of(Path(name)))
-        assert 100 * comments >= per_hundred * len(lines_of(Path(name))), name
+        assert 100 * comments >= per_hundred * code_lines(name), name
+
+
+def code_lines(name: str) -> int:
+    """Return how many lines of a file hold code, neither blank, nor comments or docstrings."""
+    numbers = set()
+    for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.stmt) and not is_text:
+            first = node.body[0].lineno if hasattr(node, "body") else node.end_lineno + 1
+            numbers.update(range(node.lineno, first))
+    return len(numbers)
