@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
 from data import InputError
@@ -153,6 +154,18 @@ def test_accuracy_and_its_baselines():
     rows = questions_of([record] * 10 + [{**record, "type": "rare"}])
     answers = ["dark  red ."] * 5 + ["red"] * 5 + ["dark red."]
     assert accuracy_per_type(rows, answers) == {"other": 100.0, "what?": 50.0}
+
+
+def test_small_runs_with_our_recipe(real_folder, llama_folder):
+    """`--small --recipe ours` runs on real encoders' files and LLaVA's layout."""
+    flags = "--small --recipe ours --skip-bad --max-steps 1 --out runs/ours".split()
+    run_here(real_folder, *full_flags(real_folder, llama_folder)[1:], *flags)
+    first, second = read_log(real_folder / "runs/ours")
+    for name in ("eva", "convnext", "sam"):
+        assert 0.5 < first[f"kd_{name}"] < 8  # standardised targets, untrained heads
+        assert first[f"w_{name}"] == pytest.approx(0.3)
+    tensors = load_file(real_folder / "runs/ours/model.safetensors")
+    assert tensors["target_norms.sam.std"].min() > 0
 
 
 def test_full_names_a_bad_row(real_folder, llama_folder):
