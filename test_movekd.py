@@ -686,7 +686,7 @@ def test_each_stage_trains_what_the_recipe_says():
     for stage in (1, 2):
         model.set_stage(stage)
         table = stage_table(stage, model, teachers).splitlines()
-        assert len(table) == 1 + len(groups)
+        assert len(table) == 2 + len(groups)
         for name, parameters in groups.items():
             trained = name in moved[stage]
             assert all(p.requires_grad == trained for p in parameters)

@@ -91,12 +91,21 @@ def train_stage(run: Run, stage: int) -> None:
         run.finish_step(plan, step, values)
 
 
+PURPOSE = {
+    0: "distil, which the paper has not: the student learns the teachers' tokens; no LLM runs",
+    1: "stage 1 aligns: what is new learns from captioned pictures, so that the LLM can read the "
+       "student's tokens",
+    2: "stage 2 finetunes: all but the teachers learns from conversations, so that questions are "
+       "answered from what the student sees",
+}
+
+
 def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
-    """Return what a stage trains, one line for each part of the method."""
+    """Return what a stage is for and what it trains, one line for each part of the method."""
     groups = model.parameter_groups()
     for name, teacher in teachers.encoders.items():
         groups[f"teacher {name}"] = list(teacher.parameters())
-    rows = [f"{stage_name(stage):30}  parameters"]
+    rows = [PURPOSE[stage], f"{stage_name(stage):30}  parameters"]
     for name, parameters in groups.items():
         count = sum(p.numel() for p in parameters)
         trained = any(p.requires_grad for p in parameters)

@@ -98,14 +98,6 @@ def build_student(c: Config, weights: dict) -> Student | Ensemble:
     return student
 
 
-def check_llm(c: Config, tokenizer) -> None:
-    """Raise InputError for a real LLM that cannot be trained, before stage 0 and its weights."""
-    # the reader of the authors' checkpoint checks theirs
-    if c.llm and Path(c.llm) != Path(c.init_from):
-        from real.pretrained_llm import check_llm
-        check_llm(c.llm, tokenizer, c.max_length, c.max_new_tokens)
-
-
 def build_llm(c: Config, released: tuple | None = None, first: bool = True) -> nn.Module | None:
     """Build the real LLM of a run; None for a tiny one. `released`: see `released_config`."""
     if not c.llm:

@@ -38,12 +38,6 @@ class Progress:
     data: dict = field(default_factory=dict)    # a fingerprint of what the run is trained on
     config: dict = field(default_factory=dict)  # what it is trained with
 
-    def advance(self, counts: dict) -> None:
-        """Count a step that is done."""
-        self.step += 1
-        self.skipped += counts["skipped"]
-        self.cut += counts["cut"]
-
 
 class Writer(dcp.HuggingFaceStorageWriter):
     """DCP's writer of safetensors, which completes the checkpoint when all files are written."""
@@ -79,10 +73,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo") if world > 1 else None
 
     def save(self, name: str, root: nn.Module, optimizer: Optimizer, progress: dict) -> None:
-        """Return when the state is copied; the files follow. All processes call it.
-
-        Raises InputError if a parameter is NaN or infinite, or if the last save has failed.
-        """
+        """Copy the state in all processes; the files follow. Raises InputError if it has NaN."""
         self.finish()
         check_parameters(root)
         temporary = self.folder / (name + ".tmp")

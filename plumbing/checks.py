@@ -8,18 +8,19 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
+import numpy as np
 import timm
 import torch
 from timm.models import VisionTransformer
 
-from data import IGNORE, InputError, conversation_ids, row_name
+from data import InputError, conversation_ids, row_name
 from plumbing import config
-from plumbing.build import build_encoder, build_student, stage0_encoders
+from plumbing.build import build_encoder, build_student, real_weights, stage0_encoders
 from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
 from plumbing.evaluate import normalise, questions_of
 from plumbing.files import library_errors
 from plumbing.processes import Machine, launched, wanted_processes
-from plumbing.sets import PREFETCH, image_bytes, llava_layout, training_size
+from plumbing.sets import PREFETCH, llava_layout, training_size
 from teachers import parse_spec
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -63,11 +64,9 @@ def check_config(c: Config, trains: bool = True) -> None:
     refuse_if(trains and not c.data_root and bool(c.data) != bool(c.eval_data),
               "--data and --eval-data go together: name a training and a held-out set")
     refuse_if(c.eval_data and c.data_root and not c.image_folder,
-              "--eval-data with --data-root needs --image-folder, the folder its images are "
-              "relative to")
+              "--eval-data with --data-root needs --image-folder, the folder of its images")
     refuse_if(c.cache_teachers and c.student != "ensemble" and c.skip_bad,
-              "--skip-bad: the teachers' cache reads every image beforehand; add "
-              "--cache-teachers ''")
+              "--skip-bad: the teachers' cache reads every image; add --cache-teachers ''")
     refuse_if(c.pretrain_data and not c.data, "--pretrain-data needs --data and --eval-data")
     for name in ENCODERS:
         check_encoder(c, name)
@@ -77,8 +76,7 @@ def check_config(c: Config, trains: bool = True) -> None:
     refuse_if(c.student == "experts" and not c.mole_experts,
               "--student experts: there is none; give --mole-experts at least 1")
     refuse_if(not c.llm and c.lm_dim % (2 * c.lm_heads),
-              f"--lm-heads {c.lm_heads}: --lm-dim {c.lm_dim} must be a multiple of twice the "
-              "heads, for the rotary position embedding turns pairs")
+              f"--lm-heads {c.lm_heads}: --lm-dim {c.lm_dim} must be a multiple of twice that")
     refuse_if(not c.stage1_epochs and not c.stage2_epochs,
               "--stage1-epochs 0 and --stage2-epochs 0: one of the stages must be run")
 
@@ -102,8 +100,6 @@ def check_encoder(c: Config, name: str) -> None:
         raise InputError(line) from None
     line = f"--{name} {model}: timm has no such model; timm.list_models(pretrained=True) names them"
     refuse_if(not timm.is_model(model), line)
-    with library_errors(lambda _: line):
-        timm.get_pretrained_cfg(model)      # of an unknown tag
     refuse_if(options.keys() & {"num_classes", "pretrained", "checkpoint_path"},
               f"--{name} {spec!r}: takes no num_classes, pretrained or checkpoint_path: the tag in "
               "the name asks for weights, and --weights DIR has files of your own")
@@ -149,14 +145,11 @@ def check_machine(c: Config, trains: bool) -> None:
     if c.data_root:
         llava_layout(Path(c.data_root))
     refuse_if(not c.data_root and not c.data and is_real(c.clip),
-              "a real CLIP and no data: name --data-root DIR for LLaVA's sets, or --data FILE and "
-              "--eval-data FILE")
+              "a real CLIP and no data: name --data-root DIR, or --data FILE and --eval-data FILE")
     refuse_if(c.stage0_pictures == "data" and not (c.data and stage0_encoders(c)),
-              "--stage0-pictures data: trains the toy encoders of --tiny on the pictures of --data "
-              "FILE --eval-data FILE; name them, or leave the flag out")
+              "--stage0-pictures data: trains the encoders of --tiny on --data; name --data FILE")
     refuse_if(c.tensorboard and importlib.util.find_spec("tensorboard") is None,
-              f"--tensorboard {c.tensorboard}: the package is not installed; pip install "
-              "tensorboard, or leave the flag out: curves.png has the same")
+              "--tensorboard: the package is not installed: pip install tensorboard")
     refuse_if(c.device == "cuda" and not torch.cuda.is_available(),
               "--device cuda: torch finds no GPU here; --device cpu runs the same, slowly, and "
               "`python -m tools.plan` says what GPUs it wants")
@@ -164,9 +157,7 @@ def check_machine(c: Config, trains: bool) -> None:
               "--device mps: torch finds no Apple GPU here; --device auto takes what there is")
     if not trains:
         return
-    for name in [name for name in c.teachers if is_real(getattr(c, name))]:
-        from real.encoder_weights import find_weights
-        find_weights(getattr(c, name), c.weights)
+    real_weights(c)
     refuse_if(c.device == "mps" and c.precision == "bf16",
               "--device mps: trains in fp32 only; add --precision fp32, or --device cpu")
     refuse_if(c.device == "mps" and (launched() or wanted_processes(c) > 1),
@@ -180,7 +171,8 @@ def check_shared_memory(c: Config) -> None:
         return
     samples = c.micro_batch or max(c.stage1_batch, c.stage2_batch)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", wanted_processes(c)))
-    wanted = processes * c.workers * PREFETCH * samples * image_bytes(training_size(c))
+    pixels = np.square(training_size(c)).sum()      # of one image, in all its views
+    wanted = processes * c.workers * PREFETCH * samples * 3 * pixels
     free = shutil.disk_usage(SHARED_MEMORY).free
     refuse_if(free < wanted,
               f"{SHARED_MEMORY}: has {free / 1e6:,.0f} MB free, and {processes} x --workers "
@@ -199,13 +191,11 @@ def check_rows(c: Config, sets: dict[str, tuple], machine: Machine) -> None:
                             f"--{config.STAGES[stage]}-epochs 0")
         batch_size = getattr(c, f"{config.STAGES[stage]}_batch")
         pieces, _ = machine.micro_batches(stage)
-        fault = f"--{config.STAGES[stage]}-batch {batch_size}: its {pieces} micro-batches"
-        refuse_if(machine.world > min(batch_size, rows),
-                  f"{fault}, one for each process, need {machine.world} rows and as large a batch; "
-                  f"start fewer --processes")
-        refuse_if(pieces > min(batch_size, rows),
-                  f"{fault} are more than the {rows:,} rows of {config.stage_name(stage)}; lower "
-                  f"it to {rows // machine.world * machine.world}")
+        samples = min(batch_size, rows)
+        lower = samples // machine.world * machine.world
+        remedy = f"lower it to {lower}" if lower else "start fewer --processes"
+        refuse_if(pieces > samples, f"--{config.STAGES[stage]}-batch {batch_size}: its {pieces} "
+                  f"micro-batches want a sample each, and there are {samples}; {remedy}")
 
 
 def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
@@ -237,9 +227,9 @@ def note_answers(c: Config, records: list[dict], tokenizer) -> None:
         new = [set(text.split()) - known for text in row["references"]]
         if not c.llm and all(new):
             unknown.append(f'"{min(new[0])}" in {row["name"]}')
-        # A token has at least one byte, the end none: most answers need not be tokenised.
+        # A token has at least one byte; one more ends the answer. Most need not be tokenised.
         if all(len(text.encode()) + 1 >= c.max_new_tokens for text in row["answers"]):
-            tokens = min(count_tokens(text, tokenizer) for text in row["answers"])
+            tokens = 1 + min(len(tokenizer.encode(text)) for text in row["answers"])
             if tokens > c.max_new_tokens:
                 long.append((tokens, row["name"]))
     begin, of = f"note: {c.eval_data or 'the tiny world'}:", f"of {len(rows)} answers"
@@ -250,10 +240,3 @@ def note_answers(c: Config, records: list[dict], tokenizer) -> None:
         tokens, name = max(long, key=lambda pair: pair[0])
         print(f"{begin} {len(long)} {of} are longer than --max-new-tokens {c.max_new_tokens}: the "
               f"longest has {tokens} tokens, in {name}: raise the flag", file=sys.stderr)
-
-
-def count_tokens(answer: str, tokenizer) -> int:
-    """Return the tokens of an answer, its end included."""
-    turns = [{"from": "human", "value": ""}, {"from": "gpt", "value": answer}]
-    _, labels = conversation_ids({"conversations": turns}, "v1", tokenizer, 0)
-    return len(labels) - labels.count(IGNORE)

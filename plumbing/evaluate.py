@@ -65,11 +65,9 @@ def questions_of(records: list[dict]) -> list[dict]:
 
 
 def score(row: dict, given: str) -> float:
-    """Return how right an answer is, from 0 to 1: as in VQA, three people who agree make it right.
-
-    Fewer than ten different texts, or than three, are alternatives: one match makes it right.
-    """
+    """Return how right an answer is, from 0 to 1: as in VQA, three people make it right."""
     same, count = row["references"].count(normalise(given)), len(row["references"])
+    # of fewer than three texts, or than ten that all differ, each alone makes it right
     alternatives = count < 3 or count == len(set(row["answers"])) < 10
     return min(same / (1 if alternatives else 3), 1.0)
 

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,15 +23,12 @@ from plumbing.signals import Stopped
 
 @contextlib.contextmanager
 def library_errors(line: Callable[[str], str]) -> Iterator[None]:
-    """Raise InputError, the `line` of its reason, for any error that a library raises inside.
-
-    Which ones it raises differs from version to version. A signal and a lack of memory pass.
-    """
+    """Raise InputError, the `line` of its reason, for any error that a library raises inside."""
     try:
         yield
     except (InputError, Stopped, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as e:
+    except Exception as e:  # which ones a library raises differs from version to version
         texts = [text.strip() for text in str(e).splitlines() if text.strip()]
         reason = " ".join(texts[:2] if texts and texts[0].endswith(":") else texts[:1])[:200]
         if " " not in reason:   # the key of a KeyError
@@ -42,16 +38,13 @@ def library_errors(line: Callable[[str], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, which replaces `path` when the block ends, unless the block fails.
-
-    Raises OSError that names `path`: a full disk names no file.
-    """
+    """Yield a temporary path, which replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
         yield temporary
         temporary.replace(path)
-    except OSError as e:
+    except OSError as e:    # a full disk names no file
         raise OSError(e.errno, e.strerror or str(e), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -62,14 +55,8 @@ def temporary_name(path: Path) -> Path:
     stem = f"{path.name}.{platform.node()}-"
     for leftover in path.parent.glob(f"{glob.escape(stem)}*.tmp"):
         process = leftover.name.removeprefix(stem).removesuffix(".tmp")
-        if not process.isdigit() or os.name == "nt":    # there, asking would end the process
-            continue
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
+        if Path("/proc/self").exists() and not Path("/proc", process).exists():    # on Linux
             leftover.unlink(missing_ok=True)
-        except PermissionError:
-            pass    # it is alive, and another user's
     return path.with_name(f"{stem}{os.getpid()}.tmp")
 
 
@@ -122,27 +109,25 @@ def digest(*texts: str) -> str:
 
 # --- what a file is that cannot be read
 
-PYTHON = ("python -c \"import pandas; "
+PANDAS = ("python -c \"import pandas; "
           "pandas.read_{}('FILE').to_json('FILE.json', orient='records')\"")
 KINDS = {  # how a file begins, in latin-1, or how its name ends: what it is, and the remedy
     "version https://git-lfs": ("a git-lfs pointer, not the file itself", "git lfs pull"),
     "<!doctype html": ("a web page, perhaps of a login", "download the file itself"),
     "<html": ("a web page, perhaps of a login", "download the file itself"),
-    "par1": ("parquet", PYTHON.format("parquet")),
-    "arrow1": ("arrow", PYTHON.format("feather")),
-    "\x1f\x8b": ("compressed", "gunzip FILE"),
+    "par1": ("parquet", PANDAS.format("parquet")),
+    "arrow1": ("arrow", PANDAS.format("feather")),
     "\xff\xff\xff\xff": ("arrow", "python -c \"import datasets; "
                          "datasets.Dataset.from_file('FILE').to_json('FILE.json')\""),
-    "\xff\xfe\0\0": ("text in UTF-32", "iconv -f UTF-32 -t UTF-8 FILE > FILE.json"),
     "\xff\xfe": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.json"),
     "\xfe\xff": ("text in UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.json"),
-    "gguf": ("weights of llama.cpp", "take those of PyTorch: *.safetensors or *.pth"),
-    ".csv": ("a table", PYTHON.format("csv")),
-    ".tsv": ("a table", PYTHON.format("table")),
-    ".xlsx": ("a table", PYTHON.format("excel")),
+    "\x1f\x8b": ("compressed", "gunzip FILE"),
+    ".csv": ("a table", PANDAS.format("csv")),
+    ".tsv": ("a table", PANDAS.format("table")),
+    ".xlsx": ("a table", PANDAS.format("excel")),
     ".yaml": ("YAML", "python -c \"import json, yaml; "
                       "json.dump(yaml.safe_load(open('FILE')), open('FILE.json', 'w'))\""),
-    "pk\3\4": ("a zip archive", "unzip FILE"),
+    "pk\3\4": ("a zip archive", "unzip FILE"),    # after .xlsx, which is one
 }
 
 
@@ -151,17 +136,13 @@ def kind_of(path: Path) -> str:
     try:
         require_file(path)      # reading a pipe would wait
         with open(path, "rb") as file:
-            head = file.read(64).decode("latin-1").lstrip("\xef\xbb\xbf \r\n").lower()
-        inside = zipfile.ZipFile(path).namelist() if head.startswith("pk\3\4") else []
-    except (OSError, ValueError, InputError, zipfile.BadZipFile):
+            head = file.read(256).decode("latin-1").lstrip("\xef\xbb\xbf \r\n").lower()
+    except (OSError, ValueError, InputError):
         return ""
-    if any(name.endswith("/constants.pkl") for name in inside):
-        return ("is a TorchScript archive, as OpenAI's own CLIP: python -c \"import torch; "
-                f"torch.save(torch.jit.load('{path}', 'cpu').state_dict(), '{path}')\"")
     name = path.name.lower().replace(".yml", ".yaml")
     for sign, (kind, remedy) in KINDS.items():
         is_it = name.endswith(sign) if sign[0] == "." else head.startswith(sign)
-        if is_it and not any(part.endswith("/data.pkl") for part in inside):    # torch's own
+        if is_it and "/data.pkl" not in head:   # a zip archive of torch's own
             return f"is {kind}: {remedy.replace('FILE', str(path))}"
     return ""
 
@@ -176,9 +157,7 @@ def checksum(tensor: torch.Tensor) -> int:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about: str | float) -> None:
     """Write a safetensors file atomically, with `about` in its header. Raises OSError."""
-    copies = {}
-    for name, tensor in tensors.items():  # tied weights share memory, which no file can hold
-        copies[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about["crc32"] = {name: checksum(tensor) for name, tensor in copies.items()}
     with replacing(path) as temporary:
         temporary.touch()
@@ -218,10 +197,7 @@ def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
 
 
 def load_strictly(module: nn.Module, tensors: dict, fault: str, remedy: str = "") -> None:
-    """Fill a module. Of tied tensors, one parameter with several names, one name is enough.
-
-    Raises InputError: `fault`, the first tensor that does not fit, and the remedy.
-    """
+    """Fill a module; of tied tensors one name is enough. Raises InputError: fault and remedy."""
     names = list(module.named_parameters(remove_duplicate=False))
     stored = {p: tensors[name] for name, p in reversed(names) if name in tensors}
     tied = {name: stored[p] for name, p in names if p in stored}

@@ -1,11 +1,10 @@
 """The pictures of a run: its curves and its held-out samples."""
 
-import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,7 +12,6 @@ from plumbing.evaluate import score
 from plumbing.files import read_json, replacing
 from plumbing.run_folder import read_log
 
-BOX = "\u25a1"
 PANELS = (  # title, prefix of the names of its curves, scale of the axis
     ("losses", "L_", "log"),
     ("each teacher's own loss", "kd_", "log"),
@@ -103,27 +101,16 @@ def plot_samples(path: Path, rows: list[dict], answers: list[str], get_image: Ca
             image = image[max(image)]
         axis.imshow(image.permute(1, 2, 0).numpy())
         color = "green" if score(row, given) == 1 else "red"
-        question, truth, given = map(drawable, (row["question"], row["answers"][0], given))
+        texts = (row["question"], row["answers"][0], given)
+        question, truth, given = (" ".join(text.split()) for text in texts)
         title = f"{question[:40]}\n{truth[:25]} | {given[:25]}"
         axis.set_title(title, fontsize=12, pad=5, parse_math=False, color=color)
     figure.suptitle("question, true answer | the model's answer (green: right)", fontsize=15)
     save_figure(figure, path)
 
 
-def drawable(text: str) -> str:
-    """Return a text in one line, a box in place of each character that the font cannot draw."""
-    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    return "".join(c if font.get_char_index(ord(c)) else BOX for c in " ".join(text.split()))
-
-
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically. One that another program holds open (Windows) stays as it is."""
-    drawn = False
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=80, format="png")
-            drawn = True
-    except PermissionError:  # a viewer must not end a run
-        if not drawn:
-            raise
-        print(f"note: {path}: is open in another program, and was not drawn anew", file=sys.stderr)
+    """Write a PNG atomically."""
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # that the font lacks: it draws a box
+        figure.savefig(temporary, dpi=80, format="png")

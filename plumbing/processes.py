@@ -186,8 +186,7 @@ class Machine:
         dist.broadcast_object_list(written, src=0, group=self.patient)
         if not lock.is_file() or lock.read_text(encoding="utf-8") != written[0]:
             raise InputError(f"--out {out}: process {self.rank} does not see the folder of the "
-                             "first; on several machines it must be on a file system that they "
-                             "share")
+                             "first; all machines must share the file system that it is on")
 
     def total(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return sums over the processes, by one all-reduce."""

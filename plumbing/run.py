@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from data import InputError
 from model import VLM, MoVEKD
 from plumbing import build, checks, evaluate, files, run_folder, run_log, sets, sharding, signals
 from plumbing.checkpoints import Checkpoints, load_checkpoint
@@ -31,17 +30,12 @@ def start(argv: list[str] | None, train: Callable, description: str) -> None:
         held_out = sets.load_eval_set(c)
         checks.refuse_if(held_out is None, f"{run}: has no held-out set; name one with --eval-data "
                                            "FILE --image-folder DIR")
-        out = Path(c.out)
-        out.mkdir(parents=True, exist_ok=True)
         result, rows, answers = evaluate_run(c, held_out, run)
         evaluate.print_accuracy(result)
         print("result: " + json.dumps(result), flush=True)
-        try:
-            files.write_json(out / "evaluation.json", result)
-            save_answers(out, rows, answers, held_out[1])
-        except OSError as e:
-            line = f"{e.filename or out}: {e.strerror}; name another folder with --out"
-            raise InputError(line) from None
+        files.require_writable(Path(c.out), "--out")
+        files.write_json(Path(c.out) / "evaluation.json", result)
+        save_answers(Path(c.out), rows, answers, held_out[1])
         return
     arguments = (train, c, mode == "resume", begin)
     if wanted_processes(c) > 1:
@@ -93,7 +87,9 @@ class Run:
         if machine.first:
             checks.check_rows(c, self.sets, machine)
             run_folder.check_data(c, self.sets, self.progress)
-            build.check_llm(c, self.tokenizer)
+            if c.llm and Path(c.llm) != Path(c.init_from):  # the authors' own needs no check
+                from real.pretrained_llm import check_llm
+                check_llm(c.llm, self.tokenizer, c.max_length, c.max_new_tokens)
 
         # Stage 0 makes what the tiny preset has in place of downloads.
         if machine.first and run_log.stand_in_words(c):
@@ -142,12 +138,11 @@ class Run:
         self.machine.wait()  # the first may load for long
         sharding.send_from_first(teachers, c.device)
         if c.lambda_kd:
-            from plumbing.teacher_outputs import cache_teachers, check_teachers, measure_targets
+            from plumbing.teacher_outputs import cache_teachers, measure_targets
             data = [self.sets["pretrain"], self.sets["train"]]
             if c.cache_teachers and sets.images_of(data):
                 with self.machine.first_alone():
                     teachers = cache_teachers(teachers, Path(c.cache_teachers), data)
-            check_teachers(teachers, data, c.device)
         model = build.build_movekd(c, vlm, teachers)
         if c.lambda_kd and not resumed:  # a checkpoint has them
             measure_targets(model.target_norms, teachers, data, first, c.device, c.skip_bad)
@@ -215,7 +210,9 @@ class Run:
     def finish_step(self, plan: StagePlan, step: Step, values: dict) -> None:
         """Count and log a step, and save a state if one is due. Raises Stopped on a signal."""
         c, progress, stop = self.c, self.progress, step.counts["stop"]
-        progress.advance(step.counts)
+        progress.step += 1
+        progress.skipped += step.counts["skipped"]
+        progress.cut += step.counts["cut"]
         self.log.write(progress, values, step.counts)
         # Every --save-every steps, after stage 1, and before the run stops.
         end_of_stage1 = plan.stage == 1 and progress.step == plan.steps

@@ -36,10 +36,6 @@ def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
     if first:
         lock = lock_run_folder(c, resumed)
         # what the run will not be able to write ends it now, before any work
-        for path in [out / name for name in FILES]:
-            if path.exists() and not path.is_file():
-                raise InputError(f"{path}: is no regular file, and the run writes one of that "
-                                 "name; move it away, or name another --out")
         files.require_writable(out, "--out")
         if c.cache_teachers and c.lambda_kd:
             files.require_writable(Path(c.cache_teachers), "--cache-teachers")
@@ -120,10 +116,7 @@ def check_data(c: Config, data: dict, progress: Progress) -> None:
 
 
 def start_run_folder(c: Config, tokenizer, weights: dict, resumed: bool) -> None:
-    """Delete an earlier run, or a resumed one's results; write config, versions and words.
-
-    The folder gets a copy of what stage 0 made, to be resumed and explained from it alone.
-    """
+    """Clear an earlier run, or results; write config, versions, words, and what stage 0 made."""
     out = Path(c.out)
     for name in RESULTS if resumed else FILES:
         (out / name).unlink(missing_ok=True)
@@ -137,7 +130,7 @@ def start_run_folder(c: Config, tokenizer, weights: dict, resumed: bool) -> None
     else:
         files.write_json(out / "vocabulary.json", tokenizer.vocabulary)
     files.write_json(out / "versions.json", versions)
-    for name in [] if resumed else build.stage0_models(c):
+    for name in [] if resumed else build.stage0_models(c):  # to be used from its folder alone
         with files.replacing(out / "stage0" / f"{name}.safetensors") as temporary:
             shutil.copyfile(weights[name], temporary)
 

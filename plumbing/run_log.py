@@ -44,35 +44,15 @@ def stand_in_words(c: Config) -> str:
             f"{c.data}; --stage0-pictures data trains them on its own first")
 
 
-def stage_words(c: Config, stage: int) -> str:
-    """Return what a stage of the tiny preset trains, on what, and why, for a first-time reader."""
-    if not is_lesson(c):
-        return ""
-    return {
-        0: "a phase that the paper has not: the student alone learns the teachers' tokens of "
-           f"{c.n_pretrain:,} pictures; no LLM runs",
-        1: f"stage 1 aligns: experts, adapters and projector learn from {c.n_pretrain:,} captioned "
-           "pictures, so that the LLM can read the student's tokens; student and LLM stay frozen",
-        2: "stage 2 finetunes: all but the teachers learns from "
-           f"{c.n_train + c.n_described + c.n_text:,} conversations, so that questions are "
-           "answered from what the student sees",
-    }[stage]
-
-
 def next_commands(c: Config) -> str:
     """Return what to try after a first run of the tiny preset."""
     if not is_lesson(c):
         return ""
-    last = (f"{command('tools.export_student')} {c.out} runs/student   # the distilled encoder "
-            "alone, for timm")
-    if c.adapter_direction == "teacher_to_student":
-        last = (f"{command('train.py')} --tiny --recipe ours --out runs/ours   # the recipe that "
-                "teaches more")
-    explain, ask = command("tools.explain"), command("tools.ask")
     return ("try next:\n"
-            f"    {explain} {c.out}     # a look into this run: explain.html in it\n"
-            f"    {ask} {c.out}         # its answers about held-out pictures\n"
-            f"    {last}\n")
+            f"    {command('tools.explain')} {c.out}     # a look into this run\n"
+            f"    {command('tools.ask')} {c.out}         # its answers about held-out pictures\n"
+            f"    {command('train.py')} --tiny --recipe ours --out runs/ours   # a recipe that "
+            "teaches more\n")
 
 
 def count_stage_steps(c: Config, datasets: dict[int, Conversations]) -> dict[int, int]:
@@ -148,7 +128,6 @@ class RunLog:
 
     def bar(self, progress: Progress) -> tqdm:
         """Return the steps that a stage has left, with a progress bar; its clocks start."""
-        self.say(stage_words(self.c, progress.stage))
         self.say(HEADING if self.c.mole_experts else "")
         self.clock, self.tokens = time.perf_counter(), 0
         steps = self.steps[progress.stage]

@@ -133,12 +133,10 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
 
 
 def rows_digest(records) -> str:
-    """Return a hash of all rows: that of their JSON list."""
-    h = hashlib.sha256(b"[")
-    for row, record in enumerate(records):
-        h.update(b", " if row else b"")
-        h.update(json.dumps(record, sort_keys=True).encode())
-    h.update(b"]")
+    """Return a hash of all rows, of each one's JSON."""
+    h = hashlib.sha256()
+    for record in records:
+        h.update(json.dumps(record, sort_keys=True).encode() + b"\n")
     return h.hexdigest()
 
 
@@ -161,11 +159,6 @@ def training_size(c: Config) -> int | tuple[int, ...]:
         return c.image_size
     teachers = c.teachers if c.lambda_kd or c.student == "ensemble" else ()
     return tuple(sorted({parse_spec(getattr(c, name))[1] for name in ("clip", *teachers)}))
-
-
-def image_bytes(size: int | tuple[int, ...]) -> int:
-    """Return the bytes of the loader's image, or of all of its views."""
-    return sum(3 * pixels ** 2 for pixels in (size if isinstance(size, tuple) else (size,)))
 
 
 def batch_order(dataset: Conversations, batch_size: int, seed: int, epoch: int,

@@ -16,15 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from model import VLM, MoVEKD
 from mole import mole_layers, router_probs
 from plumbing.config import Config
-from teachers import Teachers, VisionEncoder
+from teachers import Teachers
 
 # torch says so when a single process loads or saves a checkpoint
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 # what the student returns is a view, which nobody adds to in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-
-# parameters; a smaller teacher is cheaper to hold on every GPU than to gather for every batch
-SHARD_TEACHERS_ABOVE = 500_000_000
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
@@ -100,12 +97,7 @@ def place_models(model: MoVEKD, teachers: Teachers, c: Config, world: int) -> No
         shard(model, [model.vlm.student, *model.vlm.llm.blocks], c.device, world, bf16)
     else:
         model.float().to(c.device)
-    for name, encoder in teachers.encoders.items():
-        large = sum(p.numel() for p in encoder.parameters()) > SHARD_TEACHERS_ABOVE
-        # CLIP stays whole: its [CLS] row reads the weights of a block from outside.
-        if world > 1 and name != "clip" and large:
-            shard_frozen(encoder, c.device, world)
-    teachers.to(c.device)
+    teachers.to(c.device)  # whole on every GPU: cheaper to hold than to gather for every batch
     if c.compile == "on":
         compile_parts(model, teachers)
 
@@ -129,14 +121,6 @@ def refresh_trained(root: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.unshard()
             module.reshard()
-
-
-def shard_frozen(encoder: VisionEncoder, device: str, world: int) -> None:
-    """Shard a large teacher in the precision it has; its stages or blocks are gathered singly."""
-    mesh = dist.init_device_mesh(device, (world,))
-    units = getattr(encoder.net, "stages", getattr(encoder.net, "blocks", ()))
-    for module in (*units, encoder):
-        fully_shard(module, mesh=mesh)
 
 
 def backward(model: nn.Module, loss: torch.Tensor, last: bool) -> None:

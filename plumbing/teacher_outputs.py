@@ -170,20 +170,3 @@ def measure_targets(norms: nn.ModuleDict, teachers: Teachers, sets: list[tuple],
         if dist.is_initialized():
             dist.broadcast(norm.mean, src=0)
             dist.broadcast(norm.std, src=0)
-
-
-def check_teachers(teachers: Teachers, sets: list[tuple], device: str) -> None:
-    """Raise InputError for a teacher that gives NaN, infinity or equal tokens for a few images."""
-    records, get_image = sets[0]
-    names = [record["image"] for record in records[:64] if "image" in record][:4]
-    # an image that cannot be read is reported when it is trained on
-    source = dict.fromkeys(names, get_image)
-    for _, outputs in run_teachers(teachers, names, source, device, skip_bad=True):
-        for name, output in outputs.items():
-            tokens = output.tokens.float()                                          # (B, n_i, d_i)
-            if not tokens.isfinite().all():
-                raise InputError(f"teacher {name}: its tokens are nan or inf; its weights are "
-                                 "damaged")
-            if tokens.flatten(0, 1).std(dim=0).max() <= 1e-6 * tokens.abs().max():
-                raise InputError(f"teacher {name}: its tokens are the same everywhere; its weights "
-                                 "are damaged, or not those of this model")

@@ -18,19 +18,10 @@ from teachers import create_net, parse_spec
 
 HUB = "hub"  # in place of a file: the weights that timm's hub has under the name
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
-LAYOUTS = {  # how a tensor's name begins, and whose layout it is, which timm does not convert
-    "text_model.": "Hugging Face's CLIP", "vision_model.": "Hugging Face's CLIP",
-    "embeddings.class_embedding": "Hugging Face's CLIP", "convnext.": "Hugging Face's ConvNext",
-    "embeddings.patch_embeddings": "Hugging Face's ConvNext",
-    "vision_encoder.": "Hugging Face's SAM", "mm_projector.": "LLaVA", "language_model.": "LLaVA",
-    "model.": "LLaVA, or an LLM"}
 
 
 def find_weights(spec: str, folder: str) -> Path | str:
-    """Return where a spec's weights are: a file of `folder` named like the model; "": HUB.
-
-    Raises InputError if the folder lacks it.
-    """
+    """Return a spec's file in `folder`, named like the model; HUB for "". Raises InputError."""
     if not folder:
         return HUB
     name, *_ = parse_spec(spec)
@@ -39,8 +30,7 @@ def find_weights(spec: str, folder: str) -> Path | str:
         if file.exists():
             return file
     fault = "has no" if Path(folder).is_dir() else "no such folder; it must have"
-    endings = ", ".join(ENDINGS[1:])
-    raise InputError(f"--weights {folder}: {fault} {name}{ENDINGS[0]} (or {endings}); "
+    raise InputError(f"--weights {folder}: {fault} {name}.safetensors (or .pth, .pt, .bin); "
                      f"{timms_file(name)}")
 
 
@@ -54,10 +44,7 @@ def timms_file(name: str) -> str:
 
 
 def load_net(spec: str, source: Path | str | None) -> nn.Module:
-    """Return the timm model of a spec with the weights of a file or of the HUB; None: random ones.
-
-    Raises InputError if they cannot be had.
-    """
+    """Build a spec's timm model, with weights of a file or the HUB if named. Raises InputError."""
     name, *_ = parse_spec(spec)
     if source != HUB:
         net = create_net(spec)
@@ -82,11 +69,8 @@ def fill_net(net: nn.Module, file: Path, remedy: str) -> None:
     """
     with library_errors(lambda e: f"{unreadable(file, e)}; {remedy}"):
         state = timm.models.load_state_dict(str(file), weights_only=True)
-    fault = f"{file}: does not fit {net.pretrained_cfg.get('architecture')}"
-    for start, layout in LAYOUTS.items():
-        if any(name.startswith(start) for name in state):
-            fault = f"{file}: has the names of {layout}, not timm's"
-            break
+    fault = (f"{file}: does not fit {net.pretrained_cfg.get('architecture')} of timm; its first "
+             f"tensor is {next(iter(state), 'missing')!r}")
     with library_errors(lambda e: f"{fault}: {e}; {remedy}"):
         module = sys.modules[type(net).__module__]
         if hasattr(module, "checkpoint_filter_fn"):
@@ -103,12 +87,9 @@ def fill_net(net: nn.Module, file: Path, remedy: str) -> None:
 
 @functools.cache
 def ask_hub() -> None:
-    """Let the hub's tools look in their cache only if the hub cannot be reached.
-
-    Otherwise they would try for minutes. Behind a proxy (HTTPS_PROXY, ALL_PROXY, without NO_PROXY)
-    the hub's name need not resolve on this machine.
-    """
+    """Let the hub's tools look only in their cache if there is no hub: they try for minutes."""
     host = urlsplit(constants.ENDPOINT).hostname
+    # behind a proxy (HTTPS_PROXY, ALL_PROXY, without NO_PROXY) its name need not resolve here
     proxies = getproxies()
     if ("https" in proxies or "all" in proxies) and not proxy_bypass(host):
         return

@@ -21,10 +21,7 @@ MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
 def load_image(path: Path, size: Size) -> torch.Tensor | dict:
-    """Return an image file as uint8 (3, size, size), or a view for each of several sizes.
-
-    Raises InputError if it is missing or unreadable.
-    """
+    """Return an image file as uint8 (3, size, size), or its views. Raises InputError."""
     name = printable(path)
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)

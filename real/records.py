@@ -26,16 +26,12 @@ LINES = re.compile(rf"[ \t\r]*\n{SPACE}(?=[^ \t\n\r])"), re.compile(SPACE)
 # keys that are read, or that LLaVA has; others, or their values, that look like a medium or answers
 KNOWN = ("id", "image", "conversations", "type", "model")
 TELLING = re.compile("image|img|picture|photo|frame|video|audio|answer", re.IGNORECASE)
-MEDIUM = re.compile(r"data:(image|video|audio)/|\.(png|jpe?g|gif|bmp|webp|tiff?|mp4|avi|mov|mkv)"
-                    r"\W*$", re.IGNORECASE)
+MEDIUM = re.compile(r"\.(png|jpe?g|gif|bmp|webp|tiff?|mp4|avi|mov|mkv)\W*$", re.IGNORECASE)
 
 
 @dataclass(eq=False)
 class RecordFile(Sequence):
-    """The rows of a file, in `as_used`'s form, each read when it is asked for.
-
-    As Python objects they would take five times the file, in every process and every worker.
-    """
+    """The rows of a file, each read when it is asked for: as objects they take five times that."""
 
     path: Path
     spans: np.ndarray  # (N, 2): the byte at which each row begins, and the one after its last
@@ -65,10 +61,7 @@ class RecordFile(Sequence):
 
 
 def find_rows(path: Path) -> np.ndarray | None:
-    """Return the spans (N, 2), in bytes, of the rows of a JSON array or of JSON Lines.
-
-    None if the file is neither or has no row: then the JSON reader says what is wrong.
-    """
+    """Return the spans (N, 2), in bytes, of the rows of a JSON array or JSON Lines, else None."""
     spans = []
     try:
         # one character per byte: a place in the text is a place in the file. For a moment the file

@@ -56,10 +56,7 @@ class ReleasedTensors(dict):
 
 
 def released_config(folder: Path):
-    """Return (fields of our Config, its LLM's config) of the authors' checkpoint in a folder.
-
-    None if the folder holds no such checkpoint. Raises InputError.
-    """
+    """Return (fields of Config, the LLM's config) if a folder has the authors' checkpoint."""
     path = folder / "config.json"
     config = read_json(path)
     if not isinstance(config, dict) or "moe" not in config:

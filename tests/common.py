@@ -45,9 +45,6 @@ for number in SIGNALS:
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 
-# ------------------------------------------------------------------------------------------------
-# Pictures and text
-
 
 def images(n: int) -> torch.Tensor:
     """Return n pictures of the tiny world, uint8 (n, 3, R, R)."""
@@ -96,9 +93,6 @@ def some_conversations(n: int = 12, n_text: int = 6, max_length: int = 999) -> C
     return Conversations(records, WorldImages("train", n), tokenizer, "v1", 36, max_length)
 
 
-# ------------------------------------------------------------------------------------------------
-# Models, untrained
-
 MOLE = {"num_experts": 3, "rank": 2, "alpha": 4.0, "dropout": 0.0,
         "router_grad": "straight_through", "init": "zero"}
 
@@ -142,9 +136,6 @@ def total_loss(terms: dict, c: Config = C) -> torch.Tensor:
     return train.total_loss(c, terms)
 
 
-# ------------------------------------------------------------------------------------------------
-# Runs
-
 SHORT = ("--tiny --stage0-scale 0.01 --max-steps 4 --log-every 1 --n-pretrain 128 --n-train 64 "
          "--n-described 32 --n-text 32 --n-eval 12 --stage1-batch 16 --stage2-batch 8").split()
 # two samples a step: with one for each of two processes, one process often has no image, and some
@@ -184,10 +175,10 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
 
 
 def stop(process: subprocess.Popen, name: str) -> str:
-    """Send a run a signal in the middle of stage 1; return its last words, status 3."""
+    """Send a run's processes a signal in the middle of stage 1; return its last words, status 3."""
     for line in process.stdout:
         if line.startswith("stage 1 step 3 "):
-            process.send_signal(getattr(signal, name))
+            os.killpg(process.pid, getattr(signal, name))
             break
     _, errors = process.communicate()
     assert process.returncode == 3, errors
@@ -219,8 +210,12 @@ def damage(path: Path, how: str) -> None:
         os.mkfifo(path)
 
 
-# ------------------------------------------------------------------------------------------------
-# Files like those that the real run downloads
+class RunsCode:
+    """Unpickled, it makes the file "pwned"."""
+
+    def __reduce__(self):
+        return open, ("pwned", "w")
+
 
 REAL = {  # real names at toy sizes
     "clip": "vit_base_patch16_clip_quickgelu_224.openai img_size=48 patch_size=8 embed_dim=96 "

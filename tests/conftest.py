@@ -1,5 +1,7 @@
 """Fixtures of all tests. A run is made once per session; tests only add to its folder."""
 
+import contextlib
+
 import pytest
 
 pytest.register_assert_rewrite("tests.common")
@@ -8,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 import tests.common as common  # before what imports timm: it keeps the model hubs out
+from plumbing import checks
+from plumbing.config import ENCODERS
 from plumbing.files import write_json
 from plumbing.sets import LLAVA_IMAGES
 from tiny.world import world_records
@@ -18,16 +22,33 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def encoders_checked_once():
+    """Remember which encoders are sound: the check of a Config builds each, and takes 0.2 s."""
+    check, sound = checks.check_encoder, set()
+    fields = [name for name in vars(common.C) if name.startswith("mole_")]
+    fields += [*ENCODERS, "teachers", "student"]
+
+    def check_once(c, name):
+        key = (name, *(getattr(c, field) for field in fields))
+        if key not in sound:
+            check(c, name)
+            sound.add(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "check_encoder", check_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
-    """A folder with one short run, runs/tiny, made as a user makes it; output.txt beside it.
+    """A folder with one short run, runs/tiny, and what it printed, output.txt.
 
     Tests add runs under other names, and share its stage 0 and teachers' cache.
     """
     folder = tmp_path_factory.mktemp("work")
-    done = common.run_script(folder, *common.SHORT)
-    assert done.returncode == 0, done.stderr
-    (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
+    with open(folder / "output.txt", "w", encoding="utf-8") as out, contextlib.redirect_stdout(out):
+        common.run_here(folder, *common.SHORT)
     return folder
 
 
@@ -45,14 +66,6 @@ def llama_folder(tmp_path_factory):
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def llama_run(workplace, llama_folder):
-    """A short run with a causal LM of transformers in the tiny LLM's place."""
-    flags = ["--out", "runs/llama", "--llm", str(llama_folder)]
-    common.run_here(workplace, *common.SHORT, *flags)
-    return workplace / "runs/llama"
 
 
 @pytest.fixture(scope="session")
@@ -105,10 +118,12 @@ def full_run(real_folder, llama_folder):
 
 @pytest.fixture(scope="session")
 def two_processes(workplace):
-    """The workplace with runs/two, made by two processes; its checkpoints are kept."""
+    """The workplace with runs/two, made by two processes, and runs/one, with their checkpoints."""
     done = common.run_script(workplace, *common.SHORT, *common.SHARED, "--out", "runs/two",
                              "--processes", "2")
     assert done.returncode == 0, done.stderr[-3000:]
+    common.run_here(workplace, *common.SHORT, *common.SHARED, "--out", "runs/one",
+                    "--micro-batch", "1")
     return workplace
 
 

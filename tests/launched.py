@@ -20,6 +20,6 @@ def save(statuses: str) -> None:
         while statuses[rank] != "2" or not Path("ready1").exists():
             time.sleep(0.01)
     except Stopped:
-        time.sleep(0.5 + rank)  # a second signal would raise Stopped here
+        time.sleep((1 + rank) / 2)  # a second signal would raise Stopped here
         Path(f"saved{rank}").touch()
     sys.exit(int(statuses[rank]))

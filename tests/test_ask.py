@@ -4,7 +4,6 @@ import pytest
 
 from data import InputError
 from plumbing.files import read_json
-from plumbing.run_folder import read_log
 from tests.common import images, save_png
 from tools import ask
 
@@ -37,12 +36,6 @@ def test_ask_says_which_words_are_new(workplace, picture, capsys):
     assert "never seen the word(s) flavour" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"^gone.png: no such image file$"):
         ask.main([str(workplace / "runs/tiny"), "gone.png", "what shape?"])
-
-
-def test_ask_answers_with_a_real_llm(llama_run, capsys):
-    """So it does from a run with a causal LM of transformers, which trains in both stages."""
-    assert {line["stage"] for line in read_log(llama_run)} == {1, 2}
-    assert len(asked(capsys, llama_run, "--n", "4")) == 4
 
 
 def test_ask_answers_from_the_authors_checkpoint(released_folder, picture, capsys):

@@ -1,7 +1,8 @@
-"""tools.explain: the numbers of the page are the method's, and the page stands alone."""
+"""tools.explain, tools.lesson and tools.walk: each number is the method's; a page stands alone."""
 
 import base64
 import contextlib
+import inspect
 import io
 import math
 import re
@@ -12,12 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data import InputError
+from kd_loss import token_errors
 from mole import router_probs
 from plumbing.build import build_vlm, pretrained_weights
 from plumbing.sets import load_eval_set, load_sets
 from tests.common import SHORT, images, run_here, save_png
+from tools import lesson, walk
 from tools.explain.__main__ import main
-from tools.explain.numbers import cls_attention, make_batch, measure, three_colours
+from tools.explain.numbers import cls_attention, make_batch, measure
 from tools.explain.whole_run import load_whole_run
 
 
@@ -103,14 +106,6 @@ def test_the_numbers_of_the_attention(sample):
     assert attention.entropy["released"] > 0.999
 
 
-def test_three_colours_are_principal_components_on_one_basis():
-    """Tokens that differ along one direction only have colours in the order of that direction."""
-    line = torch.arange(9.0)[:, None] * torch.tensor([[0.0, 2.0, 0.0, 0.0]])
-    both = three_colours([line + 0.001 * torch.randn(9, 4), line[:4]])
-    assert both[0][1:8, 0].diff().min() > 0
-    assert both[0][:4, 0].tolist() == pytest.approx(both[1][:, 0].tolist(), abs=0.01)
-
-
 def test_the_page_stands_alone(page):
     """Each picture lies in it with a text; nothing is loaded, no script runs; tables add up."""
     out, html = page
@@ -154,10 +149,76 @@ def test_the_authors_checkpoint(released_folder, photo, tmp_path):
     assert (tmp_path / "explain/experts-1.png").exists()
 
 
+def printed(capsys, *argv) -> str:
+    """Return the text that an exercise prints."""
+    capsys.readouterr()
+    lesson.main([str(arg) for arg in argv])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("exercise,numbers", [
+    ("bound", r"n 36: n x largest 2\.5944, formula 2\.5944, .*\n.*\n.*2\.7102, formula 2\.7102"),
+    ("dinov2", r"576 x 1024: (1,838,720) parameters, .* = \1\n"),
+    ("one-token", r"L_kd 0\.9722 = \(n - 1\)/n; W\^tok alone: 0\.0000\.")])
+def test_numbers_that_need_no_run(exercise, numbers, capsys):
+    """The largest weight is its bound, an adapter has as many parameters as its two Linears."""
+    assert re.search(numbers, printed(capsys, exercise))
+
+
+@pytest.mark.parametrize("exercise", ["router", "fish"])
+def test_percentages_of_experts_add_up(exercise, workplace, capsys, monkeypatch):
+    """Each group of three percentages adds up to 100, apart from rounding."""
+    monkeypatch.setattr(lesson, "PICTURES", 60)
+    out = printed(capsys, exercise, workplace / "runs/tiny")
+    groups = re.findall(r"(\d+\.\d) / +(\d+\.\d) / +(\d+\.\d)", out)
+    assert len(groups) == {"router": 12, "fish": 18}[exercise]
+    for group in groups:
+        assert sum(map(float, group)) == pytest.approx(100, abs=0.2)
+
+
+def test_uniform_weights_double_the_mean_error(workplace, sample, capsys, monkeypatch):
+    """With uniform weights a teacher's loss = twice the mean of its errors in tools.explain."""
+    monkeypatch.chdir(workplace)
+    lines = printed(capsys, "uniform", "runs/tiny").splitlines()
+    assert [line.split()[0] for line in lines] == ["paper", "released", "uniform", "1/n"]
+    run, batch, _ = sample
+    for name, errors in measure(run, run.model, batch).errors.items():
+        loss = float(re.search(rf"{name} ([\d.]+)", lines[2])[1])
+        assert loss == pytest.approx(2 * errors.mean().item(), abs=1e-4)
+
+
 @pytest.mark.slow
-def test_a_full_run(full_run, real_folder, photo, tmp_path, monkeypatch):
-    """Real names of encoders, weights from files, an LLM of transformers."""
-    monkeypatch.chdir(real_folder)
-    html = explain(tmp_path, full_run, photo, "--answer", "heart")
-    assert "teacher sam" in html
-    assert "the trained LLM, which is not loaded twice" in html
+def test_trained_adapters_let_go_of_what_only_the_teacher_sees():
+    """Teacher -> student, its own signal enters and is gone at the minimum; else it stays."""
+    paper, radio = lesson.teacher_signal(True), lesson.teacher_signal(False)
+    assert max(paper.values()) > 0.5
+    assert paper[3000] < 0.05
+    assert radio[3000] > 0.95
+
+
+@pytest.fixture
+def output(capsys):
+    walk.main([])
+    return capsys.readouterr().out
+
+
+def test_every_function_of_the_step_is_walked_through(output):
+    """Each stop has its name, its own lines and what they made."""
+    for function, words in walk.STOPS.items():
+        assert f"=== {function.__qualname__} " in output
+        assert words in output
+    *_, last = inspect.getsource(token_errors).rstrip().splitlines()
+    assert last in output
+    assert "-> V_s = 2 x 36 x 96" in output
+
+
+def test_the_numbers_are_those_of_the_step(output):
+    """The terms of L_total = the same step's without a tracer; the routers learn nothing yet."""
+    model, teachers, batch = walk.tiny_step()
+    terms = model(batch, teachers)
+    for name in ("L_text", "L_kd", "L_balance"):
+        assert f"{name} {terms[name]:.4f}" in output
+    assert f"-> L_text = a number: {terms['L_text']:.3g}\n" in output
+    assert "gradient of L_text + lambda_kd * L_kd in the routers: 0\n" in output
+    balance = re.search(r"gradient of L_balance in the routers: ([\d.e-]+)", output)
+    assert float(balance[1]) > 0

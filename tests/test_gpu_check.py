@@ -11,7 +11,6 @@ from tools.gpu_check import __main__ as program
 from tools.gpu_check import correctness
 from tools.gpu_check.common import Row, Setup, full_config, llama_shape
 from tools.gpu_check.correctness import attention_kernels, check_start
-from tools.gpu_check.runs import largest_difference, recompilations
 
 
 def check(capsys, *flags: str) -> tuple[int, list[list[str]]]:
@@ -87,21 +86,3 @@ def test_a_student_that_does_not_start_as_clip_is_seen(monkeypatch, tmp_path):
     released = full_config(setup, mole_init="kaiming")
     monkeypatch.setattr(correctness, "full_config", lambda setup: released)
     assert [row.ok for row in check_start(setup)] == [False, False]
-
-
-def test_recompilations_are_read_from_torchs_log():
-    """As TORCH_LOGS=recompiles writes them; at torch's limit of 8 it is a failure."""
-    line = "V1125 [0/{}] [__recompiles] Recompiling function forward in /a/b/{}.py:12\n"
-    log = "".join(line.format(i, name) for i, name in enumerate(["teachers"] * 3 + ["mole"]))
-    row = recompilations(log)
-    assert row.ok and row.got == "3: forward of teachers.py x3; forward of mole.py x1"
-    assert not recompilations(line.format(1, "model") * 8).ok
-
-
-def test_log_lines_are_compared_number_by_number():
-    """Relative where numbers are large, absolute where small; NaN is never close."""
-    ours = {"L": 1e-5, "g": 200.0, "step": 3}
-    theirs = {"L": 0.0, "g": 201.0, "step": 4}
-    assert largest_difference(ours, theirs) == (pytest.approx(0.005), "g")
-    assert largest_difference({"L_kd": 1.0, "g": 9.0}, {"L_kd": 1.5, "g": 0.0}, "L_")[0] == 0.5
-    assert largest_difference({"L": float("nan")}, {"L": 1.0})[0] == float("inf")

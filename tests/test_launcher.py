@@ -23,10 +23,9 @@ from torch.multiprocessing import spawn, start_processes
 from data import InputError
 from plumbing import checks, processes, sharding
 from plumbing.processes import Machine, launch
-from plumbing.sets import loader_options, make_loader
 from plumbing.signals import SIGNALS
 from tests import launched
-from tests.common import C, small_vlm, some_conversations, start, stop
+from tests.common import C, small_vlm
 
 
 @pytest.fixture
@@ -54,7 +53,8 @@ def signal_when_ready() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("statuses, expected", [("33", 3), ("31", 1)])
+@pytest.mark.parametrize("statuses, expected", [
+    ("33", 3), pytest.param("31", 1, marks=pytest.mark.slow)])
 def test_a_signal_is_passed_on_and_3_means_saved(start_two, statuses, expected):
     """SIGTERM reaches each process once; one that has saved does not end one that still saves."""
     thread = threading.Thread(target=signal_when_ready)
@@ -82,27 +82,6 @@ def test_a_process_that_is_killed_is_named(start_two, capsys):
     assert start_two(signal.raise_signal, signal.SIGKILL) == 1
     line = r"error: process . was ended by SIGKILL; the machine's memory may have run out\n"
     assert re.fullmatch(line, capsys.readouterr().err)
-
-
-def test_sigterm_to_all_processes_saves(workplace):
-    """A run with loader workers, all of whose processes get SIGTERM, saves and ends with 3."""
-    flags = "--max-steps 0 --stage1-epochs 9 --workers 2 --out runs/workers".split()
-    process = start(workplace, *flags)
-    process.send_signal = lambda number: os.killpg(process.pid, number)     # the workers too
-    stop(process, "SIGTERM")
-    assert len(list((workplace / "runs/workers/checkpoints").iterdir())) == 1
-
-
-def test_workers_share_the_records():
-    """Workers are forked where that is possible: nothing of the dataset is pickled to them."""
-    class Unpicklable(list):
-        def __reduce__(self):
-            raise AssertionError("pickled")
-
-    dataset = some_conversations(4, 0)
-    dataset.records = Unpicklable(dataset.records)
-    options = loader_options(dataclasses.replace(C, workers=1))
-    assert len(list(make_loader(dataset, 2, 1, 0, 0, **options))) == 2
 
 
 def test_small_shared_memory_is_one_line(monkeypatch):

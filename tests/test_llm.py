@@ -34,23 +34,18 @@ def test_tiny_llm_is_transformers_llama():
 
 
 def test_padding_changes_nothing():
-    """A sample's logits are the same alone, padded on the right and padded on the left."""
+    """A sample's logits are the same alone, padded on the left or the right; there without mask."""
     llm = TinyLLM(40, dim=32, depth=2, heads=4, hidden=48)
     ids = torch.randint(7, 40, (1, 5))
     ones = torch.ones(1, 5, dtype=torch.long)
     alone = llm(llm.embed(ids), ones)
     for pad in ((0, 3), (3, 0)):
         mask = F.pad(ones, pad)
-        padded = llm(llm.embed(F.pad(ids, pad)), mask)[mask.bool()]
+        x = llm.embed(F.pad(ids, pad))
+        padded = llm(x, mask)[mask.bool()]
         close(padded, alone[0], atol=1e-5, rtol=1e-5)
-
-
-def test_padding_on_the_right_needs_no_mask():
-    """No real token's logits change, not by a bit, if what stands behind it is not hidden."""
-    llm = TinyLLM(40, dim=32, depth=2, heads=4, hidden=48)
-    x = llm.embed(torch.randint(40, (3, 9)))
-    mask = (torch.arange(9) < torch.tensor([[9], [4], [7]])).long()
-    assert torch.equal(llm(x, None)[mask.bool()], llm(x, mask)[mask.bool()])
+        if pad == (0, 3):   # what stands behind a token need not be hidden: not a bit is another
+            assert torch.equal(llm(x, None)[mask.bool()], padded)
 
 
 def test_words_are_tokens():
@@ -81,9 +76,6 @@ def test_flop_counter_counts_attention_forward_and_backward():
         F.scaled_dot_product_attention(q, k, v).sum().backward()
     assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 4 * 37 * 37 * 24
 
-
-# ------------------------------------------------------------------------------------------------
-# A real LLM is checked before its weights are read
 
 def copy_of(llama_folder, tmp_path, kind="Llama", **changed):
     """Return a folder with Llama's tokenizer and the config of a small model; its weights are {}"""
@@ -122,27 +114,20 @@ def test_other_llms_are_not_refused(llama_folder, tmp_path, kind):
     check_llm(folder, PretrainedTokenizer(str(llama_folder)), 100, 16)
 
 
-def write(name: str, text: str):
-    """Return what writes a file of an LLM's folder; "" deletes it."""
-    def change(folder):
-        (folder / name).write_text(text, encoding="utf-8")
-        if not text:
-            (folder / name).unlink()
-    return change
-
-
-@pytest.mark.parametrize("change, fault", [
-    (write("config.json", ""), "holds no config.json"),
-    (write("config.json", '{"model_type": "xyz"}'), "has model type `xyz`"),
-    (write("model.safetensors", ""), "holds no .*safetensors and no pytorch_model"),
-    (write("model.safetensors", "version https://git-lfs"), "is a git-lfs pointer"),
-    (write("tokenizer.json", "{"), "its tokenizer cannot be loaded .Expecting"),
-    (write("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}'),
+@pytest.mark.parametrize("name, text, fault", [     # "": without the file
+    ("config.json", "", "is no folder with a config.json"),
+    ("config.json", '{"model_type": "xyz"}', "has model type `xyz`"),
+    ("model.safetensors", "", "holds no .*safetensors and no pytorch_model"),
+    ("model.safetensors", "version https://git-lfs", "is a git-lfs pointer"),
+    ("tokenizer.json", "{", "its tokenizer cannot be loaded .Expecting"),
+    ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}',
      "its tokenizer has no end token")])
-def test_a_folder_that_holds_no_llm_says_why(llama_folder, tmp_path, change, fault):
+def test_a_folder_that_holds_no_llm_says_why(llama_folder, tmp_path, name, text, fault):
     """The file and the reason in place of an error's class, and no link to the hub."""
     folder = copy_of(llama_folder, tmp_path)
-    change(folder)
+    (folder / name).unlink()
+    if text:
+        (folder / name).write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"--llm {folder}: .*{fault}") as error:
         check_llm(str(folder), PretrainedTokenizer(str(folder)), 100, 16)
     assert "huggingface.co" not in str(error.value)

@@ -1,7 +1,5 @@
 """tools.lmms_eval_adapter, without lmms-eval."""
 
-import weakref
-
 import pytest
 import torch
 from torch import nn
@@ -50,24 +48,6 @@ def test_answers_come_in_the_order_of_the_requests(model):
     assert model.generate_until(requests[:1]) == [""]
 
 
-def test_pictures_live_no_longer_than_their_batch(model, monkeypatch):
-    """A batch's documents are decoded when it is answered, and freed after it."""
-    pictures, alive = [], []
-
-    def doc_to_visual(doc: dict) -> list:
-        picture = doc["image"].copy()
-        pictures.append(weakref.ref(picture))
-        alive.append(sum(reference() is not None for reference in pictures))
-        return [picture]
-
-    monkeypatch.setattr(adapter, "as_seen", lambda picture: picture)
-    model.batch_size = 2
-    options = {"max_new_tokens": 2}
-    requests = [Request("what shape?", options, doc_to_visual, i % 5) for i in range(8)]
-    assert len(model.generate_until(requests)) == len(alive) == 8
-    assert max(alive) <= 4  # of this batch, and of the one before while it is replaced
-
-
 def test_what_cannot_be_answered_does_not_end_the_others(model, capsys):
     """Several images, or a prompt that is too long: an empty answer, and a line that says why."""
     options = {"max_new_tokens": 3}
@@ -95,12 +75,11 @@ def test_sampling_and_beams_are_refused(model, options, capsys):
 
 def test_batch_size_and_device_are_looked_at_first(workplace, capsys):
     """--batch_size auto, and a --device that is not there or not known, are a line each."""
-    run = str(workplace / "runs/tiny")
     for options, fault in (({"batch_size": "auto"}, "--batch_size auto: give a number"),
                            ({"device": "tpu"}, "--device tpu: must be cpu, cuda or cuda:N"),
                            ({"device": "cuda:99"}, "--device cuda:99: torch finds")):
         with pytest.raises(SystemExit, match="2"):
-            adapter.MoVEKD(run, **options)
+            adapter.MoVEKD(str(workplace / "runs/tiny"), **options)
         assert capsys.readouterr().err.startswith(f"error: {fault}")
 
 

@@ -4,6 +4,7 @@ Then what `--recipe ours` is made of, and what follows where paper and released 
 """
 
 import dataclasses
+import itertools
 
 import pytest
 import timm
@@ -138,10 +139,6 @@ def test_released_mole_and_balance_are_their_formulas():
         close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------
-# Ours
-
-
 def test_channel_targets_are_standardised_over_images_and_tokens():
     """target_norm "channel": mean 0 and std 1 of every channel over all images, each once."""
     teachers, images = tiny_teachers(), WorldImages("train", 70)
@@ -186,10 +183,6 @@ def test_ours_sends_the_student_what_the_teachers_see():
     assert all(p.grad.abs().max() > 0 for p in model.adapters.parameters())
     assert all(p.grad is not None for p in model.parameter_groups()["student backbone"])
     assert all(p.grad is None for p in teachers.parameters())
-
-
-# ------------------------------------------------------------------------------------------------
-# Mechanisms of the table in docs/differences.md
 
 
 def test_one_expert_changes_the_ffn_by_its_rank_or_more():
@@ -263,3 +256,22 @@ def test_ensemble_joins_all_encoders_by_channel():
     close(tokens[..., :96], F.layer_norm(outputs["clip"].tokens, (96,)))
     # bilinear from 4 x 4 to 6 x 6: the corner stays the corner
     close(tokens[:, 0, 176:], F.layer_norm(outputs["convnext"].tokens[:, 0], (128,)))
+
+
+def test_weights_and_loss_stand_any_scale_and_order():
+    """From 0 to 10,000, fp32 and bf16: weights sum to 1, and L_kd is finite, in either order."""
+    names, ones = ("clip", *TEACHERS), torch.ones(B)
+    scales, types = (0.0, 1e-3, 1.0, 1e4), (torch.float32, torch.bfloat16)
+    for scale, dtype, form in itertools.product(scales, types, ("paper", "released", "uniform")):
+        tokens = {name: (scale * torch.randn(B, n, d)).to(dtype) for name in names}
+        V_s, cls = (scale * torch.randn(B, n, d)).to(dtype), (scale * torch.randn(B, d)).to(dtype)
+        w_tok = token_weights((scale * torch.randn(B, h, 1 + n)).to(dtype), form)
+        losses = []
+        for order in (names, names[:1] + names[:0:-1]):
+            some = {name: tokens[name] for name in order}
+            w_tea = teacher_weights(cls, some, 0.4, form, detach=True, collapse=True)
+            losses.append(kd_loss(dict.fromkeys(some, V_s), some, w_tok, w_tea)[0])
+            for weights in (w_tok, w_tea):
+                close(weights.sum(1), ones, atol=1e-4, rtol=1e-4, check_dtype=False)
+        assert losses[0].isfinite()
+        close(*losses, atol=1e-4, rtol=1e-3)

@@ -1,15 +1,26 @@
 """train.py as a user runs it, and what a run leaves behind."""
 
+import dataclasses
+import itertools
 import json
+import os
+import sys
+from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+import train
 from data import InputError
+from plumbing import evaluate, run_log
+from plumbing.checkpoints import Progress
+from plumbing.config import references
 from plumbing.evaluate import accuracy_per_type, normalise, questions_of, score
 from plumbing.files import read_json, write_json
-from plumbing.flags import load_config
+from plumbing.flags import load_config, parse_config
 from plumbing.run_folder import read_log
+from plumbing.run_log import HeldOut, RunLog, next_commands
 from tests.common import SHORT, C, assert_same_run, conversation, full_flags, run_here
 from tiny import world
 from tiny.scenes import QUESTIONS
@@ -29,7 +40,10 @@ def assert_total_is_the_sum(line: dict, c) -> None:
 
 
 def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
-    """`train.py --tiny`: two tables, the result as one JSON object on the last line, all files."""
+    """`train.py --tiny`: two tables, the result as JSON on the last line, all files and settings.
+
+    The weights can be read by whom the umask lets.
+    """
     out = (workplace / "output.txt").read_text(encoding="utf-8")
     assert out.count("parameters\n") == 2
     result = read_json(workplace / "runs/tiny/result.json")
@@ -41,6 +55,13 @@ def test_train_tiny_runs_both_stages_and_leaves_a_run_folder(workplace):
         assert (workplace / "runs/tiny" / name).stat().st_size > 0
     for folder in ("tiny", "stage0", "teachers"):
         assert not list((workplace / "runs" / folder).rglob("*.tmp"))
+    c = parse_config([*SHORT])
+    assert read_json(workplace / "runs/tiny/config.json").keys() == vars(c).keys()
+    assert load_config(workplace / "runs/tiny/config.json") == c
+    umask = os.umask(0)
+    os.umask(umask)
+    mode = (workplace / "runs/tiny/model.safetensors").stat().st_mode & 0o777
+    assert mode == 0o666 & ~umask
 
 
 def test_the_log_has_one_line_per_step(workplace):
@@ -127,10 +148,6 @@ def test_accuracy_and_its_baselines():
     assert accuracy_per_type(rows, answers) == {"other": 100.0, "what?": 50.0}
 
 
-# ------------------------------------------------------------------------------------------------
-# --full
-
-
 def test_full_names_a_bad_row(real_folder, llama_folder):
     """`--full` on LLaVA's layout ends at a picture that cannot be read, and names its row."""
     fault = "row 5 .* has a bad image: .*5.png: not a readable image .*; --skip-bad"
@@ -166,3 +183,94 @@ def test_small_runs_with_our_recipe(real_folder, llama_folder):
         assert first[f"w_{name}"] == pytest.approx(0.3)
     tensors = load_file(real_folder / "runs/ours/model.safetensors")
     assert tensors["target_norms.sam.std"].min() > 0
+
+
+def new_log(folder, steps: int = 100, **fields) -> RunLog:
+    """Return the log of a run in a folder, whose stages have so many steps each."""
+    c = dataclasses.replace(C, out=str(folder), **fields)
+    return RunLog(c, True, Progress(stage=1), {1: steps, 2: steps}, None)
+
+
+def test_the_output_explains_itself(workplace, monkeypatch):
+    """A line per stage, the log's heading, what to try next, if it is the whole tiny method."""
+    out = (workplace / "output.txt").read_text(encoding="utf-8")
+    assert train.PURPOSE[1] in out and train.PURPOSE[2] in out
+    assert out.count(run_log.HEADING) == 2
+    monkeypatch.chdir(workplace)
+    assert next_commands(C) in out and "--recipe ours" in out
+    assert "held-out accuracy of 48 questions" in out
+
+
+def test_asking_and_drawing_change_nothing(workplace, monkeypatch):
+    """A run that is neither asked nor drawn has the same log and weights, byte for byte."""
+    monkeypatch.setattr(HeldOut, "measure", lambda *_: None)
+    monkeypatch.setattr(run_log, "DRAW_SECONDS", 1e9)
+    run_here(workplace, *SHORT, "--out", "runs/undrawn")
+    assert_same_run(workplace / "runs/undrawn", workplace / "runs/tiny")
+    assert not (workplace / "runs/undrawn/held_out.json").exists()
+
+
+def test_held_out_accuracy_is_asked_at_each_quarter(workplace):
+    """Four points per stage; the last is the run's own accuracy, because it has few questions."""
+    points = read_json(workplace / "runs/tiny/held_out.json")
+    steps = [(point["stage"], point["step"]) for point in points]
+    assert steps == [*itertools.product((1, 2), (1, 2, 3, 4))]
+    result = read_json(workplace / "runs/tiny/result.json")
+    assert points[-1]["accuracy"] == pytest.approx(result["macro_accuracy"])
+
+
+def test_tensorboard_is_optional(workplace, tmp_path, monkeypatch):
+    """Missing: one line before any work. Installed: every number of a line is handed over."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--tensorboard: the package is not installed"):
+        run_here(workplace, *SHORT, "--out", "runs/board", "--tensorboard", "events")
+
+    package = mock.Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    log = new_log(tmp_path, tensorboard="events")
+    log.bar(Progress(stage=1)).close()
+    log.show({"stage": 2, "step": 3, "L_text": 0.5, "experts": [[1.0]]})
+    package.SummaryWriter.assert_called_once_with("events")
+    log.tensorboard.add_scalar.assert_called_once_with("stage 2/L_text", 0.5, 3)
+
+
+def test_references_are_of_the_unchanged_preset(tmp_path, capsys):
+    """Another recipe, seed or machine has them; other data, models or steps have not."""
+    for flags, count in (("--recipe ours", 3), ("--lambda-kd 0 --seed 3 --micro-batch 4", 3),
+                         ("--max-steps 4", 0), ("--n-train 300", 0), ("--student experts", 0)):
+        assert len(references(parse_config(["--tiny", *flags.split()]))) == count
+    names = ("seconds", "seconds_stage0", "tflops", "tflops_stage0", "peak_rss_mb")
+    evaluate.print_result(dict.fromkeys(names, 0), tmp_path, references(C), "")
+    assert "reference, 5 seeds: frozen CLIP" in capsys.readouterr().out
+
+
+def warnings(capsys, folder, experts: list[list[float]], kd_eva, steps: int = 300) -> list[str]:
+    """Return the warnings of a stage in which each step has these fractions, and kd_eva(step)."""
+    log = new_log(folder, steps)
+    for step in range(steps):
+        values = {"experts": torch.tensor(experts), "kd_clip": torch.tensor(0.0),
+                  "kd_eva": torch.tensor(float(kd_eva(step)))}
+        log.warn(2, values, last=step == steps - 1)
+    return capsys.readouterr().err.splitlines()
+
+
+def falling(step: int) -> float:
+    return 2.0 - step / 300
+
+
+def test_a_collapsed_router_is_said_once(capsys, tmp_path):
+    """Layer 1's second expert has all tokens for 100 steps: one line, with layer and percentage."""
+    line, = warnings(capsys, tmp_path, [[0.5, 0.5], [0.002, 0.998]], falling)
+    assert "layer 1: expert 1 has 99.8 % of the tokens, for 100 steps" in line
+    assert not warnings(capsys, tmp_path, [[0.5, 0.5], [0.1, 0.9]], falling)
+    assert not warnings(capsys, tmp_path, [[1.0]], falling), "one expert has all by design"
+
+
+def test_a_teacher_that_teaches_nothing_is_said_once(capsys, tmp_path):
+    """Its loss is 2 at the start and 2 after 300 steps, or at the end of a shorter stage."""
+    sound = [[0.5, 0.5]]
+    for steps in (100, 300, 900):
+        line, = warnings(capsys, tmp_path, sound, lambda step: 2 + 0.1 * (-1) ** step, steps)
+        assert "teacher eva" in line and f"{min(steps, 300)} steps" in line
+    assert not warnings(capsys, tmp_path, sound, falling)
+    assert not warnings(capsys, tmp_path, sound, lambda step: 2, 99), "too short to tell"

@@ -9,10 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from data import InputError
 from plumbing.files import read_about, write_tensors
-from plumbing.run_folder import read_log
 from plumbing.teacher_outputs import CachedTeachers, cache_teachers
 from teachers import Teachers
-from tests.common import SHORT, damage, run_here, tiny_teachers
+from tests.common import damage, tiny_teachers
 from tiny.world import WorldImages, world_records
 
 NAMES = [f"train-0/{i}.png" for i in range(5)]
@@ -59,13 +58,19 @@ def test_cached_teachers_are_the_teachers_in_fp16(tmp_path, pictures, capsys):
     assert "made again" not in capsys.readouterr().err
 
 
-def test_changed_images_have_outputs_of_their_own(tmp_path, file, eva, pictures):
-    """The same names with other pixels; the outputs of the sets last used stay, four at most."""
+def test_changed_images_have_outputs_of_their_own(tmp_path, file, eva, pictures, capsys):
+    """The same names with other pixels, or other weights; those last used stay, four at most."""
+    before = file.read_bytes()
     for used in range(1, 6):
-        pictures.images[0] //= 2
+        if used == 1:
+            next(eva.parameters()).data += 1
+        else:
+            pictures.images[0] //= 2
         assert_outputs(cache(eva, pictures, tmp_path), eva, pictures)
         assert len(list(tmp_path.iterdir())) == min(used + 1, 4)
         assert file.exists() == (used < 4)
+        assert used >= 4 or file.read_bytes() == before
+    assert "made again" not in capsys.readouterr().err
 
 
 def test_outputs_that_do_not_fit_the_disk(tmp_path, eva, pictures, monkeypatch):
@@ -77,33 +82,21 @@ def test_outputs_that_do_not_fit_the_disk(tmp_path, eva, pictures, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_weights_have_a_cache_of_their_own(tmp_path, file, eva, pictures, capsys):
-    """The first file stays, for the runs that share the first weights."""
-    before = file.read_bytes()
-    next(eva.parameters()).data += 1
-    assert_outputs(cache(eva, pictures, tmp_path), eva, pictures)
-    assert len(list(tmp_path.iterdir())) == 2
-    assert file.read_bytes() == before
-    assert "made again" not in capsys.readouterr().err
-
-
 def spoil(path, how: str) -> None:
     """Damage a cache file as `damage` does, or in one of the ways below."""
     tokens = load_file(path)["tokens"]
-    about = read_about(path)
     if how == "zeroed":
-        save_file({"tokens": 0 * tokens}, path, {"about": json.dumps(about)})
+        save_file({"tokens": 0 * tokens}, path, {"about": json.dumps(read_about(path))})
     elif how == "fewer rows":
         write_tensors(path, {"tokens": tokens[:2]})
-    elif how in ('"tokens":{', "crc32"):    # one letter of the header
-        before, after = how.encode(), how.replace("n", "m").replace("2", "3").encode()
-        path.write_bytes(path.read_bytes().replace(before, after))
+    elif how == "crc32":    # a letter of the header
+        path.write_bytes(path.read_bytes().replace(b"crc32", b"crc33"))
     else:
         damage(path, how)
 
 
 @pytest.mark.parametrize("how", ["flipped", "halved", "empty", "a folder", "a pipe", "zeroed",
-                                 "fewer rows", '"tokens":{', "crc32"])
+                                 "fewer rows", "crc32"])
 def test_a_damaged_cache_is_made_again(tmp_path, file, eva, pictures, capsys, how):
     """One line names the file and says so; the outputs are those of the teacher."""
     before = file.read_bytes()
@@ -114,28 +107,9 @@ def test_a_damaged_cache_is_made_again(tmp_path, file, eva, pictures, capsys, ho
     assert "the outputs of teacher eva are made again: " in line and str(file) in line
 
 
-def test_a_folder_that_is_in_use_is_not_deleted(tmp_path, file, eva, pictures):
-    """A folder in the file's place that holds something is an error that names it."""
-    damage(file, "a folder")
-    (file / "own.txt").touch()
-    with pytest.raises(OSError, match=file.name):
-        cache(eva, pictures, tmp_path)
-    assert (file / "own.txt").exists()
-
-
 def test_what_fp16_cannot_hold_is_named(tmp_path, eva, pictures):
     """Outputs beyond 65,504 are an error that names the teacher; no file is left."""
     next(eva.encoders["eva"].parameters()).data.fill_(float("inf"))
     with pytest.raises(InputError, match="teacher eva: its tokens are NaN or infinite"):
         cache(eva, pictures, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_cached_teachers_train_the_same(workplace):
-    """--cache-teachers changes the logged losses only by fp16 rounding."""
-    run_here(workplace, *SHORT, "--out", "runs/uncached", "--cache-teachers", "")
-    plain = read_log(workplace / "runs/uncached")
-    cached = read_log(workplace / "runs/tiny")
-    for a, b in zip(plain, cached, strict=True):
-        assert b["L_total"] == pytest.approx(a["L_total"], rel=1e-3)
-        assert b["kd_eva"] == pytest.approx(a["kd_eva"], rel=2e-3)

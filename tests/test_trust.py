@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 import zlib
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from safetensors.torch import load_file
 
 import train
 from data import InputError, conversation_ids
+from plumbing import plots, sets
 from plumbing.checkpoints import checksums, examine, saved_checkpoints
+from plumbing.checks import check_machine, find_device
 from plumbing.config import TINY, Config, flag, plain_type
+from plumbing.evaluate import questions_of
 from plumbing.files import read_json, write_json
 from plumbing.flags import load_config, parse_config
 from plumbing.run_folder import read_log
-from plumbing.teacher_outputs import check_teachers
 from real.image_files import DiskImages, as_seen, load_image
 from real.records import read_list
 from tests import common
@@ -58,8 +61,8 @@ def is_valid(name: str, value) -> bool:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_field_refuses_what_it_cannot_be(name):
-    """Each odd value of a flag is accepted, valid, or gets one line that names the flag."""
+def test_every_field_refuses_what_it_cannot_be(name, tmp_path):
+    """Each odd value is accepted, valid, or gets one line: that names the flag, or file and key."""
     for value in ("-1", "0", "nan", "inf", "1000000000000", "", "word"):
         try:
             c = parse_config(["--tiny", f"{flag(name)}={value}"])
@@ -68,11 +71,6 @@ def test_every_field_refuses_what_it_cannot_be(name):
             assert "\n" not in str(e)
         else:
             assert is_valid(name, getattr(c, name))
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_config_json_is_checked_as_flags_are(name, tmp_path):
-    """config.json: a valid value is read, any other is one line with the file and the key."""
     file = tmp_path / "config.json"
     for value in (-1, 0, 0.5, 2, 7, 10 ** 12, "", "1e-3", None, True, {"a": 1}, (), ("a",), (1,)):
         write_json(file, {name: value})
@@ -190,10 +188,6 @@ def test_images_outside_their_folder_are_refused(tmp_path):
         assert DiskImages(folder, 8, allow_outside=True)(name).shape == (3, 8, 8)
 
 
-# ------------------------------------------------------------------------------------------------
-# Records and words
-
-
 def test_json_as_people_write_it(tmp_path):
     """An empty "image" is none, and half an emoji is read, as a list and as JSON Lines."""
     row = {"conversations": conversation("what?", "nice \ud83d")}
@@ -232,7 +226,6 @@ def test_started_from_a_run_words_keep_their_numbers(workplace):
     old = load_file(workplace / "runs/tiny/model.safetensors")[name]
     new = load_file(workplace / "runs/zebra/model.safetensors")[name]
     assert torch.equal(new[:len(old)], old) and len(new) == len(old) + 1
-
 
 # ------------------------------------------------------------------------------------------------
 # Runs that meet other runs, other data, damage
@@ -318,8 +311,6 @@ def test_an_overwritten_run_leaves_nothing_of_the_earlier_one(kept):
 
 
 TENSORS = "shard-00001-model-00003-of-00008.safetensors"    # a file of a checkpoint
-
-
 DAMAGE = [*itertools.product([TENSORS, "progress.json"],
                              ["flipped", "halved", "empty", "missing"]),
           ("extra.safetensors", "put there")]   # DCP would read its tensors
@@ -392,20 +383,13 @@ def test_a_lower_learning_rate_is_allowed(kept, tmp_path, monkeypatch, capsys):
     assert after[-1]["lr"] == pytest.approx(before[-1]["lr"] / 100)
 
 
-class Evil:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self):
-        return os.system, ("touch pwned",)
-
-
 def test_a_crafted_checkpoint_runs_nothing(kept, monkeypatch):
     """Pickled code in place of tensors, with checksums to match: one line, and it does not run."""
     monkeypatch.chdir(kept)
     shutil.copytree("runs/kept", "runs/crafted")
     newest = saved_checkpoints(Path("runs/crafted/checkpoints"))[-1]
     for name in (TENSORS, ".metadata"):
-        (newest / name).write_bytes(pickle.dumps(Evil()))
+        (newest / name).write_bytes(pickle.dumps(common.RunsCode()))
     content = read_json(newest / "progress.json")
     content["files"] = checksums(newest)
     del content["crc32"]
@@ -416,24 +400,6 @@ def test_a_crafted_checkpoint_runs_nothing(kept, monkeypatch):
     assert not list(kept.rglob("pwned"))
 
 
-def test_weights_have_the_mode_of_any_file(kept):
-    """model.safetensors can be read by whom the umask lets."""
-    umask = os.umask(0)
-    os.umask(umask)
-    mode = (kept / "runs/kept/model.safetensors").stat().st_mode & 0o777
-    assert mode == 0o666 & ~umask
-
-
-def test_a_dead_teacher_is_named():
-    """Weights all 0, or NaN: known before the first step, with the teacher's name."""
-    sets = [(world_records("train", "caption", 4), WorldImages("train", 4))]
-    for value, said in ((0.0, "the same everywhere"), (float("nan"), "nan or inf")):
-        teachers = common.tiny_teachers()
-        check_teachers(teachers, sets, "cpu")
-        for p in teachers.encoders["eva"].parameters():
-            p.data.fill_(value)
-        with pytest.raises(InputError, match=f"teacher eva: its tokens are {said}"):
-            check_teachers(teachers, sets, "cpu")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -441,11 +407,11 @@ def test_a_dead_teacher_is_named():
 
 
 def test_every_signal_ends_a_run_in_order(workplace):
-    """Ctrl-C and a closed terminal save as SIGTERM does; exit status 3, one line, no traceback."""
-    flags = "--stage1-epochs 500 --max-steps 0".split()
-    names = ("SIGINT", "SIGHUP")
-    processes = [common.start(workplace, "--out", f"runs/{name}", *flags) for name in names]
-    for name, process in zip(names, processes, strict=True):
+    """Sent to all of a run's processes, those that load images too: saved, status 3, one line."""
+    flags = "--stage1-epochs 500 --max-steps 0 --workers 2".split()
+    processes = {name: common.start(workplace, "--out", f"runs/{name}", *flags)
+                 for name in ("SIGTERM", "SIGINT", "SIGHUP")}
+    for name, process in processes.items():
         errors = common.stop(process, name)
         assert "--resume" in errors and "Traceback" not in errors
         assert len(saved_checkpoints(workplace / f"runs/{name}/checkpoints")) == 1
@@ -527,7 +493,7 @@ def test_an_evaluation_prints_first_and_writes_elsewhere(kept, monkeypatch, caps
     del rows[0]["answers"]
     write_json(Path("said.json"), rows)
     argv = ["--evaluate", "runs/shut", "--eval-data", "said.json"]
-    line = "error: runs/shut/evaluation.json: Is a directory; name another folder with --out"
+    line = "error: runs/shut/evaluation.json: Is a directory"
     assert common.error_of(argv, capsys) == line
     train.main([*argv, "--out", "new/folder"])
     printed = capsys.readouterr()
@@ -553,3 +519,53 @@ def test_long_prompts_are_known_before_training(kept, monkeypatch):
         train.main([*SHORT, "--out", "runs/long", "--data", "kept/train.json", "--eval-data",
                     "kept/long.json", "--cache-teachers", ""])
     assert not Path("runs/long/log.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_text_is_utf8_whatever_the_locale(workplace):
+    """A run in plain ASCII's locale: its files are UTF-8, its console shows \\u... ."""
+    common.save_png(workplace / "a.png", images(1)[0])
+    turns = conversation("<image>\nчто это?", "größe 图")
+    write_json(workplace / "russian.json", [{"image": "a.png", "conversations": turns}] * 12)
+    flags = ["--out", "runs/russian", "--data", "russian.json", "--eval-data", "russian.json"]
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, str(HERE / "train.py"), *SHORT, *flags], cwd=workplace,
+                          env=ascii_only, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "что это?".encode("ascii", "backslashreplace") in done.stdout
+    assert {"что", "größe", "图"} <= set(read_json(workplace / "runs/russian/vocabulary.json"))
+
+
+def test_answers_in_any_script_are_drawn_without_a_warning(tmp_path):
+    """An untrained LLM answers anything: a box stands for what the font has no glyph for."""
+    records = world_records("test", "question", 3)
+    answers = ["图里 🦊\u0000\u200f", "a\tb\nc", "$x_1$ \ue000", "\U0010fffd红"] * 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots.plot_samples(tmp_path / "samples.png", questions_of(records), answers,
+                           WorldImages("test", 3))
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
+
+
+def test_a_spawned_worker_gives_the_same_samples(monkeypatch):
+    """Its pickled copy of a data set, at work in another process, gives the batches of this one."""
+    monkeypatch.setattr(sets, "START", "spawn")
+    dataset = common.some_conversations(4, 4)
+    loaded = []
+    for workers in (0, 1):
+        options = sets.loader_options(dataclasses.replace(TINY, workers=workers))
+        loaded.append(list(sets.make_loader(dataset, 2, 1, 0, 0, **options)))
+    for ours, theirs in zip(*loaded, strict=True):
+        assert ours["input_ids"].equal(theirs["input_ids"])
+        assert ours["image_names"] == theirs["image_names"]
+        assert ours["images"] is None or ours["images"].equal(theirs["images"])
+
+
+def test_the_device_is_checked(monkeypatch):
+    """"auto" is a device that is here; what Apple's cannot train is an error."""
+    check_machine(dataclasses.replace(TINY, device=find_device("auto")), trains=True)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    for fields, line in (({"precision": "bf16"}, "--precision fp32"),
+                         ({"processes": 2}, "one process")):
+        with pytest.raises(InputError, match=f"--device mps: .*{line}"):
+            check_machine(dataclasses.replace(TINY, device="mps", **fields), trains=True)

@@ -81,9 +81,6 @@ class WordTokenizer:
         return re.sub(f"(?<=[{SPACELESS}]) (?=[{SPACELESS}])", "", text)
 
 
-# ------------------------------------------------------------------------------------------------
-
-
 def token_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Count real tokens, whichever side the padding is on: (B, T) -> positions (B, T)"""
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)                                  # (B, T)

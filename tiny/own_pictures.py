@@ -61,12 +61,9 @@ class OwnPictures:
 
 
 def choices(right: int, answers: list[int], count: int, chance: random.Random) -> list[int]:
-    """Return the right sentence, then other answers to its question; at most ANSWERS.
-
-    A question with one answer in the whole set is compared with any of the set's `count` sentences.
-    """
+    """Return the right sentence, then other answers to its question; at most ANSWERS."""
     others = [number for number in answers if number != right]
-    if not others:
+    if not others:  # a question with one answer: any of the set's `count` sentences
         others = sorted(set(chance.choices(range(count), k=ANSWERS)) - {right})
     return [right, *chance.sample(others, min(len(others), ANSWERS - 1))]
 

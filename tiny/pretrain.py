@@ -236,7 +236,7 @@ def stage0(models: dict[str, tuple], scale: float, folder: Path) -> tuple[dict[s
 
     `models` has each one's entry of MAKERS and the arguments of its training. `scale` multiplies
     the steps. A file's name has a hash of all that made it; one in tiny/weights says in its header
-    for what arguments it was made. Raises InputError for a damaged file, or if a process is killed.
+    for what arguments it was made. Raises InputError.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     source = [file.read_text(encoding="utf-8") for file in sources]

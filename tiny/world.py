@@ -30,10 +30,7 @@ def attribute_words(scene: list[int]) -> dict[str, str]:
 
 
 def caption(scene: list[int], generator: torch.Generator, mention: float = 0.05) -> str:
-    """Return a caption as on the web: the shape, often its colour and what is behind it.
-
-    It mentions anything else only with chance `mention`.
-    """
+    """Return a caption: the shape, often colour and background, the rest with chance `mention`."""
     word = attribute_words(scene)
     chance = dict.fromkeys(word, mention)
     chance["shape"] = 1.0

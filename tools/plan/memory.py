@@ -20,7 +20,7 @@ from kd_loss import kd_loss, token_weights
 from model import MoVEKD, next_tokens, text_loss
 from plumbing.config import Config
 from plumbing.sets import training_size
-from plumbing.sharding import SHARD_TEACHERS_ABOVE, recompute
+from plumbing.sharding import recompute
 from teachers import Teachers
 from tools.plan.models import count, run_llm, trained
 
@@ -35,8 +35,7 @@ that is in no unit (the student, or a block of the LLM), and two units
   gradients    4 P_trained / G; with several micro-batches a step, 4 P_trained, for they are added \
 up unsharded; sharded, also one unit's
   optimizer    8 P_trained / G: AdamW's two moments
-  teachers     P_teacher in the arithmetic's precision; above 500 M parameters shared among G, and \
-one stage of it gathered
+  teachers     P_teacher in the arithmetic's precision, whole on every GPU
   buffers      sharded: a flat copy of what is gathered (all in no unit, and a unit), the same two \
 gradients in the arithmetic's precision, and the larger in fp32 to reduce
   activations  b times what one more sample of --max-length tokens takes at the worst moment, \
@@ -71,21 +70,9 @@ def memory(c: Config, model: MoVEKD, teachers: Teachers, gpus: int,
     if gpus > 1:  # a single GPU copies straight to where it is used
         buffers += width * (outside + first)
     return {"parameters": parameters, "gradients": gradients, "optimizer": 8 * P_trained / gpus,
-            "teachers": teacher_bytes(teachers, width, gpus) if c.lambda_kd else 0.0,
+            "teachers": width * count(teachers.parameters()) if c.lambda_kd else 0.0,
             "buffers of gather and reduce": buffers, "CUDA's context": CONTEXT,
             "NCCL": NCCL if gpus > 1 else 0.0}
-
-
-def teacher_bytes(teachers: Teachers, width: int, gpus: int) -> float:
-    """Return the bytes of the teachers on one GPU, with `width` bytes per parameter."""
-    total = 0.0
-    for encoder in teachers.encoders.values():
-        P = count(encoder.parameters())
-        if gpus > 1 and P > SHARD_TEACHERS_ABOVE:
-            units = getattr(encoder.net, "stages", getattr(encoder.net, "blocks", [encoder]))
-            P = P / gpus + max(count(unit.parameters()) for unit in units)
-        total += width * P
-    return total
 
 
 def samples_that_fit(fixed: dict[str, float], per_sample: float, gpu_memory: float) -> int:
