@@ -213,6 +213,7 @@ class MoVEKD(nn.Module):
 
         zero = torch.zeros((), device=batch["labels"].device)                                   # ()
         terms = {"L_text": zero, "L_kd": zero, "L_balance": zero}
+
         # L_text: the LLM reads V^s and the words, and predicts the answers. Right padding needs no
         # mask under causal attention. Positions without an answer in any sample get no logits.
         if self.stage > 0:

@@ -7,7 +7,7 @@ from torch import nn
 
 from model import VLM, Ensemble, MethodOptions, MoVEKD, Student
 from plumbing.config import STAND_INS, Config, is_real
-from plumbing.files import load_strictly, read_about, read_tensors, require_file
+from plumbing.files import load_strictly, read_tensors, require_file
 from plumbing.sets import image_folder
 from teachers import ClipEncoder, Teachers, VisionEncoder, build_adapters, build_target_norms
 from tiny.llm import TinyLLM, WordTokenizer
@@ -24,13 +24,13 @@ def real_weights(c: Config) -> dict:
 
 
 def pretrained_weights(c: Config, records: list[dict], tokenizer,
-                       resumed: bool = False) -> tuple[dict, float]:
-    """Return where each model's weights are, and the TFLOPs of stage 0, which makes them."""
+                       resumed: bool = False) -> dict:
+    """Return where each model's weights are. Stage 0 makes what is missing of the tiny ones."""
     if resumed:
         return weights_of_run(c)
     found = real_weights(c)
     if not stage0_models(c):
-        return found, 0.0
+        return found
     from tiny.pretrain import MAKERS, llm_texts, stage0
     makers, pictures = MAKERS, c.stage0_scale
     if c.stage0_pictures == "data":
@@ -43,17 +43,15 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer,
     if not c.llm:
         texts = llm_texts(records, tokenizer)
         jobs["llm"] = (MAKERS["llm"], (llm_shape(c, tokenizer), texts, tokenizer.pad))
-    paths, tflops = stage0(jobs, c.stage0_scale, Path(c.stage0))
-    return {**found, **paths}, tflops
+    return {**found, **stage0(jobs, c.stage0_scale, Path(c.stage0))}
 
 
-def weights_of_run(c: Config) -> tuple[dict, float]:
+def weights_of_run(c: Config) -> dict:
     """Return what `pretrained_weights` does, from a run folder, which keeps stage 0's files."""
     own = {name: Path(c.out) / "stage0" / f"{name}.safetensors" for name in stage0_models(c)}
     for path in own.values():
         require_file(path, "; copy the run folder again, with all that is in it")
-    tflops = sum(read_about(path).get("tflops", 0.0) for path in own.values())
-    return {**real_weights(c), **own}, tflops
+    return {**real_weights(c), **own}
 
 
 def stage0_encoders(c: Config) -> list[str]:

@@ -153,7 +153,6 @@ def print_result(result: dict, out: Path, references: list[tuple], words: str) -
         print_accuracy(result)
     for name, mean, width in references:
         print(f"  reference, 5 seeds: {name:15} {mean} ± {width}")
-    print(f"{result['seconds']} s, {result['seconds_stage0']} s of them stage 0; "
-          f"{result['tflops']} TFLOPs in the two stages, {result['tflops_stage0']} in stage 0; "
-          f"peak {result['peak_rss_mb']} MB; everything is in {out}/\n{words}")
+    print(f"{result['seconds']} s; {result['tflops']} TFLOPs of training; peak "
+          f"{result['peak_rss_mb']} MB; everything is in {out}/\n{words}")
     print("result: " + json.dumps(result))

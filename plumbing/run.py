@@ -94,11 +94,8 @@ class Run:
         # Stage 0 makes what the tiny preset has in place of downloads.
         if machine.first and run_log.stand_in_words(c):
             print(run_log.stand_in_words(c), flush=True)
-        stage0_begin = time.perf_counter()
         with machine.first_alone():
-            weights, tflops = build.pretrained_weights(c, self.sets["train"][0], self.tokenizer,
-                                                       resumed)
-        self.stage0 = time.perf_counter() - stage0_begin, tflops
+            weights = build.pretrained_weights(c, self.sets["train"][0], self.tokenizer, resumed)
 
         # Models, then the datasets, whose prompts have as many image tokens as the student gives.
         self.model, self.teachers = self.build_models(weights, resumed)
@@ -243,12 +240,9 @@ class Run:
             held_out = self.sets["eval"]
             result, rows, answers = evaluate_run(c, held_out, out, vlm, self.tokenizer)
             save_answers(out, rows, answers, held_out[1])
-        seconds_stage0, tflops_stage0 = self.stage0
         result.update({
             "seconds": round(time.perf_counter() - self.begin, 1),
-            "seconds_stage0": round(seconds_stage0, 1),
             "tflops": round(sum(self.progress.flops.values()) / 1e12, 3),
-            "tflops_stage0": round(tflops_stage0, 3),
             "peak_rss_mb": round(run_folder.peak_rss_mb()),
             "seed": c.seed, "skipped": self.progress.skipped, "cut": self.progress.cut})
         if c.device == "cuda":

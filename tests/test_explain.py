@@ -59,7 +59,7 @@ def test_a_whole_run_has_its_adapters_and_its_start(workplace, sample, monkeypat
     monkeypatch.chdir(workplace)
     run, _, _ = sample
     stored = load_file(workplace / "runs/tiny/model.safetensors")
-    weights, _ = pretrained_weights(run.c, load_sets(run.c)["train"][0], run.tokenizer)
+    weights = pretrained_weights(run.c, load_sets(run.c)["train"][0], run.tokenizer)
     first = build_vlm(run.c, run.tokenizer, weights).state_dict()
     for module, expected in ((run.model, stored), (run.start.vlm, first)):
         torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)

@@ -17,8 +17,8 @@ TOP = {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml", "requirement
        "requirements-full.txt", "requirements-test.txt", ".gitignore", "test_movekd.py",
        *(f"{name}.py" for name in PAPER)}
 ROOMS = {".ci", ".github", "docs", "plumbing", "real", "tests", "tiny", "tools"}
-BUDGETS = {"mole.py": 190, "kd_loss.py": 140, "teachers.py": 300, "model.py": 290, "data.py": 320,
-           "train.py": 210, "test_movekd.py": 700, "plumbing": 3_090, "real": 810, "tiny": 970,
+BUDGETS = {"mole.py": 190, "kd_loss.py": 140, "teachers.py": 300, "model.py": 300, "data.py": 320,
+           "train.py": 210, "test_movekd.py": 700, "plumbing": 3_092, "real": 808, "tiny": 970,
            "tools": 3_400, "tests": 4_900}
 
 
@@ -99,9 +99,9 @@ def test_each_room_keeps_its_budget(room):
 
 
 def test_all_of_it_keeps_its_budget():
-    """Six files at most 1,560 lines; everything that is no test at most 9,750."""
+    """Six files at most 1,560 lines; everything that is no test at most 9,810."""
     assert sum(len(lines_of(Path(f"{name}.py"))) for name in PAPER) <= 1_560
-    assert sum(len(lines_of(path)) for path in FILES.values()) <= 9_750
+    assert sum(len(lines_of(path)) for path in FILES.values()) <= 9_810
 
 
 def test_training_loads_little():

@@ -26,7 +26,7 @@ from tiny import world
 from tiny.scenes import QUESTIONS
 
 RESULT = {"macro_accuracy", "accuracy", "blank_accuracy", "majority_accuracy", "chance_accuracy",
-          "seconds", "seconds_stage0", "tflops", "tflops_stage0", "peak_rss_mb", "seed"}
+          "seconds", "tflops", "peak_rss_mb", "seed"}
 FILES = ("config.json versions.json vocabulary.json log.jsonl model.safetensors curves.png "
          "samples.png result.json predictions.jsonl").split()
 LOGGED = ("L_text L_kd L_balance L_total kd_clip kd_eva kd_convnext w_clip w_eva w_convnext "
@@ -239,7 +239,7 @@ def test_references_are_of_the_unchanged_preset(tmp_path, capsys):
     for flags, count in (("--recipe ours", 3), ("--lambda-kd 0 --seed 3 --micro-batch 4", 3),
                          ("--max-steps 4", 0), ("--n-train 300", 0), ("--student experts", 0)):
         assert len(references(parse_config(["--tiny", *flags.split()]))) == count
-    names = ("seconds", "seconds_stage0", "tflops", "tflops_stage0", "peak_rss_mb")
+    names = ("seconds", "tflops", "peak_rss_mb")
     evaluate.print_result(dict.fromkeys(names, 0), tmp_path, references(C), "")
     assert "reference, 5 seeds: frozen CLIP" in capsys.readouterr().out
 

@@ -92,11 +92,11 @@ def test_every_object_lies_inside_its_picture(monkeypatch):
     (f"--eva '{C.eva.replace('depth=3', 'depth=2')}'", ["eva"])])
 def test_shipped_weights_are_taken_where_they_fit(tmp_path, monkeypatch, flags, made):
     """`--tiny` makes nothing; another encoder, LLM or text has its own made, and no other's."""
-    monkeypatch.setattr(pretrain, "train_side_by_side", lambda jobs: jobs.clear())
+    monkeypatch.setattr(pretrain, "train_model", lambda *_: None)
     monkeypatch.setattr(pretrain.files, "read_tensors", lambda *_: {})
     c = parse_config(["--tiny", *shlex.split(flags), "--stage0", str(tmp_path / "stage0")])
     sets = load_sets(c)
-    paths, _ = pretrained_weights(c, sets["train"][0], build_tokenizer(c, sets))
+    paths = pretrained_weights(c, sets["train"][0], build_tokenizer(c, sets))
     assert [name for name, path in paths.items() if path.parent != pretrain.SHIPPED] == made
     assert (tmp_path / "stage0").exists() == bool(made)
 

@@ -12,16 +12,9 @@ Letters: N pictures, B pictures or texts of a batch, S texts, T tokens, n_i toke
 """
 
 import json
-import os
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
-from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -31,7 +24,7 @@ from tqdm import tqdm
 
 import plumbing.files as files
 import tiny
-from data import InputError, conversation_ids
+from data import conversation_ids
 from teachers import VisionEncoder, create_net
 from tiny.llm import TinyLLM, WordTokenizer
 from tiny.pictures import render
@@ -179,60 +172,43 @@ MAKERS = {  # the training; steps, batch, peak learning rate
 }
 
 # ------------------------------------------------------------------------------------------------
-# Side by side, once
+# Trained once, and found from then on
 
 
-def fit(name: str, recipe: tuple, model: nn.Module, loss_of: Callable, scale: float) -> float:
-    """Train by AdamW with one cycle of learning rate; return the FLOPs."""
-    steps, batch, lr = recipe
+def train_model(path: Path, name: str, scale: float, maker: tuple, arguments: tuple) -> None:
+    """Train one model by AdamW, with one cycle of learning rate, and write its weights."""
+    prepare, (steps, batch, lr) = maker
     steps = max(2, round(steps * scale))
+    with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay as they are
+        torch.manual_seed(SEED)
+        model, loss_of, net = prepare(*arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(SEED)
-    flops = 0.0
     model.train()
     bar = tqdm(range(steps), desc=f"stage 0: {name}", mininterval=2)
-    for step in bar:
-        if not parent_process().is_alive():
-            sys.exit("stage 0: the run that wanted this model is gone")
-        counter = files.flop_counter()
-        with counter if step == 0 else nullcontext():
-            loss = loss_of(generator, batch)
-            loss.backward()
+    for _ in bar:
+        loss = loss_of(generator, batch)
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        flops = flops or counter.get_total_flops() * steps
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return flops
-
-
-def job(path: Path, name: str, scale: float, maker: tuple, arguments: tuple) -> None:
-    """Train one model on one thread and write its weights, in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    tqdm.set_lock(threading.RLock())  # tqdm's own, a semaphore, would be left behind by a kill
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    prepare, recipe = maker
-    model, loss_of, net = prepare(*arguments)
-    flops = fit(name, recipe, model, loss_of, scale)
     if name == "clip":
         net.reset_classifier(0)  # the projection into the space that it shares with texts
-    files.write_tensors(path, net.state_dict(), tflops=flops / 1e12)
+    files.write_tensors(path, net.state_dict())
 
 
 def llm_texts(records: list[dict], tokenizer: WordTokenizer) -> list[list[int]]:
-    """Return what an LLM of these records is trained on: the token ids of those without an image.
-
-    Answers about an image that the LLM does not see would teach it to guess.
-    """
+    """Return what an LLM of these records is trained on: the ids of those without an image."""
+    # answers about an image that the LLM does not see would teach it to guess
     pure = [record for record in records if "image" not in record] or records
     return [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]
 
 
-def stage0(models: dict[str, tuple], scale: float, folder: Path) -> tuple[dict[str, Path], float]:
-    """Return files with the models' weights, made now in `folder` if missing, and their TFLOPs.
+def stage0(models: dict[str, tuple], scale: float, folder: Path) -> dict[str, Path]:
+    """Return files with the models' weights, made now in `folder` if missing.
 
     `models` has each one's entry of MAKERS and the arguments of its training. `scale` multiplies
     the steps. A file's name has a hash of all that made it; one in tiny/weights says in its header
@@ -249,34 +225,14 @@ def stage0(models: dict[str, tuple], scale: float, folder: Path) -> tuple[dict[s
             paths[name] = folder / f"{name}-{key}.safetensors"
     missing = [name for name, path in paths.items() if not path.exists()]
     if missing:
-        names = ", ".join(missing)
         files.require_writable(folder, "--stage0")
-        print(f"stage 0: training {names} (once; kept under {folder})", file=sys.stderr)
-        train_side_by_side([(paths[name], name, scale, *models[name]) for name in missing])
-    tflops = 0.0
+        print(f"stage 0: training {', '.join(missing)} (once; kept under {folder})",
+              file=sys.stderr)
+    for name in missing:
+        train_model(paths[name], name, scale, *models[name])
     for path in paths.values():
         files.read_tensors(path, "delete it, and it is made again")
-        tflops += files.read_about(path).get("tflops", 0.0)
-    return paths, tflops
-
-
-def train_side_by_side(jobs: list[tuple]) -> None:
-    """Run jobs, each in a process; end them all if one fails or a signal comes."""
-    workers = min(len(jobs), os.cpu_count())
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(job, *arguments) for arguments in jobs]
-        try:
-            for future in futures:
-                future.result()
-        except BrokenProcessPool:
-            raise InputError("stage 0: one of its processes was killed, as for want of memory; "
-                             "start again: what is ready is kept") from None
-        except BaseException:  # a signal too: none of them may train on
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in active_children():
-                process.terminate()
-            print(file=sys.stderr)  # ends the line of their bars
-            raise
+    return paths
 
 
 def main() -> None:
@@ -287,14 +243,13 @@ def main() -> None:
     jobs = {name: (MAKERS[name], (spec, 1.0)) for name, spec in tiny.ENCODERS.items()}
     shape = (len(tokenizer.vocabulary), *tiny.LLM.values())
     jobs["llm"] = (MAKERS["llm"], (shape, llm_texts(train, tokenizer), tokenizer.pad))
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / name for name in jobs}
-        train_side_by_side([(paths[name], name, 1.0, *jobs[name]) for name in jobs])
-        for name, path in paths.items():
+    for name, job in jobs.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            train_model(path, name, 1.0, *job)
             halves = {key: value.half() for key, value in files.read_tensors(path, "").items()}
-            made_for = files.digest(json.dumps([1.0, jobs[name][1]]))
-            files.write_tensors(SHIPPED / f"{name}.safetensors", halves, made_for=made_for,
-                                tflops=files.read_about(path)["tflops"])
+            made_for = files.digest(json.dumps([1.0, job[1]]))
+            files.write_tensors(SHIPPED / f"{name}.safetensors", halves, made_for=made_for)
 
 
 if __name__ == "__main__":

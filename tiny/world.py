@@ -20,9 +20,6 @@ from tiny import COUNTS
 from tiny.pictures import render
 from tiny.scenes import ATTRIBUTES, QUESTIONS, sample_scenes
 
-# ------------------------------------------------------------------------------------------------
-# Words
-
 
 def attribute_words(scene: list[int]) -> dict[str, str]:
     """Return the word of each attribute of a scene."""
@@ -90,10 +87,6 @@ def dialogue(questions: list[tuple[str, str]], before: str) -> list[dict]:
     return turns
 
 
-# ------------------------------------------------------------------------------------------------
-# Sets
-
-
 class WorldImages:
     """get_image for the records of one split: all n pictures drawn once, kept in memory."""
 
@@ -128,19 +121,8 @@ def tiny_set(name: str, n: int, n_described: int = 0, n_text: int = 0):
     return world_records(name, "question", n), WorldImages(name, n)
 
 
-def export(folder: Path, sets: dict[str, tuple]) -> None:
-    """Write the records and pixels of the sets as LLaVA-format JSON + PNG under `folder`."""
-    for name, (records, get_image) in sets.items():
-        names = sorted({record["image"] for record in records if "image" in record})
-        for image in tqdm(names, desc=f"export {name}", leave=False):
-            path = folder / image
-            path.parent.mkdir(parents=True, exist_ok=True)
-            TF.to_pil_image(get_image(image)).save(path)
-        write_json(folder / f"{name}.json", records)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: `export FOLDER`."""
+    """Write records and pixels of all sets, as LLaVA-format JSON + PNG: `export FOLDER`."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
@@ -161,7 +143,13 @@ def main(argv: list[str] | None = None) -> None:
         "test": tiny_set("test", args.n_eval),
     }
     try:
-        export(args.folder, sets)
+        for name, (records, get_image) in sets.items():
+            names = {record["image"] for record in records if "image" in record}
+            for image in tqdm(sorted(names), f"export {name}", leave=False):
+                path = args.folder / image
+                path.parent.mkdir(parents=True, exist_ok=True)
+                TF.to_pil_image(get_image(image)).save(path)
+            write_json(args.folder / f"{name}.json", records)
     except OSError as e:
         fail(f"{args.folder}: cannot be written: {e.strerror}")
     print(f"wrote {', '.join(f'{name}.json' for name in sets)} and images under {args.folder}")

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     c = parse_config(["--tiny", *rest])
     sets = load_sets(c)
     tokenizer = build_tokenizer(c, sets)
-    weights, _ = pretrained_weights(c, sets["train"][0], tokenizer)
+    weights = pretrained_weights(c, sets["train"][0], tokenizer)
     teachers = build_teachers(c, weights)
     probed = {name: [probe(net, weights)] for name, net in teachers.encoders.items()}
     if experiment == "probe":

@@ -34,7 +34,7 @@ def load_whole_run(folder: Path, device: str = "auto", weights: str = "") -> Who
         return WholeRun(c, tokenizer, model.to(c.device).eval(), None, None)
     names = c.teachers if c.lambda_kd else ("clip",)
     c = dataclasses.replace(c, out=str(folder), teachers=names, weights=weights or c.weights)
-    sources, _ = build.weights_of_run(c)
+    sources = build.weights_of_run(c)
     teachers = build.build_teachers(c, sources).to(c.device)
     model = build.build_movekd(c, vlm, teachers)
     tensors = finished_run.read_run_tensors(folder)
