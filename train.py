@@ -7,10 +7,10 @@
     python train.py --full --data-root D    # the real encoders, Vicuna-7B and LLaVA's data
     python train.py --resume runs/full      # go on from the last checkpoint
     python train.py --evaluate runs/tiny    # evaluate a run again, or on another --eval-data
-
-Every field of Config (plumbing/config.py) is a flag. What stands around this loop (processes, data,
-models, log, checkpoints) is plumbing/run.py: Run.
+    python train.py --small --data train.json --eval-data held_out.json --out runs/mine  # your own
 """
+# What stands around this loop (processes, data, models, log, checkpoints) is plumbing/run.py: Run.
+# Every field of Config (plumbing/config.py) is a flag.
 
 from plumbing.signals import begin_program
 

@@ -35,8 +35,8 @@ def refuse_if(wrong, line: str) -> None:
 def check_value(name: str, field: dataclasses.Field, value) -> None:
     """Raise InputError, which begins with `name`, for a value of a wrong type or out of range."""
     kind = plain_type(field)
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
+    if kind is Literal:
+        choices = get_args(field.type)
         refuse_if(value not in choices or not isinstance(value, str),
                   f"{name} {value!r}: must be one of {', '.join(choices)}")
         return

@@ -19,9 +19,9 @@ from plumbing.signals import STOPPED, Stopped, listen
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line; prints a docstring as it stands"""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, **options):
         super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """Parse as argparse does, but name an unknown flag, a slip, before what is missing."""

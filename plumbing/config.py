@@ -1,11 +1,11 @@
 """Config: every field is a flag (--lambda-kd 0), is saved with the run, and says why it is so.
 
-The defaults stand here and nowhere else. They are the TINY preset, with the method of `--recipe
-paper`; SMALL and FULL, below, change names and numbers, never the code that runs.
+The comment beside a field is its text in --help. The defaults, which stand nowhere else, are the
+TINY preset with the paper's method; SMALL and FULL, below, change names and numbers only.
 """
 
 import dataclasses
-from typing import Annotated, Literal, get_origin
+from typing import Annotated, Literal
 
 import tiny
 from data import CaptionEnd
@@ -29,125 +29,125 @@ def encoder(spec: str):
 @dataclasses.dataclass
 class Config:
     """One run."""
+    # --- run  [tiny | small | full, other choices]; R: may change at --resume, E: at --evaluate
     out: str = "runs/tiny"                  # the run folder
-    seed: Annotated[int, (0, 2 ** 32 - 1)] = 0  # sets everything random: weights, order, dropout
-    device: Literal["cpu", "cuda", "mps", "auto"] = "cpu"   # "auto": a GPU if any; "mps": Apple's
-    # --- data: "" means the built-in tiny world
-    data: str = ""                          # stage 2, LLaVA-format JSON
-    eval_data: str = ""                     # held-out questions of the same format
-    pretrain_data: str = ""                 # stage 1 captions; without it stage 1 uses `data`
-    image_folder: str = ""                  # images are relative to it; "": the folder of `data`
-    data_root: str = ""                     # LLaVA's two sets, laid out as its docs say
-    skip_bad: bool = False                  # leave unusable rows out; else the first is an error
-    allow_outside: bool = False             # images may lie outside of the image folder
-    allow_new_data: bool = False            # --resume goes on although rows or images have changed
+    seed: Annotated[int, (0, 2 ** 32 - 1)] = 0  # of everything random: weights, order, dropout
+    device: Literal["cpu", "cuda", "mps", "auto"] = "cpu"   # auto: a GPU if there is one
+    # --- data; without --data and --data-root it is the built-in tiny world
+    data: str = ""                          # training conversations, LLaVA's JSON format (stage 2)
+    eval_data: str = ""                     # held-out questions, the same format
+    pretrain_data: str = ""                 # captions for stage 1; without it, --data again
+    image_folder: str = ""                  # folder of the images; "": the folder of --data
+    data_root: str = ""                     # folder of LLaVA's two sets, laid out as its docs say
+    skip_bad: bool = False                  # leave out unusable rows; else the first ends the run
+    allow_outside: bool = False             # images may lie outside the image folder
+    allow_new_data: bool = False            # resume although rows or images have changed
     eval_split: Literal["test", "validation"] = "test"  # tune on validation: test stays unread
-    n_pretrain: Count = tiny.COUNTS["pretrain"]  # of the tiny world; reasons in tiny/__init__.py
-    n_train: Count = tiny.COUNTS["train"]
-    n_described: CountOrZero = tiny.COUNTS["described"]
-    n_text: CountOrZero = tiny.COUNTS["text"]
-    n_eval: Count = tiny.COUNTS["eval"]
-    image_size: Annotated[int, (16, 8192)] = 128  # px of the loader's square image, made into views
-    image_views: Literal["one", "each"] = "one"     # "each": each encoder's size, from the original
-    caption_end: CaptionEnd = "eos"         # of stage 1's captions; LLaVA's is "newline"
-    max_length: Count = 2048                # tokens of a conversation; LLaVA's; longer ones are cut
+    n_pretrain: Count = tiny.COUNTS["pretrain"]     # captioned images of the tiny world
+    n_train: Count = tiny.COUNTS["train"]           # its images with questions and answers
+    n_described: CountOrZero = tiny.COUNTS["described"]     # its images with a description
+    n_text: CountOrZero = tiny.COUNTS["text"]       # its dialogues without an image
+    n_eval: Count = tiny.COUNTS["eval"]             # its held-out images
+    image_size: Annotated[int, (16, 8192)] = 128    # px of the loader's square image
+    image_views: Literal["one", "each"] = "one"     # each: a view per encoder, from the original
+    caption_end: CaptionEnd = "eos"         # ends the captions of stage 1; LLaVA's is newline
+    max_length: Count = 2048                # tokens of a conversation, LLaVA's; the rest is cut
     group_batches: Count = 1                # batches sorted by length together; 8: little padding
-    workers: Processes = 0                  # processes that load images; 0 suits images in memory
-    # --- encoders, which differ in width, token count and resolution
-    teachers: tuple[str, ...] = ("clip", "eva", "convnext")     # names of the fields below
-    clip: str = encoder(tiny.ENCODERS["clip"])          # 36 tokens x 96
-    eva: str = encoder(tiny.ENCODERS["eva"])            # 64 x 80
-    convnext: str = encoder(tiny.ENCODERS["convnext"])  # 16 x 128
-    sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # 4096 x 256; not in tiny
-    weights: str = ""                       # folder of the encoders' files; "": timm's hub
-    init_from: str = ""                     # the authors' checkpoint or a run to start from
-    # what of the student learns; "experts": MoLE alone; "frozen" and "ensemble" are baselines
-    student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"
-    compile: Literal["off", "on"] = "off"   # torch.compile of all models; for CUDA
-    cache_teachers: str = "runs/teachers"   # folder that keeps the teachers' outputs; "": none
-    stage0: str = "runs/stage0"             # folder that keeps what stage 0 has trained
-    # --- mixture of LoRA experts; "row" is a row of docs/differences.md
-    mole_experts: CountOrZero = 3           # E, the paper's; 0: none
-    mole_rank: Count = 8                    # r of one expert; 32 at width 1024
+    workers: Processes = 0                  # processes that load images, per GPU; 0: none
+    # --- encoders: a timm name and its options; they differ in width, token count and resolution
+    teachers: tuple[str, ...] = ("clip", "eva", "convnext")     # the teachers, clip first
+    clip: str = encoder(tiny.ENCODERS["clip"])          # the student starts as its copy
+    eva: str = encoder(tiny.ENCODERS["eva"])            # 64 tokens x 80 in tiny
+    convnext: str = encoder(tiny.ENCODERS["convnext"])  # 16 tokens x 128 in tiny
+    sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # 4096 tokens x 256
+    weights: str = ""                       # folder of their files; "": timm's hub
+    init_from: str = ""                     # start from a run, or from the authors' checkpoint
+    student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"  # what of it learns
+    compile: Literal["off", "on"] = "off"   # torch.compile, for CUDA
+    cache_teachers: str = "runs/teachers"   # folder for the teachers' outputs; "": no cache
+    stage0: str = "runs/stage0"             # folder for the stand-ins that stage 0 has trained
+    # --- mixture of LoRA experts (MoLE); "row" is a row of docs/differences.md
+    mole_experts: CountOrZero = 3           # how many, E, as in the paper; 0: none
+    mole_rank: Count = 8                    # rank of one expert; 32 at width 1024
     mole_alpha: Weight = 8.0                # LoRA's alpha: the scale is alpha / rank
-    mole_dropout: Dropout = 0.0             # released runs 0.05; a run of minutes does without
-    mole_form: MoleForm = "ffn"             # row 1
-    mole_router_grad: RouterGrad = "straight_through"   # row 2; "none", the formula, trains none
-    mole_init: MoleInit = "zero"            # row 3; so that the student starts as CLIP
-    # --- loss
-    lambda_kd: Weight = 0.5                 # lambda, the weight of L_kd; the paper's
-    clip_share: Fraction = 0.8              # CLIP's fixed share of the teacher weights; the paper's
-    kd_token_weight: TokenWeight = "paper"                          # row 4
-    kd_teacher_weight: TeacherWeight = "paper"                      # row 5
-    kd_teacher_grad: Literal["detached", "attached"] = "detached"   # row 6
-    kd_collapse: Literal["none", "second_softmax"] = "none"         # row 7
-    adapter_form: AdapterForm = "token_mixing"                      # row 8
-    adapter_direction: AdapterDirection = "teacher_to_student"      # the other is AM-RADIO's
-    target_norm: TargetNorm = "layer"       # of the targets of student_to_teacher
-    balance_weight: Weight = 0.0            # row 9; the paper's L_total has no such term
-    balance_form: BalanceForm = "per_layer"                         # row 9
+    mole_dropout: Dropout = 0.0             # on the input of each expert
+    mole_form: MoleForm = "ffn"             # row 1: where the LoRAs are
+    mole_router_grad: RouterGrad = "straight_through"   # row 2: how the router learns
+    mole_init: MoleInit = "zero"            # row 3: zero: the student starts as CLIP
+    # --- loss: L_total = L_text + lambda L_kd (+ balance_weight L_balance)
+    lambda_kd: Weight = 0.5                 # lambda, as in the paper; 0: no distillation
+    clip_share: Fraction = 0.8              # CLIP's teacher weight, as in the paper
+    kd_token_weight: TokenWeight = "paper"                          # row 4: W^tok
+    kd_teacher_weight: TeacherWeight = "paper"                      # row 5: W^tea
+    kd_teacher_grad: Literal["detached", "attached"] = "detached"   # row 6: gradient of W^tea
+    kd_collapse: Literal["none", "second_softmax"] = "none"         # row 7: guard of W^tea
+    adapter_form: AdapterForm = "token_mixing"                      # row 8: the two-layer MLP
+    adapter_direction: AdapterDirection = "teacher_to_student"      # the second is AM-RADIO's
+    target_norm: TargetNorm = "layer"       # of targets in AM-RADIO's direction
+    balance_weight: Weight = 0.0            # row 9: the paper has no L_balance
+    balance_form: BalanceForm = "per_layer"                         # row 9: over which tokens
     # --- LLM
     llm: str = ""                           # folder or hub name of a causal LM; "": the tiny one
-    lm_dim: Count = tiny.LLM["dim"]         # D of the tiny one
-    lm_depth: Count = tiny.LLM["depth"]
-    lm_heads: Count = tiny.LLM["heads"]
-    lm_hidden: Count = tiny.LLM["hidden"]   # SwiGLU's inner width, 8/3 of D
-    # --- stages
-    stage0_scale: Weight = 1.0              # multiplies stage 0's steps; small for a smoke run
-    stage0_pictures: Literal["world", "data"] = "world"  # "data": the toys learn the set's own
-    distil_epochs: Weight = 0.0             # before stage 1: L_kd alone, no LLM runs; ours alone
-    distil_batch: Count = 64                # cheap without an LLM, and the targets are smooth
-    distil_lr: Weight = 2e-3                # goes with the batch
-    stage1_epochs: Weight = 1.0             # LLaVA's
-    stage1_batch: Count = 16                # small: here steps matter more than smooth gradients
-    stage1_lr: Weight = 1e-3                # LLaVA's
-    stage2_epochs: Weight = 5.0             # LLaVA's is 1, of 665k; here 2,500. 0: left out
-    stage2_batch: Count = 16                # likewise
-    stage2_lr: Weight = 1e-3                # a 7B LLM wants 2e-5; at width 96 too little
-    warmup: Fraction = 0.03                 # of the steps; LLaVA's
-    grad_clip: Weight = 1.0                 # norm, against an odd batch; 0: no clipping
-    max_steps: CountOrZero = 0              # stop each stage after so many steps; 0: run it all
-    # --- machine: no value changes what is computed, except bf16's rounding, L_balance, which
-    # counts the tokens of a micro-batch, and the masks that LoRA dropout draws in each process
-    processes: Processes = 0                # on this machine; 0: one per GPU, one on a CPU
-    micro_batch: CountOrZero = 0            # at most so many samples at once in a process; 0: all
-    precision: Literal["fp32", "bf16"] = "fp32"     # of arithmetic; a few CPUs gain too
-    recompute: bool = False                 # activation checkpointing: more time, less memory
-    save_every: CountOrZero = 0             # steps between checkpoints; 0: only on SIGTERM
-    keep: Count = 2                         # checkpoints
-    overwrite: bool = False                 # a finished run in the folder may go
-    skip_damaged: bool = False              # --resume takes an older checkpoint for a damaged one
+    lm_dim: Count = tiny.LLM["dim"]         # width of the tiny one
+    lm_depth: Count = tiny.LLM["depth"]     # its layers
+    lm_heads: Count = tiny.LLM["heads"]     # its attention heads
+    lm_hidden: Count = tiny.LLM["hidden"]   # its inner width of SwiGLU, 8/3 of the width
+    # --- stages: 0 trains the stand-ins, distil the student alone, 1 aligns, 2 finetunes
+    stage0_scale: Weight = 1.0              # multiplies the steps of stage 0; small for a trial
+    stage0_pictures: Literal["world", "data"] = "world"     # data: stand-ins learn from --data
+    distil_epochs: Weight = 0.0             # L_kd alone, without the LLM; recipe ours has 4
+    distil_batch: Count = 64                # large: cheap without an LLM; its targets are smooth
+    distil_lr: Weight = 2e-3                # peak learning rate; goes with the batch
+    stage1_epochs: Weight = 1.0             # epochs of stage 1; as LLaVA
+    stage1_batch: Count = 16                # over all processes; small in tiny, for more steps
+    stage1_lr: Weight = 1e-3                # peak learning rate; as LLaVA
+    stage2_epochs: Weight = 5.0             # 0 leaves stage 2 out; LLaVA's 1 is of 665k samples
+    stage2_batch: Count = 16                # over all processes
+    stage2_lr: Weight = 1e-3                # a wider LLM wants a lower one
+    warmup: Fraction = 0.03                 # fraction of the steps; as LLaVA
+    grad_clip: Weight = 1.0                 # largest norm of the gradient; 0: no clipping
+    max_steps: CountOrZero = 0              # end each stage after so many steps; 0: no limit
+    # --- machine: same results, except bf16 and, per micro-batch, L_balance, row 7, LoRA dropout
+    processes: Processes = 0                # on this machine; 0: one per GPU, or one on the CPU
+    micro_batch: CountOrZero = 0            # most samples at once per process; 0: no limit
+    precision: Literal["fp32", "bf16"] = "fp32"     # of the arithmetic
+    recompute: bool = False                 # activation checkpointing (off: --no-recompute)
+    save_every: CountOrZero = 0             # steps between checkpoints; 0: only when stopped
+    keep: Count = 2                         # how many checkpoints are kept
+    overwrite: bool = False                 # replace a finished run in the folder
+    skip_damaged: bool = False              # resume from an older checkpoint if one is damaged
     # --- logs and answers
-    log_every: Count = 10                   # steps
+    log_every: Count = 10                   # steps between lines of the log
     tensorboard: str = ""                   # folder for its events, if it is installed; "": none
-    max_new_tokens: Count = 16              # of a generated answer; an endless one must end
+    max_new_tokens: Count = 16              # longest generated answer
     eval_batch: Count = 256                 # questions answered at once
 
 
 STAGES = ("distil", "stage1", "stage2")  # by number: what the names of their fields begin with
 STAND_INS = ("clip", "eva", "convnext")  # the encoders that stage 0 can make
-ENCODERS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata.get("encoder"))
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+ENCODERS = tuple(name for name, field in FIELDS.items() if field.metadata.get("encoder"))
 
-# What a resumed run may change: the machine, how far its steps go, where the same data lies, and
-# how it is evaluated.
+# What a resumed run may change: machine, learning rates, where the same data lies, evaluation.
 MACHINE = ("device", "keep", "log_every", "micro_batch", "processes", "recompute", "save_every",
            "skip_damaged", "tensorboard", "workers")
 LEARNING = ("distil_lr", "grad_clip", "stage1_lr", "stage2_lr")
-PLACES = ("allow_new_data", "allow_outside", "cache_teachers", "data", "data_root", "eval_data",
-          "image_folder", "pretrain_data", "stage0")
-RESUME = (*MACHINE, *LEARNING, *PLACES, "eval_batch", "eval_split", "max_new_tokens", "n_eval")
+RESUME = (*MACHINE, *LEARNING, "allow_new_data", "allow_outside", "cache_teachers", "data",
+          "data_root", "eval_batch", "eval_data", "eval_split", "image_folder", "max_new_tokens",
+          "n_eval", "pretrain_data", "stage0")
 EVALUATION = ("allow_outside", "device", "eval_batch", "eval_data", "eval_split", "image_folder",
               "max_length", "max_new_tokens", "n_eval", "out")  # what an evaluation may change
 
 # What differs from TINY. SMALL is for one consumer GPU, and untuned; FULL has the published values.
+BOTH = {"image_views": "each", "caption_end": "newline", "group_batches": 8, "cache_teachers": "",
+        "mole_rank": 32, "mole_alpha": 1.0, "mole_dropout": 0.05,
+        "stage1_batch": 256, "stage2_batch": 128, "stage2_epochs": 1, "precision": "bf16",
+        "recompute": True, "save_every": 500, "eval_batch": 16, "max_new_tokens": 64}
 LARGER = {
     # field             SMALL                                  FULL
     "out":              ("runs/small",                         "runs/full"),
     "device":           ("auto",                               "cuda"),
     "image_size":       (512,                                  1024),
-    "image_views":      ("each",                               "each"),
-    "caption_end":      ("newline",                            "newline"),
-    "group_batches":    (8,                                    8),
     "workers":          (2,                                    8),
     "clip":             ("vit_base_patch16_clip_quickgelu_224.openai img_size=224",    # 196 x 768
                          "vit_large_patch14_clip_quickgelu_336.openai img_size=336"),  # 576 x 1024
@@ -158,27 +158,13 @@ LARGER = {
                          "convnext_xxlarge.clip_laion2b_soup img_size=1024"),          # 1024 x 3072
     "sam":              ("samvit_base_patch16.sa1b img_size=1024",                     # 4096 x 256
                          "samvit_large_patch16.sa1b img_size=1024"),
-    "cache_teachers":   ("",                                   ""),
-    "mole_rank":        (32,                                   32),
-    "mole_alpha":       (1.0,                                  1.0),
-    "mole_dropout":     (0.05,                                 0.05),
     "llm":              ("HuggingFaceTB/SmolLM2-135M-Instruct", "lmsys/vicuna-7b-v1.5"),
-    "stage1_epochs":    (1,                                    1),
-    "stage1_batch":     (256,                                  256),
-    "stage1_lr":        (1e-3,                                 1e-3),
-    "stage2_epochs":    (1,                                    1),
-    "stage2_batch":     (128,                                  128),
     "stage2_lr":        (1e-4,                                 2e-5),  # narrower: larger steps
     "micro_batch":      (8,                                    16),
-    "precision":        ("bf16",                               "bf16"),
-    "recompute":        (True,                                 True),
-    "save_every":       (500,                                  500),
-    "eval_batch":       (16,                                   16),
-    "max_new_tokens":   (64,                                   64),
 }
 TINY = Config()
-SMALL = Config(**{name: values[0] for name, values in LARGER.items()})
-FULL = Config(**{name: values[1] for name, values in LARGER.items()})
+SMALL = Config(**BOTH, **{name: values[0] for name, values in LARGER.items()})
+FULL = Config(**BOTH, **{name: values[1] for name, values in LARGER.items()})
 PRESETS = {"tiny": TINY, "small": SMALL, "full": FULL}
 
 RECIPES = {  # --recipe sets all of these; the presets have the paper's
@@ -202,10 +188,12 @@ RECIPES = {  # --recipe sets all of these; the presets have the paper's
 RECIPE_NAMES = ("paper", "released", "ours")
 
 
-def recipe(name: str) -> dict:
-    """Return the fields that a recipe sets, and their values."""
-    column = RECIPE_NAMES.index(name)
-    return {field: values[column] for field, values in RECIPES.items()}
+def recipe(name: str, c: Config) -> dict:
+    """Return the fields that a recipe sets in a preset, and their values."""
+    rows = {field: values[RECIPE_NAMES.index(name)] for field, values in RECIPES.items()}
+    if name == "released":  # of FULL's ConvNeXt their loader takes timm's default tag
+        rows["convnext"] = c.convnext.replace("laion2b_soup ", "laion2b_soup_ft_in1k ")
+    return rows
 
 
 def references(c: Config) -> list[tuple]:
@@ -231,7 +219,5 @@ def flag(name: str) -> str:
 
 
 def plain_type(field: dataclasses.Field):
-    """Return a field's type without its range: str, bool, int, float, tuple or a Literal."""
-    if get_origin(field.type) is Literal:
-        return field.type
+    """Return a field's type without its range or choices: str, bool, int, float, tuple, Literal."""
     return getattr(field.type, "__origin__", field.type)  # int of Annotated[int, (1, 9)]

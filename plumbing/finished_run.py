@@ -22,7 +22,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
     device = checks.find_device(device)
     released = released_config(folder)
     if released:
-        c = dataclasses.replace(FULL, llm=str(folder), **{**recipe("released"), **released[0]})
+        c = dataclasses.replace(FULL, llm=str(folder), **(recipe("released", FULL) | released[0]))
         tokenizer = PretrainedTokenizer(c.llm)
         vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM(c.llm, released[1]))
         load_released(vlm, folder)

@@ -2,15 +2,19 @@
 
 import argparse
 import dataclasses
+import inspect
+import textwrap
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args
 
 from data import InputError
 from plumbing import config
 from plumbing.checks import check_config, check_value
 from plumbing.cli import Parser
-from plumbing.config import EVALUATION, RESUME, Config, flag, plain_type
+from plumbing.config import EVALUATION, FIELDS, PRESETS, RESUME, Config, flag, plain_type
 from plumbing.files import read_json
+
+MODES = {"resume": RESUME, "evaluate": EVALUATION}  # and what each may change of a run
 
 
 def parse_config(argv: list[str] | None, description: str = "") -> Config:
@@ -20,41 +24,32 @@ def parse_config(argv: list[str] | None, description: str = "") -> Config:
 
 def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, str, Path | None]:
     """Return the Config, the mode ("train", "resume" or "evaluate") and the run of the last two."""
-    parser = Parser(description)
+    parser = Parser(description, epilog=fields_help(), argument_default=argparse.SUPPRESS)
     start = parser.add_mutually_exclusive_group(required=True)
-    for name, text in (("tiny", "laptop CPU, no download"),
-                       ("small", "real encoders and LLM of middle size"),
-                       ("full", "the real encoders and LLM on GPUs")):
+    for name, text in (("tiny", "laptop CPU: stand-in encoders and LLM, no download"),
+                       ("small", "one consumer GPU: encoders and LLM of middle size"),
+                       ("full", "large GPUs: the paper's encoders, LLM and numbers")):
         start.add_argument(f"--{name}", dest="preset", action="store_const", const=name, help=text)
     start.add_argument("--config", metavar="FILE", help="the config.json of an earlier run")
-    start.add_argument("--resume", metavar="RUN", help="a run folder, to go on from its last "
-                       f"checkpoint; with {', '.join(map(flag, RESUME))} only")
-    start.add_argument("--evaluate", metavar="RUN", help="a run folder, to evaluate it; with "
-                       f"{', '.join(map(flag, EVALUATION))} only")
-    parser.add_argument("--recipe", choices=config.RECIPE_NAMES, default=argparse.SUPPRESS,
-                        help="all of the method as in the paper (default), released, or ours")
-    for field in dataclasses.fields(Config):
-        kind = plain_type(field)
-        options = {"type": kind}
-        if get_origin(kind) is Literal:  # check_value looks at it, as at a config.json's
-            options = {"metavar": "{" + ",".join(get_args(kind)) + "}"}
-        elif kind is tuple:
-            options = {"type": str, "nargs": "+"}
-        elif kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag(field.name), default=argparse.SUPPRESS,
-                            help=f"default {field.default!r}", **options)
+    start.add_argument("--resume", metavar="RUN", help="go on from a run folder's last checkpoint")
+    start.add_argument("--evaluate", metavar="RUN", help="evaluate a run again, from its folder")
+    parser.add_argument("--recipe", choices=config.RECIPE_NAMES, metavar="NAME",
+                        help="the method as in the paper (default), released or ours")
+    kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+"}, Literal: {}}
+    for name, field in FIELDS.items():
+        options = kinds.get(plain_type(field), {"type": plain_type(field)})
+        parser.add_argument(flag(name), help=argparse.SUPPRESS, **options)
 
     flags = vars(parser.parse_args(argv))
-    preset, file = flags.pop("preset"), flags.pop("config")
-    runs = {mode: flags.pop(mode) for mode in ("resume", "evaluate")}
-    for mode, may_change in (("resume", RESUME), ("evaluate", EVALUATION)):
-        if runs[mode]:
-            run = Path(runs[mode])
-            return of_a_run(run, mode, may_change, flags), mode, run
-    base = load_config(Path(file)) if file else config.PRESETS[preset]
-    rows = config.recipe(flags.pop("recipe")) if "recipe" in flags else {}
-    c = dataclasses.replace(base, **{**rows, **flags})
+    for mode in MODES:
+        if mode in flags:
+            run = Path(flags.pop(mode))
+            return of_a_run(run, mode, flags), mode, run
+    file = flags.pop("config", None)
+    c = load_config(Path(file)) if file else PRESETS[flags.pop("preset")]
+    if "recipe" in flags:
+        c = dataclasses.replace(c, **config.recipe(flags.pop("recipe"), c))
+    c = dataclasses.replace(c, **flags)
     c.teachers = tuple(c.teachers)  # argparse gives a list
     if c.init_from:
         c = with_init(c)
@@ -62,12 +57,32 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
     return c, "train", None
 
 
-def of_a_run(run: Path, mode: str, may_change: tuple, flags: dict) -> Config:
+def fields_help() -> str:
+    """Return Config's fields for --help: their comments in its source, their values in PRESETS."""
+    lines = []
+    for line in inspect.getsource(Config).splitlines():
+        code, _, text = line.partition("  # ")
+        name = code.split(":")[0].strip()
+        if name not in FIELDS:
+            lines.append(text.replace("---", "\n---"))
+            continue
+        # of an encoder only timm's name; one value where all presets have the same
+        values = [str(getattr(c, name)).split(" img")[0] or '""' for c in PRESETS.values()]
+        shown = [" | ".join(values if len(set(values)) > 1 else values[:1])]
+        if plain_type(FIELDS[name]) is Literal:
+            shown += [choice for choice in get_args(FIELDS[name].type) if choice not in values]
+        marks = " R" * (name in RESUME) + " E" * (name in EVALUATION)
+        line = f"  {flag(name):21} {text.strip()} [{', '.join(shown)}]{marks}"
+        lines += textwrap.wrap(line, 100, subsequent_indent="    ")
+    return "\n".join(filter(None, lines))
+
+
+def of_a_run(run: Path, mode: str, flags: dict) -> Config:
     """Return the Config of a run that is resumed or evaluated, changed by the few flags allowed."""
-    fixed = [flag(key) for key in flags if key not in may_change]
+    fixed = [flag(key) for key in flags if key not in MODES[mode]]
     if fixed:
         raise InputError(f"{fixed[0]}: with --{mode} a run keeps what its config.json says; only "
-                         f"{', '.join(map(flag, may_change))} may be given")
+                         f"{', '.join(map(flag, MODES[mode]))} may be given")
     c = dataclasses.replace(load_config(run / "config.json"), **{"out": str(run), **flags})
     check_config(c, trains=mode != "evaluate")
     return c
@@ -91,13 +106,12 @@ def load_config(path: Path) -> Config:
     values = read_json(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: is not a JSON object")
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(set(values) - set(FIELDS))
     if unknown:
         raise InputError(f"{path}: unknown key {unknown[0]!r}; a config has the keys of Config in "
                          "plumbing/config.py")
     if isinstance(values.get("teachers"), list):
         values["teachers"] = tuple(values["teachers"])  # JSON has lists only
     for name, value in values.items():
-        check_value(f"{path}: {name}", fields[name], value)
+        check_value(f"{path}: {name}", FIELDS[name], value)
     return Config(**values)

@@ -5,8 +5,9 @@ import shlex
 
 import pytest
 
+import train
 from plumbing.build import build_movekd, build_teachers
-from plumbing.config import ENCODERS, PRESETS, Config, encoder, recipe
+from plumbing.config import ENCODERS, FIELDS, PRESETS, Config, encoder, flag, recipe
 from plumbing.flags import parse_config
 from tests.common import SHORT, error_of, images, small_vlm, whole_method
 
@@ -15,11 +16,28 @@ def test_a_recipe_sets_the_whole_method():
     """--recipe sets every field of the table; a flag of one's own wins."""
     for name in ("paper", "released", "ours"):
         c = parse_config(["--tiny", "--recipe", name])
-        for field, value in recipe(name).items():
+        for field, value in recipe(name, PRESETS["tiny"]).items():
             assert getattr(c, field) == value
     c = parse_config("--tiny --recipe released --kd-token-weight paper".split())
     assert c.kd_token_weight == "paper"
     assert c.kd_teacher_weight == "released"
+    full = parse_config("--full --recipe released --data-root .".split())
+    assert full.convnext.split()[0] == "convnext_xxlarge.clip_laion2b_soup_ft_in1k"
+
+
+def test_help_is_short_and_names_every_field(capsys):
+    """At most 130 lines of at most 100 columns; a field's comment, flag and values are in one."""
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], train.__doc__)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 100
+    for name in FIELDS:
+        row = [line for line in lines if line.startswith(f"  {flag(name)} ")]
+        assert len(row) == 1, name
+        assert not row[0].split()[1].startswith("["), name
+    assert any("small for a trial [1.0]" in line for line in lines)
+    assert any(line.endswith("[0 | 8 | 16] R") for line in lines)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -175,7 +175,7 @@ def test_interpolation_has_no_parameters():
 
 def test_ours_sends_the_student_what_the_teachers_see():
     """`--recipe ours`: L_kd of every teacher reaches the student through its head."""
-    model, teachers, batch = whole_method(dataclasses.replace(TINY, **recipe("ours")))
+    model, teachers, batch = whole_method(dataclasses.replace(TINY, **recipe("ours", TINY)))
     terms = model(batch, teachers)
     assert terms["w_clip"].item() == pytest.approx(0.1)
     assert terms["w_eva"].item() == terms["w_convnext"].item() == pytest.approx(0.45)

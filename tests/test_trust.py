@@ -48,8 +48,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 def is_valid(name: str, value) -> bool:
     """Return whether a value has the type and lies in the range that stand beside the field."""
     kind = plain_type(FIELDS[name])
-    if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
+    if kind is typing.Literal:
+        return value in typing.get_args(FIELDS[name].type)
     if kind is tuple:
         return isinstance(value, tuple) and bool(value) and {*map(type, value)} == {str}
     if type(value) is not kind and not (kind is float and type(value) is int):
