@@ -214,7 +214,7 @@ def test_every_function_of_the_step_is_walked_through(output):
 
 def test_the_numbers_are_those_of_the_step(output):
     """The terms of L_total = the same step's without a tracer; the routers learn nothing yet."""
-    model, teachers, batch = walk.tiny_step()
+    _, model, teachers, batch = walk.tiny_step()
     terms = model(batch, teachers)
     for name in ("L_text", "L_kd", "L_balance"):
         assert f"{name} {terms[name]:.4f}" in output
@@ -222,3 +222,18 @@ def test_the_numbers_are_those_of_the_step(output):
     assert "gradient of L_text + lambda_kd * L_kd in the routers: 0\n" in output
     balance = re.search(r"gradient of L_balance in the routers: ([\d.e-]+)", output)
     assert float(balance[1]) > 0
+
+
+def test_the_walk_has_the_weights_of_a_run(workplace, capsys):
+    """On a run's folder the numbers are its own, and its routers have learnt something."""
+    walk.main([str(workplace / "runs/tiny")])
+    output = capsys.readouterr().out
+    _, model, teachers, batch = walk.tiny_step(workplace / "runs/tiny")
+    assert f"L_kd {model(batch, teachers)['L_kd']:.4f}" in output
+    assert "every up matrix is 0" not in output
+
+
+def test_the_tokens_of_the_walk_do_not_weigh_alike(output):
+    """W^tok of the first picture is far from uniform: the stand-in CLIP has been trained."""
+    row = re.search(r"-> w_tok = 2 x 36: ([\d.e-]+) ([\d.e-]+) ([\d.e-]+)", output)
+    assert len(set(row.groups())) == 3
