@@ -35,7 +35,7 @@ class InputError(ValueError):
 
 
 def row_name(row: int, record) -> str:
-    """Return what an error calls a row: its number, and its id. A bad row may be anything."""
+    """Return the name of a row in errors: its number, and its id. A bad row may be anything."""
     if isinstance(record, dict) and "id" in record:
         return f"row {row} (counted from 0, id {record['id']})"
     return f"row {row} (counted from 0)"
@@ -193,7 +193,7 @@ def to_device(value, device: str | torch.device):
         return {key: to_device(part, device) for key, part in value.items()}
     if not torch.is_tensor(value):
         return value
-    # A copy from pinned memory to a CUDA GPU need not be waited for; to Apple's it must be.
+    # Copies from pinned memory to a CUDA GPU can be asynchronous; to Apple's they must not.
     return value.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
@@ -208,7 +208,7 @@ class Conversations(Dataset):
     tokens included, is cut there, as in LLaVA. A row that cannot be used (an unreadable image, no
     answer within max_length, a prompt that is too long) is an InputError in `sample`. dataset[i],
     which worker processes call, returns its text as {"fault": text}; or, with skip_bad, the next
-    usable row in its place, with a list of what was skipped.
+    usable row in its place, with a list of the skipped ones.
     """
 
     def __init__(self, records: list[dict], get_image: Callable, tokenizer, template: str, n: int,
@@ -252,7 +252,7 @@ class Conversations(Dataset):
             if record["conversations"][-1]["from"] == "human":
                 raise InputError(f"{name} has {len(ids)} tokens, more than {limit}: shorten it "
                                  "or raise the flag")
-            # What is left must hold the whole image and something to learn.
+            # The rest must hold the whole image and something to learn.
             image_tokens = ids.count(self.tokenizer.image)
             ids = ids[:self.max_length]
             labels = labels[:self.max_length]

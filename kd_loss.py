@@ -19,7 +19,7 @@ TeacherWeight = Literal["paper", "released", "uniform"]
 
 
 def token_weights(cls_scores: torch.Tensor, form: TokenWeight) -> torch.Tensor:
-    """Return W^tok, how much each visual token matters: what the frozen CLIP's [CLS] attends to.
+    """Return W^tok, the weight of each visual token: how much frozen CLIP's [CLS] attends to it.
 
         W^tok = softmax_j( (V^cls W^Q) (V^res_j W^K)^T / sqrt(d/h) )             paper, token weight
 
@@ -29,7 +29,7 @@ def token_weights(cls_scores: torch.Tensor, form: TokenWeight) -> torch.Tensor:
     "paper"     softmax over the n visual tokens only, then the mean over the heads
     "released"  softmax over all 1 + n keys, mean over heads, [CLS] dropped, and softmax AGAIN over
                 these probabilities. They lie in [0, 1], so the result is within a factor e of
-                uniform whatever CLIP attends to: in effect it only doubles L_kd.
+                uniform for any attention: in effect it only doubles L_kd.
     "uniform"   1/n, the ablation at the same total weight
     """
     if form == "uniform":
@@ -43,13 +43,13 @@ def token_weights(cls_scores: torch.Tensor, form: TokenWeight) -> torch.Tensor:
 
 def teacher_weights(cls: torch.Tensor, teachers: dict[str, torch.Tensor], clip_share: float,
                     form: TeacherWeight, *, detach: bool, collapse: bool) -> torch.Tensor:
-    """Return W^tea, how much each teacher counts in each image; CLIP's share is fixed.
+    """Return W^tea, the weight of each teacher in each image; CLIP's is fixed, clip_share.
 
         W^tea_clip = clip_share
         W^tea_i = (1 - clip_share) softmax_i( mean_j V^cls . V^t_ij / sqrt(d) )
                                                                                paper, teacher weight
     cls V^cls (B, d), teachers m x V^t_i (B, n, d) -> (B, m), rows sum to 1. The softmax runs over
-    the teachers other than CLIP, which must come first (ValueError). CLIP's share is high because
+    the teachers other than CLIP, which must come first (ValueError). CLIP's weight is high because
     the LLM was trained on CLIP's tokens.
 
     form      "released" leaves out the 1/sqrt(d): the softmax saturates. "uniform": equal weights

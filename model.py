@@ -104,7 +104,7 @@ class VLM(nn.Module):
         """Return word embeddings, with the projected visual tokens in place of the image tokens.
 
         input_ids (B, T), visual (B_img, n, d) of the batch's images in order -> (B, T, D)
-        A text-only sample simply has no image token. Raises InputError if the numbers differ.
+        A text-only sample simply has no image token. Raises InputError if the counts differ.
         """
         is_image = input_ids == self.image_token                                            # (B, T)
         # The image token need not be a word of the LLM: word 0 stands in for it for a moment.
@@ -176,7 +176,7 @@ class MethodOptions:
 
     distil: bool                    # False leaves L_kd out: no teacher runs
     student_learns: Literal["all", "experts", "nothing"]   # in stage 2; "nothing": baselines
-    clip_share: float               # CLIP's fixed share of the teacher weights
+    clip_share: float               # CLIP's fixed teacher weight
     token_weight: TokenWeight
     teacher_weight: TeacherWeight
     detach: bool
@@ -186,7 +186,7 @@ class MethodOptions:
 
 
 class MoVEKD(nn.Module):
-    """The VLM and the encoder adapters: all that is trained, and the whole method in one forward"""
+    """The VLM and the encoder adapters: everything that trains, and the method in one forward"""
 
     def __init__(self, vlm: VLM, adapters: nn.ModuleDict, target_norms: nn.ModuleDict,
                  options: MethodOptions):
@@ -283,10 +283,10 @@ class MoVEKD(nn.Module):
     def set_stage(self, stage: int) -> None:
         """Freeze and unfreeze: stage 1 trains experts, adapters and projector, stage 2 all.
 
-        Stage 0, which the paper has not, distils alone: student and adapters, without the LLM.
+        Stage 0, which is ours, distils alone: student and adapters, without the LLM.
         """
         self.stage = stage
-        # CLIP and the LLM are pretrained: in stage 1 only what is new learns.
+        # CLIP and the LLM are pretrained: in stage 1 only the new modules learn.
         frozen = [{"projector", "LLM"}, {"student backbone", "LLM"}, set()][stage]
         # An ablation trains the experts alone; baselines have no trained student.
         if self.options.student_learns != "all":

@@ -3,10 +3,10 @@
     F*(x) = F(x) + E_i(x),    i = argmax_e softmax(f(x))_e          paper, mixture of LoRA experts
 
 x is one token, F the block's own FFN, f the router (one Linear), E_i the chosen expert (a LoRA).
-The student learns from teachers that pull in different directions. Experts let it keep what they
-teach in different weights, while F keeps what CLIP knew.
+The student learns from teachers that pull in different directions. Experts let it store their
+lessons in different weights, while F stays as CLIP had it.
 
-Letters (the README has all of them): B images, 1 + n student tokens ([CLS] first), d width,
+Letters: B images, 1 + n student tokens ([CLS] first), d width,
 d_ffn width inside the FFN, E experts, r rank of one expert, L layers.
 """
 
@@ -27,7 +27,7 @@ class ExpertLoRA(nn.Module):
 
         E_i(x) = alpha/r up_i down_i x           with bias:  alpha/r (up_i (down_i x + a_i) + b_i)
 
-    The plain form is a loop over experts:
+    The baseline implementation is a loop over experts:
 
         for e in range(E):
             rows = chosen_expert == e
@@ -75,7 +75,7 @@ class ExpertLoRA(nn.Module):
 class RoutedFFN(nn.Module):
     """The base of both forms of MoLE: the FFN, the router, and the choice of one expert per token.
 
-    router_grad: argmax has no gradient, so by the paper's formula (and in the released code) the
+    router_grad: argmax has no gradient, so by the paper's MoLE formula (and in released code) the
     router learns nothing from L_text or L_kd; only a balance loss trains it ("none").
     "straight_through" changes no value and sends the gradient through p, as if the route were p.
 
@@ -107,7 +107,7 @@ class RoutedFFN(nn.Module):
 
 
 class MoLE(RoutedFFN):
-    """The paper's form, one LoRA beside the whole FFN.  (B, 1 + n, d) -> (B, 1 + n, d)"""
+    """The paper's MoLE, one LoRA beside the whole FFN.  (B, 1 + n, d) -> (B, 1 + n, d)"""
 
     def __init__(self, ffn: nn.Module, dim: int, *, num_experts: int, router_grad: RouterGrad,
                  **lora):
@@ -173,9 +173,9 @@ def balance_loss(probs: list[torch.Tensor], form: BalanceForm) -> torch.Tensor:
                               of the tokens of ALL layers together
 
     As in the Switch Transformer: f_e is the fraction of the tokens sent to expert e (no gradient),
-    p_e its router probability. Per layer it is 1 when balanced and E when collapsed; pooled, 1/E
-    and 1. Pooled, each layer may collapse to another expert and the loss does not see it. The
-    paper's L_total has no such term.
+    p_e its router probability. Per layer the loss is 1 when balanced and E when collapsed; pooled,
+    1/E and 1. The pooled loss does not see it when each layer collapses to another expert. The
+    paper's total loss has no such term.
     """
     if form == "per_layer":
         losses = [p.shape[-1] * (expert_fractions(p) * p.mean(dim=(0, 1))).sum() for p in probs]

@@ -1,7 +1,7 @@
 """The frozen teachers behind one signature, and the encoder adapters between them and the student.
 
     uint8 images (B, 3, R, R) -> TeacherOutput(tokens (B, n_i, d_i), cls, cls_scores)  every teacher
-    adapter(tokens)           -> V^t_i (B, n, d)                             every teacher but CLIP
+    adapter(tokens)           -> V^t_i (B, n, d)                           every teacher except CLIP
 
 The student is CLIP with experts (model.py), so the class it shares with the CLIP teacher is here.
 
@@ -70,7 +70,7 @@ class VisionEncoder(nn.Module):
         self.spec = spec
         _, self.image_size, _ = parse_spec(spec)
         self.net = create_net(spec) if net is None else net
-        # timm knows what each model was trained with: CLIP's mean and std, or ImageNet's, ...
+        # timm records each model's preprocessing: CLIP's mean and std, or ImageNet's, ...
         preprocessing = resolve_model_data_config(self.net)
         self.interpolation = TF.InterpolationMode(preprocessing["interpolation"])
         self.mean = preprocessing["mean"]
@@ -115,7 +115,7 @@ class VisionEncoder(nn.Module):
 class ClipEncoder(VisionEncoder):
     """CLIP up to hidden layer -2 (the last-but-one block, no final norm), as in LLaVA-1.5.
 
-    The last block is taken off: 1/24 of the work, for a result that nobody reads.
+    The last block is removed: 1/24 of the work, and nothing reads its result.
     """
 
     def __init__(self, spec: str, net: nn.Module | None = None):
@@ -158,7 +158,7 @@ def cls_scores(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class Teachers(nn.Module):
-    """All teachers, CLIP first. This class decides: frozen, always in eval mode, no gradient."""
+    """All teachers, CLIP first. They are frozen, always in eval mode, and without gradients."""
 
     def __init__(self, encoders: dict[str, VisionEncoder]):
         super().__init__()
@@ -232,7 +232,7 @@ class EncoderAdapter(nn.Module):
 
 def build_adapters(teachers: Teachers, n: int, d: int, form: AdapterForm,
                    direction: AdapterDirection) -> nn.ModuleDict:
-    """Make one adapter for each teacher but CLIP."""
+    """Make one adapter for each teacher except CLIP."""
     adapters = nn.ModuleDict()
     for name, teacher in teachers.encoders.items():
         # CLIP's tokens are in the student's space already: the student started as CLIP.

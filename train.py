@@ -3,7 +3,7 @@
     python train.py --tiny                  # all of it on a laptop CPU, nothing downloaded (3 min)
     python train.py --tiny --lambda-kd 0 --out runs/no-kd      # without distillation (1 min)
     python -m tools.ask runs/tiny           # ask the result about held-out pictures (10 s)
-    python -m tools.plan --full             # what the real run needs of your GPUs (30 s)
+    python -m tools.plan --full             # memory and time of the real run on your GPUs (30 s)
     python train.py --full --data-root D    # the real encoders, Vicuna-7B and LLaVA's data
     python train.py --resume runs/full      # go on from the last checkpoint
     python train.py --evaluate runs/tiny    # evaluate a run again, or on another --eval-data
@@ -32,15 +32,15 @@ from teachers import Teachers
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train as the flags say; or with --evaluate, evaluate a finished run."""
+    """Train with the given flags; or with --evaluate, evaluate a finished run."""
     start(argv, train, __doc__)
 
 
 def train(run: Run) -> None:
-    """Train both stages, as LLaVA's recipe has them, or what a resumed run has left of them.
+    """Train both stages of LLaVA's recipe, or the rest of them in a resumed run.
 
     Stage 1 aligns: from captions, it trains the experts, the adapters and the projector. Stage 2
-    finetunes: from conversations, it trains everything but the teachers. The loss is the same.
+    finetunes: from conversations, it trains everything except the teachers. The loss is the same.
     Our recipe has a phase before them that distils alone.
     """
     for stage in run.stages_left():
@@ -92,16 +92,16 @@ def train_stage(run: Run, stage: int) -> None:
 
 
 PURPOSE = {
-    0: "distil, which the paper has not: the student learns the teachers' tokens; no LLM runs",
-    1: "stage 1 aligns: what is new learns from captioned pictures, so that the LLM can read the "
+    0: "distil, which is not in the paper: the student learns the teachers' tokens; no LLM runs",
+    1: "stage 1 aligns: new modules learn from captioned pictures, so that the LLM can read the "
        "student's tokens",
-    2: "stage 2 finetunes: all but the teachers learns from conversations, so that questions are "
-       "answered from what the student sees",
+    2: "stage 2 finetunes: all but the teachers learn from conversations, so that the LLM answers "
+       "questions from the student's tokens",
 }
 
 
 def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
-    """Return what a stage is for and what it trains, one line for each part of the method."""
+    """Return the purpose of a stage, and one line per part of the method: trained or frozen."""
     groups = model.parameter_groups()
     for name, teacher in teachers.encoders.items():
         groups[f"teacher {name}"] = list(teacher.parameters())
@@ -134,7 +134,7 @@ def forward_backward(c: Config, model: MoVEKD, teachers: Teachers,
 
 
 def total_loss(c: Config, terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return L_total, paper, total loss. L_balance is of the released code: the paper has none."""
+    """Return L_total (paper, total loss). L_balance is the released code's: the paper has none."""
     L_text, L_kd, L_balance = terms["L_text"], terms["L_kd"], terms["L_balance"]            # ()
     # L_total = L_text + lambda L_kd
     L_total = L_text + c.lambda_kd * L_kd + c.balance_weight * L_balance                    # ()

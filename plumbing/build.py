@@ -25,7 +25,7 @@ def real_weights(c: Config) -> dict:
 
 def pretrained_weights(c: Config, records: list[dict], tokenizer,
                        resumed: bool = False) -> dict:
-    """Return where each model's weights are. Stage 0 makes what is missing of the tiny ones."""
+    """Return where each model's weights are. Stage 0 makes the missing stand-ins."""
     if resumed:
         return weights_of_run(c)
     found = real_weights(c)
@@ -47,7 +47,7 @@ def pretrained_weights(c: Config, records: list[dict], tokenizer,
 
 
 def weights_of_run(c: Config) -> dict:
-    """Return what `pretrained_weights` does, from a run folder, which keeps stage 0's files."""
+    """Return the same as `pretrained_weights`, from a run folder, which keeps stage 0's files."""
     own = {name: Path(c.out) / "stage0" / f"{name}.safetensors" for name in stage0_models(c)}
     for path in own.values():
         require_file(path, "; copy the run folder again, with all that is in it")

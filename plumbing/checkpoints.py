@@ -22,12 +22,12 @@ from data import InputError
 from plumbing.files import read_json, write_json
 
 FILES = 8           # of each process: DCP puts a file together in memory before it writes it
-ERRORS = (Exception, dcp.CheckpointException)   # DCP's is no Exception
+ERRORS = (Exception, dcp.CheckpointException)   # DCP's is not an Exception
 
 
 @dataclass
 class Progress:
-    """Where a run stands, and what it has counted: a checkpoint has it beside the tensors."""
+    """Position and counts of a run: a checkpoint has them beside the tensors."""
 
     stage: int = 0
     step: int = 0               # steps done in the stage
@@ -35,8 +35,8 @@ class Progress:
     skipped: int = 0            # rows that --skip-bad left out
     cut: int = 0                # conversations cut at --max-length
     flops: dict = field(default_factory=dict)   # of each stage: its first step's times the steps
-    data: dict = field(default_factory=dict)    # a fingerprint of what the run is trained on
-    config: dict = field(default_factory=dict)  # what it is trained with
+    data: dict = field(default_factory=dict)    # a fingerprint of the training data
+    config: dict = field(default_factory=dict)  # the Config that it trains with
 
 
 class Writer(dcp.HuggingFaceStorageWriter):
@@ -69,7 +69,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, rank: int, world: int):
         self.folder, self.keep, self.rank = folder, keep, rank
         self.pending = None     # a future, and the folder that is written to
-        # of its own: what is sent while files are written must not mix with what the run sends
+        # of its own: messages sent while files are written must not mix with those of the run
         self.group = dist.new_group(backend="gloo") if world > 1 else None
 
     def save(self, name: str, root: nn.Module, optimizer: Optimizer, progress: dict) -> None:
@@ -104,7 +104,7 @@ class Checkpoints:
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of an error: there DCP's, which hold a traceback, say what is wrong."""
+    """Return the last line of an error: DCP's contain a traceback, and end with the reason."""
     return str(error).rstrip().rpartition("\n")[2]
 
 
@@ -118,7 +118,7 @@ def check_parameters(root: nn.Module) -> None:
 
 
 def trained_state(root: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """Return the tensors of what is trained, and of its optimizer, by name. None is a copy."""
+    """Return the tensors of trained parameters and of their optimizer, by name, not copied."""
     options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
     state, moments = get_state_dict(root, optimizer, options=options)
     state.update(moments)
@@ -160,7 +160,7 @@ def newest_checkpoint(folder: Path, skip_damaged: bool) -> tuple[Path, dict]:
 
 
 def examine(path: Path) -> tuple[str | None, dict]:
-    """Return what is wrong with a checkpoint, or None; and its progress."""
+    """Return the fault of a checkpoint, or None; and its progress."""
     try:
         content = read_json(path / "progress.json")
         unchanged = content.pop("crc32") == zlib.crc32(json.dumps(content).encode())
@@ -177,7 +177,7 @@ def examine(path: Path) -> tuple[str | None, dict]:
 
 
 def load_checkpoint(path: Path, root: nn.Module, optimizer: Optimizer, world: int) -> None:
-    """Fill what is trained, and its optimizer, from a checkpoint. Raises InputError."""
+    """Fill the trained parameters and their optimizer from a checkpoint. Raises InputError."""
     state = trained_state(root, optimizer)
     reader = dcp.HuggingFaceStorageReader(str(path))
     try:

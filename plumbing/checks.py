@@ -1,4 +1,4 @@
-"""What cannot run is refused before any work: one line, which names the flag and the remedy."""
+"""Checks before any work: one line, which names the flag and the remedy, for a bad Config."""
 
 import dataclasses
 import importlib.util
@@ -108,7 +108,7 @@ def check_encoder(c: Config, name: str) -> None:
               f"--{name} {spec}: stage 0 makes no such model of the tiny world; name one with real "
               "weights")
     line = f"--{name} {spec!r}: {STUDENT if name == 'clip' else TEACHER}"
-    # Build it without numbers, and run what a run runs.
+    # Build it without numbers, and run its forward as a run does.
     with library_errors(lambda e: f"{line} ({e})"), torch.device("meta"):
         encoder = build_encoder(c, name, {})
         net = encoder.net

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """Parse as argparse does, but name an unknown flag, a slip, before what is missing."""
+        """Parse as argparse does, but report an unknown flag before a missing one."""
         known = self._option_string_actions
         for word in sys.argv[1:] if args is None else args:
             name = word.split("=")[0]
@@ -61,7 +61,7 @@ def run(program: Callable) -> None:
     try:
         program()
     except Stopped as e:
-        if rank == 0:  # every process stops; the first says so
+        if rank == 0:  # every process stops; the first prints it
             print(e, file=sys.stderr)
         sys.exit(STOPPED)
     except Exception as e:
@@ -73,7 +73,7 @@ def run(program: Callable) -> None:
             e = InputError(f"out of memory: {str(e).splitlines()[0][:200]}; lower --micro-batch, "
                            "then add --recompute; `python -m tools.plan` says what a run wants")
         bad_input = isinstance(e, InputError)
-        # another process may know better what is wrong: then the launcher ends this one
+        # another process may have a better error: then the launcher ends this one
         if rank > 0 or (world > 1 and not bad_input):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)

@@ -1,4 +1,4 @@
-"""Config: every field is a flag (--lambda-kd 0), is saved with the run, and says why it is so.
+"""Config: every field is a flag (--lambda-kd 0), and is saved with the run.
 
 The comment beside a field is its text in --help. The defaults, which stand nowhere else, are the
 TINY preset with the paper's method; SMALL and FULL, below, change names and numbers only.
@@ -18,7 +18,7 @@ CountOrZero = Annotated[int, (0, 10_000_000)]   # 0 switches something off
 Processes = Annotated[int, (0, 1024)]
 Fraction = Annotated[float, (0, 1)]
 Weight = Annotated[float, (0, 1e6)]
-Dropout = Annotated[float, (0, 0.95)]           # above it hardly anything is learnt
+Dropout = Annotated[float, (0, 0.95)]           # above it a student hardly learns
 
 
 def encoder(spec: str):
@@ -38,7 +38,7 @@ class Config:
     eval_data: str = ""                     # held-out questions, the same format
     pretrain_data: str = ""                 # captions for stage 1; without it, --data again
     image_folder: str = ""                  # folder of the images; "": the folder of --data
-    data_root: str = ""                     # folder of LLaVA's two sets, laid out as its docs say
+    data_root: str = ""                     # folder of LLaVA's two sets, laid out as in its docs
     skip_bad: bool = False                  # leave out unusable rows; else the first ends the run
     allow_outside: bool = False             # images may lie outside the image folder
     allow_new_data: bool = False            # resume although rows or images have changed
@@ -123,7 +123,7 @@ class Config:
     eval_batch: Count = 256                 # questions answered at once
 
 
-STAGES = ("distil", "stage1", "stage2")  # by number: what the names of their fields begin with
+STAGES = ("distil", "stage1", "stage2")  # by number: the prefixes of their fields
 STAND_INS = ("clip", "eva", "convnext")  # the encoders that stage 0 can make
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 ENCODERS = tuple(name for name, field in FIELDS.items() if field.metadata.get("encoder"))

@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, tensors with checksums, what a file is; and torch's FLOP counter."""
+"""Files: atomic writes, JSON, tensors with checksums, kinds of files; and torch's FLOP counter."""
 
 import contextlib
 import glob
@@ -107,11 +107,11 @@ def digest(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-# --- what a file is that cannot be read
+# --- kinds of files that cannot be read here
 
 PANDAS = ("python -c \"import pandas; "
           "pandas.read_{}('FILE').to_json('FILE.json', orient='records')\"")
-KINDS = {  # how a file begins, in latin-1, or how its name ends: what it is, and the remedy
+KINDS = {  # the first bytes of a file, in latin-1, or the end of its name: its kind, and the remedy
     "version https://git-lfs": ("a git-lfs pointer, not the file itself", "git lfs pull"),
     "<!doctype html": ("a web page, perhaps of a login", "download the file itself"),
     "<html": ("a web page, perhaps of a login", "download the file itself"),
@@ -170,7 +170,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about: str | f
 
 
 def read_about(path: Path) -> dict:
-    """Return what write_tensors was told about a file; {} if it has no such header."""
+    """Return the `about` that write_tensors put in a file's header; {} if there is none."""
     try:
         require_file(path)
         with safe_open(path, "pt") as file:

@@ -60,7 +60,7 @@ def load_vlm(vlm: VLM, folder: Path) -> None:
         known = tensors.get(f"vlm.{name}", ())
         rows = own.get(name, ())
         if 0 < len(known) < len(rows):
-            # the words that the run did not know come after its own, with new weights
+            # words that are new to the run come after its own, with new weights
             tensors[f"vlm.{name}"] = torch.cat([known, rows[len(known):]])
     fill_module(vlm, tensors, "vlm.", folder)
 

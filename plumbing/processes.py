@@ -56,7 +56,7 @@ def launch(work: Callable, arguments: tuple, processes: int) -> int:
             while received:
                 number = received.pop(0)
                 for process in context.processes:
-                    if process.is_alive() and os.name != "nt":  # there Ctrl-C reaches all
+                    if process.is_alive() and os.name != "nt":  # on Windows Ctrl-C goes to all
                         os.kill(process.pid, number)
     except ProcessExitedException as e:
         if e.exit_code > 0:
@@ -68,11 +68,11 @@ def launch(work: Callable, arguments: tuple, processes: int) -> int:
 
 
 def run_one(rank: int, work: Callable, arguments: tuple, world: int, port: int, stopped) -> None:
-    """Run `work` as one of the processes, which are told who they are as torchrun tells it."""
+    """Run `work` as one of the processes, with torchrun's environment variables."""
     os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}",
                       LOCAL_WORLD_SIZE=f"{world}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
     if hasattr(os, "setsid"):
-        os.setsid()  # a terminal's Ctrl-C reaches it once, through `launch`
+        os.setsid()  # it gets a terminal's Ctrl-C once, through `launch`
     tqdm.set_lock(threading.RLock())  # its own would outlive os._exit below, with a warning
     signals.begin_program()
     signals.block(False)
@@ -120,7 +120,7 @@ class Machine:
     def __init__(self, c: Config):
         self.c = c
         self.stop = ""              # the signal that told the run to stop
-        self.state = "before the first step: nothing is lost"   # what the run then says
+        self.state = "before the first step: nothing is lost"   # the run then prints it
         self.training = False
         self.lock = None            # the open file that holds the run folder
         self.former_handlers = {}
@@ -142,7 +142,7 @@ class Machine:
         self.patient = dist.new_group(backend="gloo", timeout=week) if self.world > 1 else None
 
     def leave(self) -> None:
-        """Part from the other processes, stop listening, and let another run into the folder."""
+        """Leave the process group, stop listening, and unlock the run folder."""
         if self.lock is not None:
             self.lock.close()
         for number, handler in self.former_handlers.items():
@@ -157,7 +157,7 @@ class Machine:
             raise signals.Stopped(f"stopped by {self.stop} {self.state}")
 
     def end_training(self, state: str) -> None:
-        """Part from the others: the model is written, and a signal ends the run, saying `state`."""
+        """Leave the process group; from now on a signal ends the run, with the message `state`."""
         if dist.is_initialized():
             dist.destroy_process_group()
         self.training = False
@@ -175,7 +175,7 @@ class Machine:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until all processes are here, for hours if need be."""
+        """Wait for all processes, for hours if need be."""
         if self.world > 1:
             dist.barrier(self.patient)
 

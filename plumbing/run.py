@@ -1,4 +1,4 @@
-"""A run from its flags to its evaluation: all that stands around the loop in train.py."""
+"""A run from its flags to its evaluation: everything around the loop in train.py."""
 
 import json
 import sys
@@ -53,14 +53,14 @@ def run_here(train: Callable, c: Config, resumed: bool, begin: float) -> None:
     finally:
         if machine.world == 1:  # several end with their process: leaving in disorder may hang
             if run:  # an error must not cost a state that is still being written
-                with suppress(Exception):  # the first error is the one to tell
+                with suppress(Exception):  # the first error is the one to report
                     run.checkpoints.finish()
             machine.leave()
 
 
 @dataclass
 class StagePlan:
-    """What a stage will do"""
+    """Steps, learning rate and batches of a stage"""
 
     stage: int
     steps: int
@@ -70,7 +70,7 @@ class StagePlan:
 
 
 class Run:
-    """One run in this process: its data, its models, and where it stands."""
+    """One run in this process: its data, its models and its progress"""
 
     def __init__(self, c: Config, machine: Machine, resumed: bool, begin: float):
         self.c, self.machine, self.begin = c, machine, begin
@@ -91,7 +91,7 @@ class Run:
                 from real.pretrained_llm import check_llm
                 check_llm(c.llm, self.tokenizer, c.max_length, c.max_new_tokens)
 
-        # Stage 0 makes what the tiny preset has in place of downloads.
+        # Stage 0 makes the tiny preset's stand-ins for downloads.
         if machine.first and run_log.stand_in_words(c):
             print(run_log.stand_in_words(c), flush=True)
         with machine.first_alone():
@@ -104,7 +104,7 @@ class Run:
             checks.check_lengths(c, self.sets, self.tokenizer, vlm.student.num_tokens)
         self.datasets = sets.build_datasets(c, self.sets, self.tokenizer, vlm.student.num_tokens)
 
-        # What is written while it trains. A sharded model cannot answer questions in between.
+        # The files written while it trains. A sharded model cannot answer questions in between.
         if machine.first:
             run_folder.start_run_folder(c, self.tokenizer, weights, resumed)
         held_out = None
@@ -180,7 +180,7 @@ class Run:
                                           self.checkpoints.written())
             if step.counts["written"] == self.machine.world:
                 self.checkpoints.finish()  # every process has written its files of the last one
-            # LoRA dropout: a resumed run draws what the straight one drew.
+            # LoRA dropout: a resumed run draws the same masks as an uninterrupted one.
             seed = self.c.seed * 1_000_003 + plan.stage * 1_000_000 + number
             torch.manual_seed(seed * 1_009 + self.machine.rank)
             yield step

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time in it, what is written there, where to go on from."""
+"""The folder of a run: its lock, its files, and the checkpoint to resume from."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ def open_run_folder(c: Config, first: bool, resumed: bool) -> tuple:
     lock = None     # closed, it lets another run in
     if first:
         lock = lock_run_folder(c, resumed)
-        # what the run will not be able to write ends it now, before any work
+        # a folder that cannot be written ends the run now, before any work
         files.require_writable(out, "--out")
         if c.cache_teachers and c.lambda_kd:
             files.require_writable(Path(c.cache_teachers), "--cache-teachers")
@@ -79,7 +79,7 @@ def lock_run_folder(c: Config, resumed: bool):
 
 
 def check_config_is_kept(c: Config, trained: dict, first: bool) -> None:
-    """Raise InputError if a field that a resumed run must keep is not what it was trained with."""
+    """Raise InputError if a resumed run changes a field that it must keep."""
     for name, old in trained.items():
         new = getattr(c, name)
         new = list(new) if isinstance(new, tuple) else new  # JSON has lists only
@@ -116,7 +116,7 @@ def check_data(c: Config, data: dict, progress: Progress) -> None:
 
 
 def start_run_folder(c: Config, tokenizer, weights: dict, resumed: bool) -> None:
-    """Clear an earlier run, or results; write config, versions, words, and what stage 0 made."""
+    """Clear an earlier run, or results; write config, versions, words and stage 0's models."""
     out = Path(c.out)
     for name in RESULTS if resumed else FILES:
         (out / name).unlink(missing_ok=True)

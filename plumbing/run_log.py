@@ -1,4 +1,4 @@
-"""What a run tells while it trains, in log.jsonl and on the screen. It changes no result."""
+"""The log of a run, in log.jsonl and on the screen. It changes no result."""
 
 import json
 import os
@@ -21,7 +21,7 @@ HEADING = ("each line: losses, each teacher's own loss (kd_) and weight (w_), th
            "group per layer, in it the % of the tokens that each of its experts took")
 QUESTIONS, POINTS = 100, 4      # held-out questions, and how often in a stage they are asked
 DRAW_SECONDS = 10.0             # between two drawings of the curves, at least
-DRAW_PAUSE = 60                 # and so many times what a drawing takes: 2 % of a run at most
+DRAW_PAUSE = 60                 # and 60 times the time of one drawing: 2 % of a run at most
 COLLAPSED, COLLAPSED_STEPS = 0.99, 100  # fraction of a layer's tokens, and how long it may last
 SETTLED_STEPS, SHORTEST = 300, 100      # when a loss should have moved; in a shorter stage: its end
 STILL = 0.02                    # relative change of a loss that has not moved
@@ -34,13 +34,13 @@ def is_lesson(c: Config) -> bool:
 
 
 def stand_in_words(c: Config) -> str:
-    """Return what the stand-ins of the tiny preset know, if that is not the run's own pictures."""
+    """Return which pictures the stand-ins have learnt from, if not the run's own."""
     if is_real(c.clip) or not c.data:
         return ""
     if c.stage0_pictures == "data":
-        return (f"the toy encoders are trained on the pictures of {c.data} itself: CLIP on its "
-                "questions and answers, the others without labels (once, a few minutes)")
-    return ("the toy encoders know the drawn pictures of the tiny world, not those of "
+        return (f"the stand-in encoders are trained on the pictures of {c.data} itself: CLIP on "
+                "its questions and answers, the others without labels (once, a few minutes)")
+    return ("the stand-in encoders know the drawn pictures of the tiny world, not those of "
             f"{c.data}; --stage0-pictures data trains them on its own first")
 
 
@@ -109,7 +109,7 @@ class RunLog:
             self.tensorboard = SummaryWriter(c.tensorboard)
 
     def begin_file(self, size: int, crc: int) -> None:
-        """Cut the log where the run resumes; start anew if it is not what the checkpoint knows."""
+        """Cut the log where the run resumes; start anew if it differs from the checkpoint's."""
         lines = self.file.read_bytes()[:size] if self.file.is_file() else b""
         if zlib.crc32(lines) != crc:
             print(f"note: {self.file}: is missing, or has changed since the checkpoint was made; "

@@ -18,9 +18,9 @@ from mole import mole_layers, router_probs
 from plumbing.config import Config
 from teachers import Teachers
 
-# torch says so when a single process loads or saves a checkpoint
+# torch's warning when a single process loads or saves a checkpoint
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-# what the student returns is a view, which nobody adds to in place
+# the student returns a view, and nothing changes it in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
@@ -41,7 +41,7 @@ def restore_probs(block: nn.Module):
     probs = router_probs(block)
     try:
         yield
-    finally:  # the second run is broken off as soon as backward has what it needs
+    finally:  # the second run stops as soon as backward has its tensors
         for layer, p in zip(mole_layers(block), probs, strict=True):
             layer.probs = p
 

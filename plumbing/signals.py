@@ -1,4 +1,4 @@
-"""What a signal does to a program. Standard library only: it works while torch still loads."""
+"""Signals and how a program ends. Standard library only: it works while torch still loads."""
 
 import os
 import signal
@@ -11,14 +11,14 @@ SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SI
 
 
 class Stopped(Exception):
-    """A signal has ended the program; its text says at what, and what is lost."""
+    """A signal has ended the program; the text names the step, and the work that is lost."""
 
 
 def listen(handler: Callable) -> dict:
     """Call `handler(number, frame)` on each of SIGNALS; return the former handlers."""
     former = {}
     for number in SIGNALS:
-        # what was ignored when the program started stays ignored: `nohup` asks for that
+        # a signal ignored at the program's start stays ignored: `nohup` relies on it
         if signal.getsignal(number) != signal.SIG_IGN:
             former[number] = signal.signal(number, handler)
     return former

@@ -57,7 +57,7 @@ def load_net(spec: str, source: Path | str | None) -> nn.Module:
 
 
 def unreadable(file: Path, reason: str) -> str:
-    """Return the line for a file that is no weights, without its remedy."""
+    """Return the error for a file that does not hold weights, without its remedy."""
     return f"{file}: not readable as weights: {kind_of(file) or reason}"
 
 
@@ -87,7 +87,7 @@ def fill_net(net: nn.Module, file: Path, remedy: str) -> None:
 
 @functools.cache
 def ask_hub() -> None:
-    """Let the hub's tools look only in their cache if there is no hub: they try for minutes."""
+    """Make the hub's tools look only in their cache if there is no hub: they retry for minutes."""
     host = urlsplit(constants.ENDPOINT).hostname
     # behind a proxy (HTTPS_PROXY, ALL_PROXY, without NO_PROXY) its name need not resolve here
     proxies = getproxies()

@@ -1,4 +1,4 @@
-"""Image files: what a viewer shows is what the encoders get."""
+"""Image files: the encoders get the picture that a viewer shows."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ from data import InputError, square_image, square_views
 from plumbing.files import kind_of
 
 Size = int | tuple[int, ...]  # of the loader's image; or of the views made of the original
-# what the machine lacks, not the file: such an error is passed on as it is
+# a fault of the machine, not of the file: such an error is passed on as it is
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
@@ -63,7 +63,7 @@ def as_seen(picture: Image.Image) -> Image.Image:
     if picture.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         picture = ImageCms.profileToProfile(picture, lab, rgb, outputMode="RGB")
-    if picture.mode == "La":  # premultiplied; PIL converts it to its plain form only
+    if picture.mode == "La":  # premultiplied; PIL converts it to plain RGBA only
         picture = picture.convert("LA")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -105,7 +105,7 @@ class DiskImages:
         try:
             is_inside = path.resolve().is_relative_to(self.source)
         except (OSError, RuntimeError, ValueError):  # a link to itself, or a NUL in the name
-            is_inside = True  # it cannot be opened, and load_image says why
+            is_inside = True  # it cannot be opened: load_image gives the reason
         if not is_inside and not self.allow_outside:
             raise InputError(f"{printable(path)}: lies outside the image folder {self.folder}; "
                              "move it there, or give --allow-outside")
@@ -119,7 +119,7 @@ class DiskImages:
                 with open(path if path.is_file() else os.devnull, "rb") as file:
                     return hashlib.file_digest(file, "sha256").digest()
             except (InputError, OSError, ValueError):
-                return b""  # training says what is wrong, when it comes to its row
+                return b""  # training reports the fault at its row
 
         with ThreadPoolExecutor() as pool:
             return hashlib.sha256(b"".join(pool.map(hash_of, names))).hexdigest()

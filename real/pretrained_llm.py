@@ -108,11 +108,11 @@ def check_llm(name: str, tokenizer: "PretrainedTokenizer", length: int, answer: 
     for file in folder.glob("*.safetensors"):
         with (library_errors(lambda e, file=file: llm_error(name, unreadable(file, e))),
               safe_open(file, "pt")):
-            pass    # its header says whether the file is whole
+            pass    # the header shows whether the file is complete
     lacks = (f"--llm {name}: cannot be the LLM: it needs blocks, a cache of keys and values, and "
              "inputs_embeds, position_ids and logits_to_keep, as a Llama, Qwen or GPT-2 has")
     runs = True
-    # fake tensors have shapes and no numbers
+    # fake tensors have shapes but no numbers
     with FakeTensorMode(), torch.no_grad(), library_errors(lambda _: lacks):
         llm = PretrainedLLM.without_weights(name, torch.bfloat16)
         ids = torch.zeros(1, 3, dtype=torch.long)

@@ -86,7 +86,7 @@ def read_list(path: Path) -> RecordFile:
     """Return the rows of a LLaVA-format file. Raises InputError if it is none."""
     spans = find_rows(path) if path.is_file() else None  # a pipe would be waited for
     if spans is None:
-        read_json(path)  # raises InputError if that is what is wrong
+        read_json(path)  # raises InputError if that is the fault
         raise InputError(f"{path}: must be a JSON list of records with at least one row")
     return RecordFile(path, spans)
 
@@ -113,7 +113,7 @@ def as_used(record):
 
 
 def record_fault(record, held_out: bool) -> str | None:
-    """Return what is wrong with the form of a record, in words, or None. It opens no file."""
+    """Return the fault in the form of a record, in words, or None. It opens no file."""
     if not isinstance(record, dict):
         return "is not an object {id, image, conversations}"
     turns = record.get("conversations")
@@ -140,7 +140,7 @@ def record_fault(record, held_out: bool) -> str | None:
 
 
 def image_fault(record: dict, questions: list[str], answers: list[str]) -> str | None:
-    """Return what is wrong with a record's "type", its "image" or its <image> in the text."""
+    """Return the fault in a record's "type", its "image" or its <image> in the text."""
     if not isinstance(record.get("type", ""), str):
         return 'has a "type" that is no text'
     if "image" not in record:
@@ -176,7 +176,7 @@ def tell(line: str) -> None:
 
 def row_faults(records: RecordFile, get_image: DiskImages | None,
                held_out: bool) -> Iterator[tuple[int, str]]:
-    """Yield (row, what is wrong) of every bad row, its image file too if there is a get_image.
+    """Yield (row, fault) of every bad row; with get_image its image file is opened too.
 
     Then name the keys that nothing reads. A held-out set may have "answers".
     """

@@ -192,7 +192,7 @@ def test_encoders_learn_the_sets_own_pictures(shapes, monkeypatch):
     monkeypatch.chdir(shapes)
     done = run_script(shapes, *own, "--out", "runs/own")
     assert done.returncode == 0, done.stderr[-3000:]
-    line = "the toy encoders are trained on the pictures of train.json itself: CLIP on its "
+    line = "the stand-in encoders are trained on the pictures of train.json itself: CLIP on its "
     assert done.stdout.startswith(line)
     assert read_json(shapes / "runs/own/config.json")["stage0_pictures"] == "data"
     files = {path: path.stat().st_mtime_ns for path in shapes.glob("runs/stage0/*")}
@@ -202,5 +202,5 @@ def test_encoders_learn_the_sets_own_pictures(shapes, monkeypatch):
     pretrained_weights(c, records, build_tokenizer(c, load_sets(c)))
     assert {path: path.stat().st_mtime_ns for path in shapes.glob("runs/stage0/*")} == files
     other = stand_in_words(parse_config(own[:-2]))
-    assert other == ("the toy encoders know the drawn pictures of the tiny world, not those of "
+    assert other == ("the stand-in encoders know the drawn pictures of the tiny world, not those of "
                      "train.json; --stage0-pictures data trains them on its own first")

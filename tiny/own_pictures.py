@@ -26,7 +26,7 @@ QUESTIONS = 8       # at most, of one picture in a batch
 ANSWERS = 16        # at most, to choose from
 HIDDEN = 0.4        # fraction of the cells that are hidden
 CELLS = 8           # in a row of a picture
-PATCH = 8           # pixels in a row of what a token rebuilds
+PATCH = 8           # px of the side of the patch that a token rebuilds
 
 
 class OwnPictures:
@@ -69,7 +69,7 @@ def choices(right: int, answers: list[int], count: int, chance: random.Random) -
 
 
 def own_clip(spec: str, pictures: OwnPictures) -> Training:
-    """Train [CLS] to tell a picture's answer from other answers to the same question.
+    """Train [CLS] to pick a picture's answer among other answers to the same question.
 
     CLIP's contrast would teach little: "is it red? no" is true of most other pictures too.
     """

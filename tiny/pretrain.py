@@ -35,7 +35,7 @@ SHIPPED = Path(__file__).parent / "weights"
 SEED = 0  # the pretrained models are downloads in the real method: the same for every seed of a run
 IMAGES = 6_000
 WORDS = 77  # of a text for CLIP at most, as of CLIP's own
-# what is trained, its loss_of(generator, batch size), and the net in it that is kept
+# the module to train, its loss_of(generator, batch size), and the net in it to keep
 Training = tuple[nn.Module, Callable, nn.Module]
 
 # ------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class ClipAndTexts(nn.Module):
             if isinstance(module, nn.Linear):
                 # timm's std of 0.02 is meant for width 1024; at 96 shapes are then learned late
                 module.reset_parameters()
-        nn.init.normal_(self.clip.net.pos_embed, std=0.3)  # 0.02 hardly says where a token is
+        nn.init.normal_(self.clip.net.pos_embed, std=0.3)  # at 0.02 positions hardly differ
         self.embed = nn.Embedding(len(tokenizer.vocabulary), 64)
         self.layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
         self.head = nn.Linear(64, 64)
@@ -201,7 +201,7 @@ def train_model(path: Path, name: str, scale: float, maker: tuple, arguments: tu
 
 
 def llm_texts(records: list[dict], tokenizer: WordTokenizer) -> list[list[int]]:
-    """Return what an LLM of these records is trained on: the ids of those without an image."""
+    """Return the training texts of an LLM for these records: the ids of those without an image."""
     # answers about an image that the LLM does not see would teach it to guess
     pure = [record for record in records if "image" not in record] or records
     return [conversation_ids(record, "v1", tokenizer, n=0)[0] for record in pure]

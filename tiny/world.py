@@ -2,7 +2,7 @@
 
     python -m tiny.world export runs/world      # the world as LLaVA-format JSON + PNG    (20 s)
 
-tiny/scenes.py says what a scene is, tiny/pictures.py draws it.
+tiny/scenes.py defines a scene, tiny/pictures.py draws it.
 """
 
 import argparse

@@ -60,7 +60,7 @@ SHAPES = {
 
 @dataclass
 class Case:
-    """One row: what is measured, ours and the baseline, and how often they run."""
+    """One row: its name, ours and the baseline, and how often they run."""
 
     what: str
     baseline: str
@@ -96,7 +96,7 @@ def median_seconds(forms: list[Callable], repeats: int) -> list[float]:
 
 
 def peak_bytes(form: Callable) -> int:
-    """Return the peak of what a form itself allocates."""
+    """Return the peak memory that a form itself allocates."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,6 +1,6 @@
 """The numbers behind the answers to the exercises of docs/lesson.md.
 
-    python -m tools.lesson router runs/tiny     # 1 whom the routers send where
+    python -m tools.lesson router runs/tiny     # 1 which tokens the routers send to which expert
     python -m tools.lesson uniform runs/tiny    # 2 L_kd under each form of the token weights
     python -m tools.lesson bound                # 3 a softmax of probabilities is nearly uniform
     python -m tools.lesson direction            # 5 why the direction of the adapters matters

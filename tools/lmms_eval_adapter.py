@@ -9,7 +9,7 @@ lmms-eval wants an environment of its own; 0.7 or later, beside requirements-ful
 and any flag of lmms-eval; each process of torchrun has a GPU of its own and answers its part.
 `run` is a run folder of train.py, or a checkpoint of the authors' layout. Answers are greedy, in
 left-padded batches, one image per question: a document with several, or with a prompt longer than
---max-length of the run, gets an empty answer and a line that says so.
+--max-length of the run, gets an empty answer and a warning.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ try:
 except ImportError:  # the adapter's methods can be called without the harness
     lmms = object
 
-GREEDY = {"temperature": 0, "num_beams": 1, "do_sample": False}  # what a task may ask for, or None
+GREEDY = {"temperature": 0, "num_beams": 1, "do_sample": False}  # options of a task
 
 
 class MoVEKD(lmms):
@@ -85,7 +85,7 @@ class MoVEKD(lmms):
     def answer_batch(self, requests: list, max_new_tokens: int) -> list[str]:
         """Return the answers to requests of one length, uncut. The pictures are freed after it.
 
-        A request that cannot be answered gets an empty answer, and a line that says why.
+        A request that cannot be answered gets an empty answer, and a warning with the reason.
         """
         c = dataclasses.replace(self.c, max_new_tokens=max_new_tokens, eval_batch=self.batch_size)
         pictures = {}

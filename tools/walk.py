@@ -137,7 +137,7 @@ def print_loss(c: Config, model: method.MoVEKD, terms: dict[str, torch.Tensor]) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one step under the tracer and print what it saw."""
+    """Run one step under the tracer and print its notes."""
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="a run of --tiny")
     parser.add_argument("--all-lines", action="store_true", help="print all lines of the functions")

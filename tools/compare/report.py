@@ -1,6 +1,6 @@
 """The report of a comparison: means and intervals over the seeds in a table and a bar plot.
 
-What is reported is {variant: [the numbers of a run, {name: value}, one dict per seed]}.
+A report is made of {variant: [the numbers of a run, {name: value}, one dict per seed]}.
 """
 
 import math
@@ -33,10 +33,10 @@ def show(values: list[float], sign: str = "") -> str:
 
 
 def compare(results: Numbers) -> None:
-    """Add to each run what it gains over two baselines, and to some the paper's own number."""
+    """Add to each run its gain over two baselines, and to some the paper's own number."""
     for base in [name for name in ("no-kd", "llava") if name in results]:
         for variant in results.keys() - {base}:
-            # seed by seed, as many as both have: what the seeds share cancels
+            # seed by seed, as many as both have: common effects of a seed cancel
             for run, other in zip(results[variant], results[base], strict=False):
                 run[f"over `{base}`"] = run["macro"] - other["macro"]
     ends = [mean(run["macro"] for run in results[v]) for v in ("llava", "ensemble") if v in results]

@@ -104,7 +104,7 @@ def inference_cost(encoder: nn.Module) -> dict[str, int]:
 def train_and_probe(folder: Path, argv: list[str], weights: dict[str, Path]) -> None:
     """Run train.py, then write accuracy, cost and probe of its student, unless that is done.
 
-    What is printed goes to a file of the run's folder.
+    Its output goes to a file in the run's folder.
     """
     trained = ((folder / "result.json").exists()
                and load_config(folder / "config.json") == parse_config(argv))
@@ -130,7 +130,7 @@ def train_and_probe(folder: Path, argv: list[str], weights: dict[str, Path]) -> 
 def ignore_signals() -> None:
     """Leave signals to the process that started this one.
 
-    Ctrl-C reaches both. A run that heard it would save a checkpoint, and refuse to start over.
+    Ctrl-C goes to both: the run would save a checkpoint, and later refuse to start over.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -5,7 +5,7 @@ UNIFORM = "--kd-token-weight uniform --kd-teacher-weight uniform"
 TOKENS = f"{HEADS} --target-norm channel --adapter-form per_token"
 CONFLICT = "--adapter-form interpolation --clip-share 0.333"
 
-VARIANTS = {  # name: (what it is, flags of train.py)
+VARIANTS = {  # name: (description, flags of train.py)
     # baselines
     "llava": ("LLaVA-1.5: frozen CLIP", "--student frozen --lambda-kd 0 --mole-experts 0"),
     "no-kd": ("fine-tuned, MoLE, no KD", "--lambda-kd 0"),
@@ -29,7 +29,7 @@ VARIANTS = {  # name: (what it is, flags of train.py)
     "ours-no-distil": ("+ lambda 1 and a balance loss: our recipe without a phase of distillation",
                        "--recipe ours --distil-epochs 0"),
     "ours": ("**our recipe**, with a phase of distillation alone", "--recipe ours"),
-    # our recipe without what is left of the paper's components
+    # our recipe without the rest of the paper's components
     "ours-no-token-weight": ("our recipe without token weights",
                              "--recipe ours --kd-token-weight uniform"),
     "ours-no-share": ("our recipe, CLIP's share as the others'",

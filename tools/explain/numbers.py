@@ -55,7 +55,7 @@ class Moment(NamedTuple):
 
     V_s: torch.Tensor                       # (n, d)
     experts: list[torch.Tensor]             # L x (1 + n,), the expert of each token, [CLS] first
-    student: dict[str, torch.Tensor]        # m x (n, d), what is compared with each teacher
+    student: dict[str, torch.Tensor]        # m x (n, d), compared with each teacher
     targets: dict[str, torch.Tensor]        # m x (n, d), V^t_i
     w_tea: dict[str, float]                 # W^tea
     errors: dict[str, torch.Tensor]         # m x (n_i,), MSE of each token

@@ -17,7 +17,7 @@ from teachers import VisionEncoder
 from tools.explain.numbers import ExplainedImage
 
 SIZE = 288  # px of a picture: sharp on a phone, small in the page
-# Okabe and Ito's colours, which people who confuse red and green can tell apart
+# Okabe and Ito's colours, which colour-blind people can distinguish
 EXPERTS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (240, 228, 66),
            (0, 114, 178), (213, 94, 0))
 HEAT = "inferno"    # of attention and weights

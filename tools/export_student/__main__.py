@@ -48,7 +48,7 @@ def write_student(student: Student, folder: Path) -> None:
     """Write the encoder's config, weights and code, which need nothing of this repository."""
     bicubic = not isinstance(student.loader_size, int)
     name, size, options = parse_spec(student.spec)
-    # of timm's model what is left in the student: no last block, no final norm
+    # timm's model without its last block and its final norm
     left = {"depth": len(student.net.blocks), "final_norm": False, "num_classes": 0}
     pillow = Image.Resampling[student.interpolation.value.upper()]
     write_json(folder / "student.json", {
@@ -74,7 +74,7 @@ def mole_options(student: Student) -> dict | None:
 
 
 def stand_alone_source() -> str:
-    """Return alone.py with the source of what it imports from this repository."""
+    """Return alone.py with the source of its imports from this repository."""
     text = Path(__file__).with_name("alone.py").read_text(encoding="utf-8")
     imports, _, rest = text.partition("\nfrom data import")
     _, _, student = rest.partition("\n\n\n")

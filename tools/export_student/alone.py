@@ -23,7 +23,7 @@ from real.image_files import as_seen
 
 
 class Student(nn.Module):
-    """uint8 (B, 3, R, R) -> V^s (B, n, d), hidden layer -2 without [CLS]: what the LLM sees."""
+    """uint8 (B, 3, R, R) -> V^s (B, n, d), hidden layer -2 without [CLS]: the LLM's input."""
 
     def __init__(self, folder):
         super().__init__()

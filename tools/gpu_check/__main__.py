@@ -2,7 +2,7 @@
 
     python -m tools.gpu_check                       # one GPU, random weights, no network
     python -m tools.gpu_check --out gpu_check.md    # the table in a file too, as Markdown
-    python -m tools.gpu_check --device cpu          # what a CPU can check, at small sizes (2 min)
+    python -m tools.gpu_check --device cpu          # a CPU, small sizes (2 min)
     python -m tools.gpu_check --only memory resume  # some of the checks
 
 Prints a table, check | expected | got | ok; the exit status is 1 if one is not ok. What is left out
@@ -66,7 +66,7 @@ def line(row: Row) -> str:
 
 
 def run_checks(names: list[str], setup: Setup) -> list[Row]:
-    """Run checks; each row is printed as soon as it is known."""
+    """Run checks; print each row as soon as it is measured."""
     rows = []
     for name in tqdm(names, leave=False, disable=None):
         for row in rows_of(name, CHECKS[name], setup):
@@ -77,7 +77,7 @@ def run_checks(names: list[str], setup: Setup) -> list[Row]:
 
 
 def versions(device: str) -> str:
-    """Return what the checks run on, as a line."""
+    """Return a line that describes the device."""
     machine = f"a CPU with {os.cpu_count()} cores"
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)

@@ -1,4 +1,4 @@
-"""What the checks of tools.gpu_check share: their rows, and models that train on random weights.
+"""Common code of tools.gpu_check: the rows, and models that train on random weights.
 
 Checked are kinds, kernels, memory and time. On a CPU the same code runs at small sizes.
 
@@ -30,7 +30,7 @@ SMALL_LLM = dict(vocab_size=320, hidden_size=64, intermediate_size=176, num_atte
 
 
 class LeftOut(Exception):
-    """A check that is not made here; its text says why."""
+    """A check that is left out here; its text is the reason."""
 
 
 class Row(NamedTuple):

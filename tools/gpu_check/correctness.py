@@ -1,4 +1,4 @@
-"""Checks of tools.gpu_check: does the device compute what the CPU does, in the right precision?
+"""Checks of tools.gpu_check: does the device compute the same as the CPU, in the right precision?
 
 Letters: B samples, n tokens and d width of the student.
 """

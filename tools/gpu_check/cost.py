@@ -1,4 +1,4 @@
-"""Checks of tools.gpu_check: memory and time of a step against what tools.plan says.
+"""Checks of tools.gpu_check: memory and time of a step against tools.plan's prediction.
 
 Letters: T tokens of the LLM's sequence.
 """
@@ -64,7 +64,7 @@ def check_memory(setup: Setup) -> Iterator[Row]:
 
 
 def check_fragments(setup: Setup) -> Iterator[Row]:
-    """Ten steps whose T varies: what the allocator holds beside what tensors take."""
+    """Ten steps whose T varies: memory that the allocator holds beside that of tensors."""
     setup.require_gpu("a CPU has no caching allocator")
     setup.require_seconds(60)
     c = full_config(setup)
@@ -80,7 +80,7 @@ def check_fragments(setup: Setup) -> Iterator[Row]:
 
 
 def check_time(setup: Setup) -> Iterator[Row]:
-    """A step of stage 2 with 8 layers of the LLM: the fraction of the GPU's speed it reaches."""
+    """A step of stage 2 with 8 layers of the LLM: its fraction of the GPU's peak speed."""
     setup.require_gpu("small sizes tell nothing about its speed")
     setup.require_seconds(60)
     c = full_config(setup)

@@ -157,7 +157,7 @@ def flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                     is_causal: bool = False, scale: float | None = None,
                     enable_gqa: bool = False) -> torch.Tensor:
     """Run F.scaled_dot_product_attention by the CPU's fused kernel: (B, h, T, D/h) -> the same."""
-    # enable_gqa says that the keys have fewer heads, which the kernel sees by itself
+    # enable_gqa: the keys have fewer heads, which the kernel sees by itself
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return kernel(query, key, value, dropout_p, is_causal, attn_mask=attn_mask,
                   scale=scale)[0]                                                   # (B, h, T, D/h)

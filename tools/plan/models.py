@@ -44,7 +44,7 @@ def random_models(c: Config, device: str, llm_shape=None) -> tuple[MoVEKD, Teach
 
 def meta_models(c: Config, llm_shape=None) -> tuple[MoVEKD, Teachers]:
     """Build all models of a run on the meta device."""
-    # These forms of the loss's weights look at no numbers, and the others cost the same.
+    # These forms of the loss's weights read no values, and the others cost the same.
     c = dataclasses.replace(c, kd_token_weight="paper", kd_teacher_weight="uniform",
                             kd_collapse="none")
     return random_models(c, "meta", llm_shape)
