@@ -202,5 +202,5 @@ def test_encoders_learn_the_sets_own_pictures(shapes, monkeypatch):
     pretrained_weights(c, records, build_tokenizer(c, load_sets(c)))
     assert {path: path.stat().st_mtime_ns for path in shapes.glob("runs/stage0/*")} == files
     other = stand_in_words(parse_config(own[:-2]))
-    assert other == ("the stand-in encoders know the drawn pictures of the tiny world, not those of "
-                     "train.json; --stage0-pictures data trains them on its own first")
+    assert other == ("the stand-in encoders know the drawn pictures of the tiny world, not those "
+                     "of train.json; --stage0-pictures data trains them on its own first")
