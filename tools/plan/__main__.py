@@ -1,6 +1,6 @@
 """Will it fit, and how long will it take?  Counted on the meta device: no GPU, no download.
 
-    python -m tools.plan --full                                 # 8 GPUs of 80 GB (15 s)
+    python -m tools.plan --full                                 # 8 GPUs of 80 GB (30 s)
     python -m tools.plan --full --gpus 4 --gpu-memory 40 --teachers clip eva
     python -m tools.plan --small --gpus 1 --gpu-memory 24       # any flag of train.py may follow
 """
@@ -24,7 +24,7 @@ IMAGES = {1: 1.0, 2: 624_610 / 665_298}     # fraction of the samples that have 
 
 
 def plan(c: Config, machine: argparse.Namespace) -> str:
-    """Return the whole text; `machine` has the values of the flags in `main`."""
+    """Return the plan as text; `machine` has the values of the flags in `main`."""
     model, teachers = meta_models(c)
     flops, memory_lines, fits = {}, {}, {}
     for stage in (1, 2):
@@ -118,10 +118,10 @@ def stage_memory(c: Config, stage: int, model: MoVEKD, teachers: Teachers,
         fixed = accumulating
 
     lines = [f"stage {stage}: {count(trained(model)):,} parameters trained; batch {batch}, {own} "
-             "samples a GPU", "", *memory_table(fixed, per_sample, max(use, 1)), ""]
+             "samples per GPU", "", *memory_table(fixed, per_sample, max(use, 1)), ""]
     if fit > 0:
-        lines.append(f"--micro-batch: {fit} fit; with {use} a step is {math.ceil(own / use)} of "
-                     "them")
+        lines.append(f"--micro-batch: {fit} fit; a step is {math.ceil(own / use)} of "
+                     f"{use} per GPU")
     else:
         tensors = sum(fixed.values()) - fixed["CUDA's context"] - fixed["NCCL"]
         lines.append(f"DOES NOT FIT: {tensors / 1e9:.1f} GB before the first sample; more GPUs (G "
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpu-tflops", type=float, default=312,
                         help="of bf16, dense; default 312, an A100's; an H100 has 989")
     parser.add_argument("--mfu", type=float, default=0.4,
-                        help="fraction of it that is reached, default 0.4: an assumption")
+                        help="achieved fraction of it, default 0.4: an assumption")
     machine, rest = parser.parse_known_args(argv)
     numbers = vars(machine).values()
     if not all(0 < number < math.inf for number in numbers) or machine.mfu > 1:

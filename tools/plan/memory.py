@@ -24,22 +24,22 @@ from plumbing.sharding import recompute
 from teachers import Teachers
 from tools.plan.models import count, run_llm, trained
 
-# Memory that no tensor of ours holds. Assumptions: tools.gpu_check measures the first and the last.
+# Memory outside our tensors. Assumptions: tools.gpu_check measures the first and the last.
 CONTEXT = 0.8e9     # CUDA's context with torch's kernels, cuBLAS's and cuDNN's workspaces
 NCCL = 1.0e9        # its buffers, with other GPUs: 4 MiB (NCCL_BUFFSIZE) per channel and neighbour
 FRAGMENTS = 0.15    # of the activations, the only tensors whose sizes change: gaps between them
 
 RULES = f"""P parameters, G GPUs, b samples of a micro-batch; bytes:
-  parameters   4 P / G in fp32; sharded, also what is gathered in the arithmetic's precision: all \
-that is in no unit (the student, or a block of the LLM), and two units
-  gradients    4 P_trained / G; with several micro-batches a step, 4 P_trained, for they are added \
-up unsharded; sharded, also one unit's
+  parameters   4 P / G in fp32; sharded, also the gathered ones in the arithmetic's precision: two \
+units (a unit is the student, or a block of the LLM), and all that is in no unit
+  gradients    4 P_trained / G; with several micro-batches per step 4 P_trained, because they are \
+added up unsharded; sharded, also one unit's
   optimizer    8 P_trained / G: AdamW's two moments
   teachers     P_teacher in the arithmetic's precision, whole on every GPU
-  buffers      sharded: a flat copy of what is gathered (all in no unit, and a unit), the same two \
-gradients in the arithmetic's precision, and the larger in fp32 to reduce
-  activations  b times what one more sample of --max-length tokens takes at the worst moment, \
-counted on the meta device with fused attention
+  buffers      sharded: a flat copy of the gathered (all in no unit, and a unit), the gradients of \
+the same two in the arithmetic's precision, and the larger in fp32 to reduce
+  activations  b times the memory of one more sample of --max-length tokens at the worst \
+moment, counted on the meta device with fused attention
   fragments    {FRAGMENTS:g} of the activations: an assumption
   CUDA         context and workspaces: an assumption
   NCCL         its buffers, if G > 1: an assumption"""
@@ -83,7 +83,7 @@ def samples_that_fit(fixed: dict[str, float], per_sample: float, gpu_memory: flo
 
 
 def memory_table(fixed: dict[str, float], per_sample: float, samples: int) -> list[str]:
-    """Return a Markdown table of what takes how much of one GPU, with so many samples at once."""
+    """Return a Markdown table of the memory on one GPU, with so many samples at once."""
     held = samples * per_sample
     rows = {name: fixed[name] for name in ("parameters", "gradients", "optimizer", "teachers")}
     rows[f"activations of {samples}"] = held
