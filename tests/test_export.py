@@ -1,0 +1,216 @@
+"""tools.export: encoder and VLM give the run's own numbers, without this repository."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+from data import InputError, conversation_ids, stack_images
+from model import Student
+from plumbing.config import TINY
+from plumbing.evaluate import answer
+from plumbing.files import read_about, read_tensors, write_tensors
+from plumbing.finished_run import load_run, load_student
+from plumbing.sets import student_size
+from real.image_files import fit
+from tests.common import SHORT, images, natural_noise, run_here
+from tiny.llm import WordTokenizer
+from tiny.world import world_records
+from tools.export.__main__ import main
+from tools.export.alone import Student as Alone
+from tools.export.student import write_student
+
+ALONE = """
+import pathlib, sys, torch
+from student import Student
+student = Student(".").eval()
+photos = {path.name: student.read_photo(path) for path in pathlib.Path("photos").iterdir()}
+with torch.no_grad():
+    torch.save((photos, student(photos["photo.png"])), "seen.pt")
+assert not {"data", "model", "mole", "teachers", "real", "plumbing"} & set(sys.modules)
+"""
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of pictures, none a square: RGB, long and thin, turned, and the odd modes of PIL."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    noise = natural_noise(60, 45)
+    noise.save(folder / "photo.png")
+    noise.resize((5000, 9)).save(folder / "thin.png")
+    noise.convert("CMYK").save(folder / "CMYK.jpg")
+    noise.convert("P").save(folder / "palette.png", transparency=7)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.save(folder / "turned.jpg", exif=exif)
+    for kind in ("uint16", "int32", "float32"):
+        grey = np.asarray(noise.convert("L")).astype(kind)
+        Image.fromarray(7 * grey).save(folder / f"{kind}.tiff")
+    noise.putalpha(Image.linear_gradient("L").resize(noise.size))
+    for mode in ("RGBA", "LA", "L", "1"):
+        noise.convert(mode).save(folder / f"{mode}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", [
+    "ours", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("released", "full"))])
+def test_the_same_tokens_without_the_repository(kind, workplace, released_folder, full_run, photos):
+    """student.py's pixels and tokens are load_student's and the run's, in both forms of MoLE.
+
+    Pixels are equal whatever the mode of the picture, tokens to 1e-6. The student of the run of
+    --full sees a view of the original, not of the loader's square.
+    """
+    run = {"ours": workplace / "runs/tiny", "released": released_folder, "full": full_run}[kind]
+    student, read_photo = load_student(run)
+    out = photos.parent
+    main([str(run), str(out), "--to", "student"])
+    # a process that has never heard of this repository
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pixels, V_s_alone = torch.load(out / "seen.pt")
+    for path in photos.iterdir():
+        seen = read_photo(path)
+        expected = seen if torch.is_tensor(seen) else seen[student.image_size]
+        assert torch.equal(pixels[path.name], expected), path.name
+    photo = read_photo(photos / "photo.png")
+    with torch.no_grad():
+        assert student(photo).equal(load_run(run, "cpu")[0].student(photo))
+        assert V_s_alone.allclose(student(photo), atol=1e-6, rtol=0)
+    with pytest.raises(InputError, match="is there already"):
+        main([str(run), str(out), "--to", "student"])
+
+
+def test_a_batch_of_the_loader_and_no_experts(tmp_path):
+    """uint8 images (B, 3, R, R) as in training; a student without MoLE is timm's model alone."""
+    student = Student(TINY.clip)
+    student.loader_size = 128
+    write_student(student, tmp_path)
+    alone = Alone(tmp_path)
+    assert alone(images(3)).allclose(student(images(3)), atol=1e-6, rtol=0)
+    assert not [name for name, _ in alone.named_parameters() if "router" in name]
+
+
+# The lines of the card come first: they make processor, model and the inputs of photo.png. Then
+# the pixels, logits and new ids of each question.
+LOADED = """
+import sys, torch
+exec(sys.argv[1])
+model.float()
+given = torch.load("given.pt", weights_only=False)
+said = []
+for picture, text, pixels in given:
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
+    x = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
+        return_dict=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(input_ids=x["input_ids"], pixel_values=pixels).logits[0]
+        ids = model.generate(**x)[0, x["input_ids"].shape[1]:]
+    ids = [i for i in ids.tolist() if i != model.generation_config.eos_token_id]
+    said.append((x["input_ids"][0].tolist(), x["pixel_values"], logits,
+                 processor.decode(ids).strip(), model.config.image_token_id))
+torch.save(said, "said.pt")
+assert not {"data", "model", "mole", "teachers", "real", "plumbing"} & set(sys.modules)
+"""
+
+
+def liven(run: Path) -> None:
+    """Make weights of a run random, so that experts, pictures and words differ widely."""
+    file = run / "model.safetensors"
+    words = read_about(file)["words"]
+    tensors = read_tensors(file, "")
+    for name, tensor in tensors.items():
+        if "lora" in name or "projector" in name or name.endswith("lm_head.weight"):
+            torch.nn.init.normal_(tensor, std=0.3)
+    write_tensors(file, tensors, words=words)
+
+
+@pytest.fixture(params=["experts", "plain", "full_run", "released_folder"])
+def run(request, workplace, tmp_path) -> Path:
+    """A run with experts and without, one on a real LLM, and the authors' checkpoint."""
+    if request.param in ("full_run", "released_folder"):
+        return request.getfixturevalue(request.param)
+    source = workplace / "runs/tiny"
+    if request.param == "plain":
+        source = tmp_path / "plain"
+        run_here(workplace, *SHORT, "--mole-experts", "0", "--out", str(source))
+    shutil.copytree(source, tmp_path / "run")
+    liven(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_transformers_gives_the_same_answers(run, tmp_path):
+    """By the card's lines: equal ids, logits to 1e-5 on equal pixels, 20 equal answers.
+
+    Pixels differ by rounding only. A run without experts needs no code of ours to be trusted.
+    """
+    pytest.importorskip("transformers")
+    vlm, tokenizer, c = load_run(run, "cpu")
+    size = student_size(c)
+    given, expected, records, seen = [], [], [], {}
+    for i, image in enumerate(images(20)):
+        # views are made of the original, of any form; else it is as large as the loader's image
+        picture = to_pil_image(image if isinstance(size, int) else image[:, :90 + i])
+        text = ["what colour?", "what's the pattern, 1 or 2?"][i % 2]
+        seen[str(i)] = fit(picture, size)
+        records.append({"image": str(i), "conversations": [
+            {"from": "human", "value": f"<image>\n{text}"}]})
+        view = stack_images([seen[str(i)]])
+        ids, _ = conversation_ids(records[i], "v1", tokenizer, vlm.student.num_tokens)
+        with torch.no_grad():
+            logits = vlm(vlm.student(view), torch.tensor([ids]), None)[0]
+        given.append((picture, text, vlm.student.view(view)))
+        expected.append((ids, logits))
+    answers = answer(c, vlm, tokenizer, records, seen.get)
+    assert len(set(answers)) > 1
+    out = tmp_path / "out"
+    main([str(run), str(out), "--to", "transformers"])
+    given[0][0].save(out / "photo.png")
+    torch.save(given, out / "given.pt")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    code = re.search("```python\n(.*?)```", card, re.S)[1]
+    assert ("trust_remote_code" in code) == bool(c.mole_experts)
+    done = subprocess.run([sys.executable, "-c", LOADED, code], cwd=out, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    said = torch.load(out / "said.pt", weights_only=False)
+    for (_, _, view), (ids, logits), theirs in zip(given, expected, said, strict=True):
+        assert theirs[0] == [theirs[4] if i == tokenizer.image else i for i in ids]
+        assert theirs[1].allclose(view, atol=1e-6, rtol=0)
+        assert theirs[2][:, :logits.shape[-1]].allclose(logits, atol=1e-5, rtol=1e-5)
+    assert [theirs[3] for theirs in said] == answers
+
+
+def test_the_tiny_words_are_the_same_in_transformers():
+    """Ids and decoded texts are equal, of the tiny world's texts and of odd ones."""
+    pytest.importorskip("transformers")
+    from tools.export.hugging_face import word_tokenizer
+    odd = ["U.S. don't 1,000 .5 10:30 50% a_b <s > USER : user:", "tab\t\x1cend\x85\u3000.",
+           "\u039f\u0394\u039f\u03a3 \xbd x\xb2 e\u0301t\xe9",
+           "\u4eca\u5929 go\u0e44\u0e17 \u0928\u094d\u0924\u0947"]
+    texts = [turn["value"].replace("<image>", "") for turns in world_records("train", "chat", 50)
+             for turn in turns["conversations"]]
+    ours = WordTokenizer.from_texts(texts + odd)
+    theirs = word_tokenizer(ours)
+    for text in texts + odd + ["USER: new WORDS? ASSISTANT: red</s>"]:
+        ids = ours.encode(text)
+        assert theirs(text, add_special_tokens=False).input_ids == ids, text
+        assert theirs.decode(ids).removesuffix(" </s>") == ours.decode(ids)
+
+
+def test_what_no_llava_is_gets_one_line(workplace, tmp_path):
+    """The baseline that sees with all encoders is refused."""
+    pytest.importorskip("transformers")
+    run_here(workplace, *SHORT, "--student", "ensemble", "--lambda-kd", "0", "--mole-experts", "0",
+             "--out", "runs/ensemble")
+    run = workplace / "runs/ensemble"
+    with pytest.raises(InputError, match="sees with all encoders"):
+        main([str(run), str(tmp_path / "out"), "--to", "transformers"])

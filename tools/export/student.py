@@ -1,0 +1,59 @@
+"""The distilled encoder of a run: its weights, its config, and one file that loads them."""
+
+import inspect
+import re
+from pathlib import Path
+
+from PIL import Image
+
+import mole
+from data import LARGE_SIDE, MEAN_COLOUR, pad_to_square, square_image, square_views
+from model import Student
+from plumbing.files import write_json, write_tensors
+from real.image_files import as_seen, eight_bits
+from teachers import parse_spec
+
+# what student.py needs of this repository: its source goes into the file, and the head before it
+EXPERTS = (mole.ExpertLoRA, mole.RoutedFFN, mole.MoLE, mole.ReleasedMoLE, mole.add_mole)
+PIXELS = (as_seen, eight_bits, pad_to_square, square_image, square_views)
+HEAD = ("import numpy as np\nimport torch.nn.functional as F\n"
+        "from PIL import ImageCms, ImageOps\n\n"
+        f"MEAN_COLOUR = {MEAN_COLOUR}\nLARGE_SIDE = {LARGE_SIDE}\n")
+
+
+def write_student(student: Student, folder: Path) -> None:
+    """Write the encoder's config, weights and code, which need nothing of this repository."""
+    bicubic = not isinstance(student.loader_size, int)
+    name, size, options = parse_spec(student.spec)
+    # of timm's model what is left in the student: no last block, no final norm
+    left = {"depth": len(student.net.blocks), "final_norm": False, "num_classes": 0}
+    pillow = Image.Resampling[student.interpolation.value.upper()]
+    write_json(folder / "student.json", {
+        "timm": {"model_name": name.split(".")[0], "img_size": size, **options, **left},
+        "mole": mole_options(student),
+        "view": {"size": [size, size], "interpolation": pillow.value},
+        "colours": {"mean": student.mean, "std": student.std},
+        "photo": {"size": size if bicubic else student.loader_size, "bicubic": bicubic},
+    })
+    write_tensors(folder / "student.safetensors", student.net.state_dict())
+    source = stand_alone_source("alone.py", HEAD, (*EXPERTS, *PIXELS))
+    (folder / "student.py").write_text(source, encoding="utf-8")
+
+
+def mole_options(student: Student) -> dict | None:
+    """Return what add_mole needs to build the student's experts; None if it has none."""
+    layers = mole.mole_layers(student)
+    if not layers:
+        return None
+    form, lora = (("ffn", layers[0].lora) if isinstance(layers[0], mole.MoLE) else
+                  ("fc1_fc2", layers[0].lora_fc1))
+    return {"form": form, "num_experts": layers[0].router.out_features, "rank": lora.rank,
+            "alpha": lora.scale * lora.rank, "dropout": 0.0, "init": "zero", "router_grad": "none"}
+
+
+def stand_alone_source(template: str, head: str, shared: tuple) -> str:
+    """Return a file of this folder, with the source of what it imports from this repository."""
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    imports, ours = re.split(r"\n(?=from (?:data|mole) import)", text, maxsplit=1)
+    _, _, rest = ours.partition("\n\n\n")
+    return imports + "\n\n".join([head, *map(inspect.getsource, shared), rest])
