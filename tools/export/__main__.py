@@ -22,8 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="a run folder, or the authors' checkpoint")
     parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument("--to", choices=("student", "transformers"), required=True,
-                        help="who is to read it")
+    parser.add_argument("--to", choices=("student", "transformers"), required=True)
     args = parser.parse_args(argv)
     if args.out.exists():
         raise InputError(f"{args.out}: is there already; name another folder")

@@ -44,7 +44,6 @@ class Student(nn.Module):
         """Return an image file as the run reads it, padded to a square: uint8 (1, 3, R, R)"""
         size = self.config["photo"]["size"]
         with Image.open(path) as file:
-            picture = as_seen(file)
-        if self.config["photo"]["bicubic"]:  # as LLaVA: the view is made of the original
-            return square_views(picture, (size,))[size][None]
-        return square_image(picture, size)[None]
+            if self.config["photo"]["bicubic"]:     # as LLaVA: the view is made of the original
+                return square_views(as_seen(file), (size,))[size][None]
+            return square_image(as_seen(file), size)[None]

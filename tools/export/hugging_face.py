@@ -18,10 +18,9 @@ from plumbing.config import RECIPES, Config
 from plumbing.files import library_errors, read_json
 from tiny.llm import TinyLLM, WordTokenizer
 from tools.export.modeling_movekd import MoVEKDConfig, MoVEKDForConditionalGeneration
-from tools.export.student import EXPERTS, mole_options, stand_alone_source
+from tools.export.student import EXPERTS, write_source
 
 HERE = Path(__file__).parent
-CODE = "modeling_movekd.py"
 HEAD = "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
 NAMES = {       # parts of a tensor's name: timm's, CLIPVisionModel's
     "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding.weight",
@@ -44,17 +43,16 @@ def write_llava(run: Path, vlm: VLM, tokenizer, c: Config, folder: Path) -> None
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if c.mole_experts:
-        (folder / CODE).write_text(stand_alone_source(CODE, HEAD, EXPERTS), encoding="utf-8")
-    facts = {}
-    for name in ("versions", "result"):     # the authors' checkpoint has neither
-        path = run / f"{name}.json"
-        facts[name] = read_json(path) if path.exists() else {}
+        write_source(folder / "modeling_movekd.py", "modeling_movekd.py", HEAD, EXPERTS)
+    paths = (run / "versions.json", run / "result.json")    # the authors' checkpoint has neither
+    facts = {path.stem: read_json(path) for path in paths if path.exists()}
     card = jinja2.Template((HERE / "card.md").read_text(encoding="utf-8"), trim_blocks=True)
     (folder / "README.md").write_text(card.render(
         c=c, name=run.resolve().name, recipe={field: getattr(c, field) for field in RECIPES},
         transformers=transformers.__version__, **facts), encoding="utf-8")
 
 
+@torch.no_grad()
 def llava_model(vlm: VLM, c: Config, image_token: int) -> transformers.PreTrainedModel:
     """Return the VLM as transformers' LLaVA, which shares its tensors. Raises InputError."""
     student = vlm.student
@@ -64,11 +62,10 @@ def llava_model(vlm: VLM, c: Config, image_token: int) -> transformers.PreTraine
         llm.resize_token_embeddings(image_token + 1)    # a mean of all words, never the likeliest
     decoder, head = llm.get_decoder(), llm.get_output_embeddings()
     x = torch.randn(1, 4, vlm.llm.dim)                                      # (1, 4, D)
-    with torch.no_grad():
-        logits = F.linear(decoder(inputs_embeds=x)[0], head.weight)         # (1, 4, V)
-        if not logits.equal(llm(inputs_embeds=x).logits):
-            raise InputError(f"--llm {c.llm}: its logits are more than one matrix times its last "
-                             "hidden state; transformers' LLaVA has no place for that")
+    logits = F.linear(decoder(inputs_embeds=x)[0], head.weight)             # (1, 4, V)
+    if not logits.equal(llm(inputs_embeds=x).logits):
+        raise InputError(f"--llm {c.llm}: its logits are more than one matrix times its last hidden "
+                         "state; transformers' LLaVA has no place for that")
     block = student.blocks[0]
     ffn = getattr(block.mlp, "ffn", block.mlp)
     vision = transformers.CLIPVisionConfig(
@@ -85,7 +82,7 @@ def llava_model(vlm: VLM, c: Config, image_token: int) -> transformers.PreTraine
         if c.mole_experts:
             MoVEKDConfig.register_for_auto_class()
             MoVEKDForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-            config = MoVEKDConfig(mole=mole_options(student), **fields)
+            config = MoVEKDConfig(mole=student.mole_options, **fields)
             model = MoVEKDForConditionalGeneration(config)
         else:
             config = transformers.LlavaConfig(**fields)
@@ -104,11 +101,9 @@ def tiny_llama(llm: TinyLLM, c: Config) -> transformers.LlamaForCausalLM:
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=llm.lm_head.out_features, hidden_size=c.lm_dim, intermediate_size=c.lm_hidden,
         num_hidden_layers=c.lm_depth, num_attention_heads=c.lm_heads, rms_norm_eps=1e-6))
+    llama.model.load_state_dict(llm.state_dict(), strict=False)     # all of it but the head
     llama.lm_head = llm.lm_head
-    tensors = llm.state_dict()
-    del tensors["lm_head.weight"]
-    llama.model.load_state_dict(tensors)
-    return llama.eval()
+    return llama
 
 
 def vision_tensors(student: Student) -> dict[str, torch.Tensor]:
@@ -134,8 +129,7 @@ def llava_processor(student: Student, tokenizer) -> transformers.LlavaProcessor:
     words = word_tokenizer(tokenizer) if is_tiny else tokenizer.tokenizer
     words.add_tokens("<image>", special_tokens=True)
     # some tokenizers put a space before a text, but not if it follows a token
-    after_image = words("<image>a", add_special_tokens=False).input_ids[1:]
-    gap = "" if after_image == tokenizer.encode("a") else " "
+    gap = "" if getattr(tokenizer, "anew_after_end", True) else " "
     template = f"{{%- set gap = {gap!r} %}}\n{{%- set system = {tokenizer.system!r} %}}\n"
     size = {"height": student.image_size, "width": student.image_size}
     images = transformers.LlavaImageProcessor(

@@ -30,30 +30,19 @@ def write_student(student: Student, folder: Path) -> None:
     pillow = Image.Resampling[student.interpolation.value.upper()]
     write_json(folder / "student.json", {
         "timm": {"model_name": name.split(".")[0], "img_size": size, **options, **left},
-        "mole": mole_options(student),
+        "mole": getattr(student, "mole_options", None),
         "view": {"size": [size, size], "interpolation": pillow.value},
         "colours": {"mean": student.mean, "std": student.std},
         "photo": {"size": size if bicubic else student.loader_size, "bicubic": bicubic},
     })
     write_tensors(folder / "student.safetensors", student.net.state_dict())
-    source = stand_alone_source("alone.py", HEAD, (*EXPERTS, *PIXELS))
-    (folder / "student.py").write_text(source, encoding="utf-8")
+    write_source(folder / "student.py", "alone.py", HEAD, (*EXPERTS, *PIXELS))
 
 
-def mole_options(student: Student) -> dict | None:
-    """Return what add_mole needs to build the student's experts; None if it has none."""
-    layers = mole.mole_layers(student)
-    if not layers:
-        return None
-    form, lora = (("ffn", layers[0].lora) if isinstance(layers[0], mole.MoLE) else
-                  ("fc1_fc2", layers[0].lora_fc1))
-    return {"form": form, "num_experts": layers[0].router.out_features, "rank": lora.rank,
-            "alpha": lora.scale * lora.rank, "dropout": 0.0, "init": "zero", "router_grad": "none"}
-
-
-def stand_alone_source(template: str, head: str, shared: tuple) -> str:
-    """Return a file of this folder, with the source of what it imports from this repository."""
+def write_source(path: Path, template: str, head: str, shared: tuple) -> None:
+    """Write a file of this folder, with the source of what it imports from this repository."""
     text = Path(__file__).with_name(template).read_text(encoding="utf-8")
     imports, ours = re.split(r"\n(?=from (?:data|mole) import)", text, maxsplit=1)
     _, _, rest = ours.partition("\n\n\n")
-    return imports + "\n\n".join([head, *map(inspect.getsource, shared), rest])
+    source = imports + "\n\n".join([head, *map(inspect.getsource, shared), rest])
+    path.write_text(source, encoding="utf-8")
