@@ -3,11 +3,11 @@
     python -m tools.export runs/tiny runs/student --to student     # the encoder, for timm (5 s)
     python -m tools.export runs/tiny runs/hf --to transformers     # the whole VLM, a LLaVA (10 s)
 
-student.py in the first folder wants torch, timm and safetensors only. README.md in the second, a
-model card, says how to load and to upload it.
+student.py in the first folder wants torch, timm and safetensors only; README.md in the second, a
+model card, says how to load and upload it.
 """
 
-import shutil
+import tempfile
 from pathlib import Path
 
 from data import InputError
@@ -26,18 +26,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.exists():
         raise InputError(f"{args.out}: is there already; name another folder")
-    partial = args.out.with_name(f"{args.out.name}.partial")
-    try:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out.parent) as scratch:
+        folder = Path(scratch, args.out.name)
         if args.to == "student":
             student, _ = load_student(args.run)
-            write_student(student, partial)
+            write_student(student, folder)
         else:
             require_transformers()
             from tools.export.hugging_face import write_llava
-            write_llava(args.run, *load_run(args.run, "cpu"), partial)
-        partial.rename(args.out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            write_llava(args.run, *load_run(args.run, "cpu"), folder)
+        folder.rename(args.out)
     print(f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 

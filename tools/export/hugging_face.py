@@ -1,8 +1,4 @@
-"""A run as transformers' LLaVA: weights, tokenizer, image settings, chat template, model card.
-
-Without experts it is LlavaForConditionalGeneration as it stands. With experts modeling_movekd.py
-goes into the folder too, and whoever loads it must trust its code.
-"""
+"""A run as transformers' LLaVA; its experts, if it has any, come as code that a user must trust."""
 
 from pathlib import Path
 
@@ -18,10 +14,9 @@ from plumbing.config import RECIPES, Config
 from plumbing.files import library_errors, read_json
 from tiny.llm import TinyLLM, WordTokenizer
 from tools.export.modeling_movekd import MoVEKDConfig, MoVEKDForConditionalGeneration
-from tools.export.student import EXPERTS, write_source
+from tools.export.student import write_source
 
 HERE = Path(__file__).parent
-HEAD = "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
 NAMES = {       # parts of a tensor's name: timm's, CLIPVisionModel's
     "cls_token": "embeddings.class_embedding", "pos_embed": "embeddings.position_embedding.weight",
     "patch_embed.proj": "embeddings.patch_embedding", "norm_pre": "pre_layrnorm",
@@ -32,24 +27,24 @@ def write_llava(run: Path, vlm: VLM, tokenizer, c: Config, folder: Path) -> None
     """Write a run's VLM, on the CPU in fp32, as a folder for transformers. Raises InputError."""
     if isinstance(vlm.student, Ensemble):
         raise InputError(f"{run}: is the baseline that sees with all encoders; LLaVA has one")
-    processor = llava_processor(vlm.student, tokenizer)
+    words = tokenizer.tokenizer if c.llm else word_tokenizer(tokenizer)
+    processor = llava_processor(vlm.student, tokenizer, words)
     with library_errors(lambda e: f"{run}: transformers' LLaVA has no place for it ({e})"):
         model = llava_model(vlm, c, processor.image_token_id)
-    model.generation_config.update(
-        bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad,
-        max_new_tokens=c.max_new_tokens)
+    model.generation_config.update(eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad,
+                                   max_new_tokens=c.max_new_tokens)
     if all(p.equal(p.bfloat16().float()) for p in model.parameters()):
         model.bfloat16()        # half the bytes, and nothing lost: a run in bf16 has saved it so
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if c.mole_experts:
-        write_source(folder / "modeling_movekd.py", "modeling_movekd.py", HEAD, EXPERTS)
+        write_source(folder / "modeling_movekd.py", "modeling_movekd.py")
     paths = (run / "versions.json", run / "result.json")    # the authors' checkpoint has neither
     facts = {path.stem: read_json(path) for path in paths if path.exists()}
     card = jinja2.Template((HERE / "card.md").read_text(encoding="utf-8"), trim_blocks=True)
-    (folder / "README.md").write_text(card.render(
-        c=c, name=run.resolve().name, recipe={field: getattr(c, field) for field in RECIPES},
-        transformers=transformers.__version__, **facts), encoding="utf-8")
+    recipe = {field: getattr(c, field) for field in RECIPES}
+    text = card.render(c=c, name=run.resolve().name, recipe=recipe, **facts)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 @torch.no_grad()
@@ -64,8 +59,7 @@ def llava_model(vlm: VLM, c: Config, image_token: int) -> transformers.PreTraine
     x = torch.randn(1, 4, vlm.llm.dim)                                      # (1, 4, D)
     logits = F.linear(decoder(inputs_embeds=x)[0], head.weight)             # (1, 4, V)
     if not logits.equal(llm(inputs_embeds=x).logits):
-        raise InputError(f"--llm {c.llm}: its logits are more than one matrix times its last hidden "
-                         "state; transformers' LLaVA has no place for that")
+        raise ValueError("its logits are more than one matrix times the last hidden state")
     block = student.blocks[0]
     ffn = getattr(block.mlp, "ffn", block.mlp)
     vision = transformers.CLIPVisionConfig(
@@ -76,7 +70,8 @@ def llava_model(vlm: VLM, c: Config, image_token: int) -> transformers.PreTraine
         layer_norm_eps=block.norm1.eps)
     fields = {
         "vision_config": vision, "text_config": llm.config, "image_token_index": image_token,
-        "image_seq_length": student.num_tokens, "tie_word_embeddings": llm.config.tie_word_embeddings,
+        "tie_word_embeddings": llm.config.tie_word_embeddings,
+        "image_seq_length": student.num_tokens,
         "vision_feature_layer": -1}     # CLIP's last but one: the student has no last block
     with torch.device("meta"):          # no memory: the tensors come from the VLM
         if c.mole_experts:
@@ -123,10 +118,8 @@ def vision_tensors(student: Student) -> dict[str, torch.Tensor]:
     return theirs
 
 
-def llava_processor(student: Student, tokenizer) -> transformers.LlavaProcessor:
+def llava_processor(student: Student, tokenizer, words) -> transformers.LlavaProcessor:
     """Return the student's view of an image, and the prompt "v1", as transformers' processor."""
-    is_tiny = isinstance(tokenizer, WordTokenizer)
-    words = word_tokenizer(tokenizer) if is_tiny else tokenizer.tokenizer
     words.add_tokens("<image>", special_tokens=True)
     # some tokenizers put a space before a text, but not if it follows a token
     gap = "" if getattr(tokenizer, "anew_after_end", True) else " "

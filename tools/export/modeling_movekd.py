@@ -10,8 +10,6 @@ from mole import add_mole
 
 
 class MoVEKDConfig(LlavaConfig):
-    """LLaVA's config, and `mole`, the arguments of add_mole."""
-
     model_type = "movekd_llava"     # as a "llava" it could be loaded without its experts
 
 

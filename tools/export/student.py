@@ -13,11 +13,9 @@ from plumbing.files import write_json, write_tensors
 from real.image_files import as_seen, eight_bits
 from teachers import parse_spec
 
-# what student.py needs of this repository: its source goes into the file, and the head before it
-EXPERTS = (mole.ExpertLoRA, mole.RoutedFFN, mole.MoLE, mole.ReleasedMoLE, mole.add_mole)
+# what student.py needs of this repository, beside mole.py: its source goes into the file
 PIXELS = (as_seen, eight_bits, pad_to_square, square_image, square_views)
-HEAD = ("import numpy as np\nimport torch.nn.functional as F\n"
-        "from PIL import ImageCms, ImageOps\n\n"
+HEAD = ("import numpy as np\nfrom PIL import ImageCms, ImageOps\n\n"
         f"MEAN_COLOUR = {MEAN_COLOUR}\nLARGE_SIDE = {LARGE_SIDE}\n")
 
 
@@ -36,13 +34,13 @@ def write_student(student: Student, folder: Path) -> None:
         "photo": {"size": size if bicubic else student.loader_size, "bicubic": bicubic},
     })
     write_tensors(folder / "student.safetensors", student.net.state_dict())
-    write_source(folder / "student.py", "alone.py", HEAD, (*EXPERTS, *PIXELS))
+    write_source(folder / "student.py", "alone.py", HEAD, *map(inspect.getsource, PIXELS))
 
 
-def write_source(path: Path, template: str, head: str, shared: tuple) -> None:
-    """Write a file of this folder, with the source of what it imports from this repository."""
+def write_source(path: Path, template: str, *more: str) -> None:
+    """Write a file of this folder with mole.py, and more code, in place of imports from here."""
     text = Path(__file__).with_name(template).read_text(encoding="utf-8")
     imports, ours = re.split(r"\n(?=from (?:data|mole) import)", text, maxsplit=1)
     _, _, rest = ours.partition("\n\n\n")
-    source = imports + "\n\n".join([head, *map(inspect.getsource, shared), rest])
+    source = "\n\n".join([imports, inspect.getsource(mole), *more, rest])
     path.write_text(source, encoding="utf-8")
