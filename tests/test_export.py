@@ -31,7 +31,7 @@ ALONE = """
 import pathlib, sys, torch
 from student import Student
 student = Student(".").eval()
-photos = {path.name: student.read_photo(path) for path in pathlib.Path("photos").iterdir()}
+photos = {path.name: student.read_photo(path) for path in pathlib.Path("../photos").iterdir()}
 with torch.no_grad():
     torch.save((photos, student(photos["photo.png"])), "seen.pt")
 assert not {"data", "model", "mole", "teachers", "real", "plumbing"} & set(sys.modules)
@@ -70,7 +70,7 @@ def test_the_same_tokens_without_the_repository(kind, workplace, released_folder
     """
     run = {"ours": workplace / "runs/tiny", "released": released_folder, "full": full_run}[kind]
     student, read_photo = load_student(run)
-    out = photos.parent
+    out = photos.parent / "out"
     main([str(run), str(out), "--to", "student"])
     # a process that has never heard of this repository
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=out, capture_output=True, text=True)

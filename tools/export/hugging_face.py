@@ -4,7 +4,6 @@ from pathlib import Path
 
 import jinja2
 import torch
-import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
@@ -42,8 +41,7 @@ def write_llava(run: Path, vlm: VLM, tokenizer, c: Config, folder: Path) -> None
     paths = (run / "versions.json", run / "result.json")    # the authors' checkpoint has neither
     facts = {path.stem: read_json(path) for path in paths if path.exists()}
     card = jinja2.Template((HERE / "card.md").read_text(encoding="utf-8"), trim_blocks=True)
-    recipe = {field: getattr(c, field) for field in RECIPES}
-    text = card.render(c=c, name=run.resolve().name, recipe=recipe, **facts)
+    text = card.render(c=c, name=run.resolve().name, fields=RECIPES, **facts)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -57,8 +55,8 @@ def llava_model(vlm: VLM, c: Config, image_token: int) -> transformers.PreTraine
         llm.resize_token_embeddings(image_token + 1)    # a mean of all words, never the likeliest
     decoder, head = llm.get_decoder(), llm.get_output_embeddings()
     x = torch.randn(1, 4, vlm.llm.dim)                                      # (1, 4, D)
-    logits = F.linear(decoder(inputs_embeds=x)[0], head.weight)             # (1, 4, V)
-    if not logits.equal(llm(inputs_embeds=x).logits):
+    logits = decoder(inputs_embeds=x)[0] @ head.weight.T                    # (1, 4, V)
+    if not logits.allclose(llm(inputs_embeds=x).logits, atol=1e-3, rtol=1e-3):
         raise ValueError("its logits are more than one matrix times the last hidden state")
     block = student.blocks[0]
     ffn = getattr(block.mlp, "ffn", block.mlp)
@@ -80,8 +78,7 @@ def llava_model(vlm: VLM, c: Config, image_token: int) -> transformers.PreTraine
             config = MoVEKDConfig(mole=student.mole_options, **fields)
             model = MoVEKDForConditionalGeneration(config)
         else:
-            config = transformers.LlavaConfig(**fields)
-            model = transformers.LlavaForConditionalGeneration(config)
+            model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**fields))
     tower = model.model.vision_tower
     tower = getattr(tower, "vision_model", tower)       # 5.3 has one level more
     tower.load_state_dict(vision_tensors(student), assign=True)
@@ -126,8 +123,8 @@ def llava_processor(student: Student, tokenizer, words) -> transformers.LlavaPro
     template = f"{{%- set gap = {gap!r} %}}\n{{%- set system = {tokenizer.system!r} %}}\n"
     size = {"height": student.image_size, "width": student.image_size}
     images = transformers.LlavaImageProcessor(
-        do_pad=True, do_center_crop=False, size=size, image_mean=student.mean,
-        image_std=student.std)
+        do_pad=True, do_center_crop=False, size=size, crop_size=size,
+        image_mean=student.mean, image_std=student.std)
     return transformers.LlavaProcessor(
         images, words, patch_size=student.net.patch_embed.patch_size[0],
         vision_feature_select_strategy="default", num_additional_image_tokens=1,    # [CLS]
@@ -144,5 +141,5 @@ def word_tokenizer(tokenizer: WordTokenizer) -> transformers.PreTrainedTokenizer
     words.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
     words.add_special_tokens(tokenizer.SPECIAL)     # found before anything becomes lower case
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        pad_token="<pad>", clean_up_tokenization_spaces=False)
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        clean_up_tokenization_spaces=False)

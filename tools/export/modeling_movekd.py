@@ -1,7 +1,5 @@
 """LLaVA whose CLIP has a mixture of LoRA experts (MoLE) in every FFN: the student of MoVE-KD."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 from transformers import LlavaConfig, LlavaForConditionalGeneration

@@ -4,8 +4,6 @@ import inspect
 import re
 from pathlib import Path
 
-from PIL import Image
-
 import mole
 from data import LARGE_SIDE, MEAN_COLOUR, pad_to_square, square_image, square_views
 from model import Student
@@ -21,17 +19,15 @@ HEAD = ("import numpy as np\nfrom PIL import ImageCms, ImageOps\n\n"
 
 def write_student(student: Student, folder: Path) -> None:
     """Write the encoder's config, weights and code, which need nothing of this repository."""
-    bicubic = not isinstance(student.loader_size, int)
     name, size, options = parse_spec(student.spec)
     # of timm's model what is left in the student: no last block, no final norm
     left = {"depth": len(student.net.blocks), "final_norm": False, "num_classes": 0}
-    pillow = Image.Resampling[student.interpolation.value.upper()]
     write_json(folder / "student.json", {
         "timm": {"model_name": name.split(".")[0], "img_size": size, **options, **left},
         "mole": getattr(student, "mole_options", None),
-        "view": {"size": [size, size], "interpolation": pillow.value},
+        "view": {"size": [size, size], "interpolation": student.interpolation.value},
         "colours": {"mean": student.mean, "std": student.std},
-        "photo": {"size": size if bicubic else student.loader_size, "bicubic": bicubic},
+        "photo": student.loader_size,
     })
     write_tensors(folder / "student.safetensors", student.net.state_dict())
     write_source(folder / "student.py", "alone.py", HEAD, *map(inspect.getsource, PIXELS))
@@ -40,7 +36,6 @@ def write_student(student: Student, folder: Path) -> None:
 def write_source(path: Path, template: str, *more: str) -> None:
     """Write a file of this folder with mole.py, and more code, in place of imports from here."""
     text = Path(__file__).with_name(template).read_text(encoding="utf-8")
-    imports, ours = re.split(r"\n(?=from (?:data|mole) import)", text, maxsplit=1)
-    _, _, rest = ours.partition("\n\n\n")
+    imports, rest = re.split(r"\nfrom (?:data|mole) import (?s:.*?)\n\n\n", text, maxsplit=1)
     source = "\n\n".join([imports, inspect.getsource(mole), *more, rest])
     path.write_text(source, encoding="utf-8")
