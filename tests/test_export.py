@@ -1,7 +1,6 @@
 """tools.export: encoder and VLM give the run's own numbers, without this repository."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +19,7 @@ from plumbing.files import read_about, read_tensors, write_tensors
 from plumbing.finished_run import load_run, load_student
 from plumbing.sets import student_size
 from real.image_files import fit
-from tests.common import SHORT, images, natural_noise, run_here
-from tiny.llm import WordTokenizer
-from tiny.world import world_records
+from tests.common import SHORT, conversation, error_of, images, natural_noise, run_here
 from tools.export.__main__ import main
 from tools.export.alone import Student as Alone
 from tools.export.student import write_student
@@ -96,121 +93,95 @@ def test_a_batch_of_the_loader_and_no_experts(tmp_path):
     alone = Alone(tmp_path)
     assert alone(images(3)).allclose(student(images(3)), atol=1e-6, rtol=0)
     assert not [name for name, _ in alone.named_parameters() if "router" in name]
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        seen = alone.to(dtype)(images(3))
+        assert seen.dtype == dtype
+        assert seen.allclose(student(images(3)).to(dtype), atol=0.1, rtol=0.1)
 
 
-# The lines of the card come first: they make processor, model and the inputs of photo.png. Then
-# the pixels, logits and new ids of each question.
+# the model card's lines come first: they make processor and model
 LOADED = """
 import sys, torch
 exec(sys.argv[1])
-model.float()
-given = torch.load("given.pt", weights_only=False)
-said = []
-for picture, text, pixels in given:
+results = []
+for picture, text, pixels in torch.load("given.pt", weights_only=False):
     content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
     x = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
         return_dict=True, return_tensors="pt")
     with torch.no_grad():
         logits = model(input_ids=x["input_ids"], pixel_values=pixels).logits[0]
-        ids = model.generate(**x)[0, x["input_ids"].shape[1]:]
-    ids = [i for i in ids.tolist() if i != model.generation_config.eos_token_id]
-    said.append((x["input_ids"][0].tolist(), x["pixel_values"], logits,
-                 processor.decode(ids).strip(), model.config.image_token_id))
-torch.save(said, "said.pt")
+    ids = model.generate(**x)[0, x["input_ids"].shape[1]:]
+    said = processor.decode(ids[ids != model.generation_config.eos_token_id]).strip()
+    results.append((x["input_ids"][0].tolist(), x["pixel_values"], logits, said))
+torch.save((model.config.image_token_id, results), "results.pt")
 assert not {"data", "model", "mole", "teachers", "real", "plumbing"} & set(sys.modules)
 """
 
 
-def liven(run: Path) -> None:
-    """Make weights of a run random, so that experts, pictures and words differ widely."""
-    file = run / "model.safetensors"
-    words = read_about(file)["words"]
-    tensors = read_tensors(file, "")
+@pytest.fixture(params=["experts", "plain", "full_run",
+                        pytest.param("released_folder", marks=pytest.mark.slow)])
+def run(request, workplace, tmp_path) -> Path:
+    """A run with experts or without, one on a real LLM, or the authors' checkpoint."""
+    if request.param in ("full_run", "released_folder"):
+        return request.getfixturevalue(request.param)
+    flags = ["--mole-experts", "0"] if request.param == "plain" else []
+    run_here(workplace, *SHORT, *flags, "--out", str(tmp_path / "run"))
+    # random weights, so that experts, pictures and words differ widely
+    file = tmp_path / "run/model.safetensors"
+    words, tensors = read_about(file)["words"], read_tensors(file, "")
     for name, tensor in tensors.items():
         if "lora" in name or "projector" in name or name.endswith("lm_head.weight"):
             torch.nn.init.normal_(tensor, std=0.3)
     write_tensors(file, tensors, words=words)
-
-
-@pytest.fixture(params=["experts", "plain", "full_run", "released_folder"])
-def run(request, workplace, tmp_path) -> Path:
-    """A run with experts and without, one on a real LLM, and the authors' checkpoint."""
-    if request.param in ("full_run", "released_folder"):
-        return request.getfixturevalue(request.param)
-    source = workplace / "runs/tiny"
-    if request.param == "plain":
-        source = tmp_path / "plain"
-        run_here(workplace, *SHORT, "--mole-experts", "0", "--out", str(source))
-    shutil.copytree(source, tmp_path / "run")
-    liven(tmp_path / "run")
     return tmp_path / "run"
 
 
 def test_transformers_gives_the_same_answers(run, tmp_path):
-    """By the card's lines: equal ids, logits to 1e-5 on equal pixels, 20 equal answers.
+    """By the card's lines: equal ids, logits to 1e-5 on the same pixels, 20 equal answers.
 
     Pixels differ by rounding only. A run without experts needs no code of ours to be trusted.
     """
     pytest.importorskip("transformers")
     vlm, tokenizer, c = load_run(run, "cpu")
-    size = student_size(c)
+    size, out = student_size(c), tmp_path / "out"
     given, expected, records, seen = [], [], [], {}
     for i, image in enumerate(images(20)):
         # views are made of the original, of any form; else it is as large as the loader's image
         picture = to_pil_image(image if isinstance(size, int) else image[:, :90 + i])
-        text = ["what colour?", "what's the pattern, 1 or 2?"][i % 2]
+        text = ["what colour?", "what's the U.S. pattern, 1/2 or x\xb2, e\u0301t\xe9?"][i % 2]
         seen[str(i)] = fit(picture, size)
-        records.append({"image": str(i), "conversations": [
-            {"from": "human", "value": f"<image>\n{text}"}]})
+        records.append({"image": str(i), "conversations": conversation(f"<image>\n{text}")})
         view = stack_images([seen[str(i)]])
         ids, _ = conversation_ids(records[i], "v1", tokenizer, vlm.student.num_tokens)
         with torch.no_grad():
-            logits = vlm(vlm.student(view), torch.tensor([ids]), None)[0]
+            expected.append((ids, vlm(vlm.student(view), torch.tensor([ids]), None)[0]))
         given.append((picture, text, vlm.student.view(view)))
-        expected.append((ids, logits))
     answers = answer(c, vlm, tokenizer, records, seen.get)
-    assert len(set(answers)) > 1
-    out = tmp_path / "out"
     main([str(run), str(out), "--to", "transformers"])
     given[0][0].save(out / "photo.png")
     torch.save(given, out / "given.pt")
-    card = (out / "README.md").read_text(encoding="utf-8")
-    code = re.search("```python\n(.*?)```", card, re.S)[1]
-    assert ("trust_remote_code" in code) == bool(c.mole_experts)
+    code = re.search("```python\n(.*?)```", (out / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    assert ("trust_remote_code" in code) == (out / "modeling_movekd.py").exists() == \
+        bool(c.mole_experts)
     done = subprocess.run([sys.executable, "-c", LOADED, code], cwd=out, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
-    said = torch.load(out / "said.pt", weights_only=False)
-    for (_, _, view), (ids, logits), theirs in zip(given, expected, said, strict=True):
-        assert theirs[0] == [theirs[4] if i == tokenizer.image else i for i in ids]
-        assert theirs[1].allclose(view, atol=1e-6, rtol=0)
+    image_token, results = torch.load(out / "results.pt", weights_only=False)
+    one_level = 1e-6 if isinstance(size, int) else 0.016    # 1 / 255, over CLIP's std
+    for (_, _, view), (ids, logits), theirs in zip(given, expected, results, strict=True):
+        assert theirs[0] == [image_token if i == tokenizer.image else i for i in ids]
+        assert theirs[1].allclose(view, atol=one_level, rtol=0)
         assert theirs[2][:, :logits.shape[-1]].allclose(logits, atol=1e-5, rtol=1e-5)
-    assert [theirs[3] for theirs in said] == answers
+    assert [theirs[3] for theirs in results] == answers
+    assert len(set(answers)) > 1
 
 
-def test_the_tiny_words_are_the_same_in_transformers():
-    """Ids and decoded texts are equal, of the tiny world's texts and of odd ones."""
-    pytest.importorskip("transformers")
-    from tools.export.hugging_face import word_tokenizer
-    odd = ["U.S. don't 1,000 .5 10:30 50% a_b <s > USER : user:", "tab\t\x1cend\x85\u3000.",
-           "\u039f\u0394\u039f\u03a3 \xbd x\xb2 e\u0301t\xe9",
-           "\u4eca\u5929 go\u0e44\u0e17 \u0928\u094d\u0924\u0947"]
-    texts = [turn["value"].replace("<image>", "") for turns in world_records("train", "chat", 50)
-             for turn in turns["conversations"]]
-    ours = WordTokenizer.from_texts(texts + odd)
-    theirs = word_tokenizer(ours)
-    for text in texts + odd + ["USER: new WORDS? ASSISTANT: red</s>"]:
-        ids = ours.encode(text)
-        assert theirs(text, add_special_tokens=False).input_ids == ids, text
-        assert theirs.decode(ids).removesuffix(" </s>") == ours.decode(ids)
-
-
-def test_what_no_llava_is_gets_one_line(workplace, tmp_path):
-    """The baseline that sees with all encoders is refused."""
+def test_what_no_llava_is_gets_one_line(workplace, tmp_path, capsys):
+    """The baseline that sees with all encoders is refused, and nothing is written."""
     pytest.importorskip("transformers")
     run_here(workplace, *SHORT, "--student", "ensemble", "--lambda-kd", "0", "--mole-experts", "0",
              "--out", "runs/ensemble")
-    run = workplace / "runs/ensemble"
-    with pytest.raises(InputError, match="sees with all encoders"):
-        main([str(run), str(tmp_path / "out"), "--to", "transformers"])
+    argv = [str(workplace / "runs/ensemble"), str(tmp_path / "out"), "--to", "transformers"]
+    assert "sees with all encoders" in error_of(argv, capsys, main)
+    assert not list(tmp_path.iterdir())
