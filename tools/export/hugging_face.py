@@ -41,7 +41,7 @@ def write_llava(run: Path, vlm: VLM, tokenizer, c: Config, folder: Path) -> None
     paths = (run / "versions.json", run / "result.json")    # the authors' checkpoint has neither
     facts = {path.stem: read_json(path) for path in paths if path.exists()}
     card = jinja2.Template((HERE / "card.md").read_text(encoding="utf-8"), trim_blocks=True)
-    text = card.render(c=c, name=run.resolve().name, fields=RECIPES, **facts)
+    text = card.render(c=c, name=run.resolve().name, fields=RECIPES, library=transformers, **facts)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
