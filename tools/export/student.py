@@ -20,7 +20,7 @@ HEAD = ("import numpy as np\nfrom PIL import ImageCms, ImageOps\n\n"
 def write_student(student: Student, folder: Path) -> None:
     """Write the encoder's config, weights and code, which need nothing of this repository."""
     name, size, options = parse_spec(student.spec)
-    # of timm's model what is left in the student: no last block, no final norm
+    # timm's model without its last block and its final norm
     left = {"depth": len(student.net.blocks), "final_norm": False, "num_classes": 0}
     write_json(folder / "student.json", {
         "timm": {"model_name": name.split(".")[0], "img_size": size, **options, **left},
