@@ -35,6 +35,7 @@ class Student(ClipEncoder):
     def add_experts(self, **options) -> "Student":
         """Put MoLE around every FFN; the options are those of `mole.add_mole`."""
         add_mole(self.net, **options)
+        self.mole_options = options     # by which others build it again
         return self
 
     @property

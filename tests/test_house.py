@@ -19,7 +19,7 @@ TOP = {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml", "requirement
 ROOMS = {".ci", ".github", "docs", "plumbing", "real", "tests", "tiny", "tools"}
 BUDGETS = {"mole.py": 190, "kd_loss.py": 140, "teachers.py": 300, "model.py": 300, "data.py": 320,
            "train.py": 210, "test_movekd.py": 700, "plumbing": 3_092, "real": 808, "tiny": 970,
-           "tools": 3_400, "tests": 4_900}
+           "tools": 3_550, "tests": 5_000}
 
 
 def tracked() -> list[Path]:

@@ -5,8 +5,6 @@
     V_s = student(student.read_photo("photo.png"))      # (1, n, d)
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -34,7 +32,8 @@ class Student(nn.Module):
         self.net.load_state_dict(load_file(Path(folder, "student.safetensors")))
 
     def forward(self, images):
-        x = TF.resize(images, **self.config["view"])                            # (B, 3, R_i, R_i)
+        mode = TF.InterpolationMode(self.config["view"]["interpolation"])
+        x = TF.resize(images, self.config["view"]["size"], mode)                # (B, 3, R_i, R_i)
         x = TF.to_dtype(x, torch.float32, scale=True)                           # (B, 3, R_i, R_i)
         x = TF.normalize(x, **self.config["colours"])                           # (B, 3, R_i, R_i)
         x = x.to(next(self.net.parameters()).dtype)                             # (B, 3, R_i, R_i)
@@ -42,9 +41,8 @@ class Student(nn.Module):
 
     def read_photo(self, path):
         """Return an image file as the run reads it, padded to a square: uint8 (1, 3, R, R)"""
-        size = self.config["photo"]["size"]
+        size = self.config["photo"]
         with Image.open(path) as file:
-            picture = as_seen(file)
-        if self.config["photo"]["bicubic"]:  # as LLaVA: the view is made of the original
-            return square_views(picture, (size,))[size][None]
-        return square_image(picture, size)[None]
+            if isinstance(size, list):      # as LLaVA: the view is made of the original
+                return square_views(as_seen(file), size)[size[0]][None]
+            return square_image(as_seen(file), size)[None]
