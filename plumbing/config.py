@@ -59,7 +59,8 @@ class Config:
     eva: str = encoder(tiny.ENCODERS["eva"])            # 64 x 80
     convnext: str = encoder(tiny.ENCODERS["convnext"])  # 16 x 128
     sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # 4096 x 256; not in tiny
-    weights: str = ""                       # folder of the encoders' files; "": timm's hub
+    # folder of files named like the timm models, in timm's, Hugging Face's or OpenAI's layout
+    weights: str = ""                       # "": timm's hub
     init_from: str = ""                     # the authors' checkpoint or a run to start from
     # what of the student learns; "experts": MoLE alone; "frozen" and "ensemble" are baselines
     student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"

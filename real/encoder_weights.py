@@ -14,6 +14,7 @@ from torch import nn
 
 from data import InputError
 from plumbing.files import kind_of, library_errors, load_strictly
+from real.encoder_layouts import is_torchscript, read_torchscript, timm_tensors
 from teachers import create_net, parse_spec
 
 HUB = "hub"  # in place of a file: the weights that timm's hub has under the name
@@ -62,16 +63,20 @@ def unreadable(file: Path, reason: str) -> str:
 
 
 def fill_net(net: nn.Module, file: Path, remedy: str) -> None:
-    """Fill a timm model from a file, in timm's layout or one that timm converts (OpenAI's, ...).
+    """Fill a timm model from a file, in timm's layout or Hugging Face's, or one that timm converts.
 
     Position tables and patch embeddings are resized to the model. It is strict, because timm itself
     only warns when a file fits nowhere. Raises InputError with the remedy.
     """
     with library_errors(lambda e: f"{unreadable(file, e)}; {remedy}"):
-        state = timm.models.load_state_dict(str(file), weights_only=True)
+        if is_torchscript(file):
+            state = read_torchscript(file)
+        else:
+            state = timm.models.load_state_dict(str(file), weights_only=True)
     fault = (f"{file}: does not fit {net.pretrained_cfg.get('architecture')} of timm; its first "
              f"tensor is {next(iter(state), 'missing')!r}")
     with library_errors(lambda e: f"{fault}: {e}; {remedy}"):
+        state = timm_tensors(state)
         module = sys.modules[type(net).__module__]
         if hasattr(module, "checkpoint_filter_fn"):
             state = module.checkpoint_filter_fn(state, net)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,21 @@ def openai_names(source: dict) -> dict[str, torch.Tensor]:
     return target
 
 
-def test_clip_is_transformers_clip(tmp_path):
-    """A file of OpenAI's layout gives transformers' hidden_states[-2] and its [CLS] row."""
+def scripted(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Save a TorchScript archive of modules that hold these tensors, in half precision."""
+    modules = {"": nn.Identity()}
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        for i, part in enumerate(path):
+            inner = modules.setdefault(".".join(path[:i + 1]), nn.Identity())
+            modules[".".join(path[:i])].add_module(part, inner)
+        modules[".".join(path)].register_parameter(last, nn.Parameter(tensor.half()))
+    torch.jit.save(torch.jit.trace(modules[""], torch.ones(1)), file)
+
+
+@pytest.mark.parametrize("layout", ["openai", "jit", "CLIPVisionModel", "with prefix", "CLIPModel"])
+def test_clip_is_transformers_clip(tmp_path, layout):
+    """Its file gives transformers' hidden_states[-2] and [CLS] row; so does OpenAI's."""
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPVisionConfig(
         hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -56,14 +70,44 @@ def test_clip_is_transformers_clip(tmp_path):
     theirs = transformers.CLIPVisionModel(config).eval()
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.1)
-    torch.save(openai_names(theirs.state_dict()), tmp_path / "openai.pt")
-    ours = ClipEncoder(REAL["clip"], load_net(REAL["clip"], tmp_path / "openai.pt")).eval()
+        p.data = p.data.half().float()
+    names = {name.removeprefix("vision_model."): v for name, v in theirs.state_dict().items()}
+    prefixed = {f"vision_model.{name}": value for name, value in names.items()}
+    file = tmp_path / "clip.pt"
+    if layout == "jit":
+        scripted(openai_names(names), file)
+    else:
+        torch.save({"openai": openai_names(names), "CLIPVisionModel": names,
+                    "with prefix": prefixed,
+                    "CLIPModel": {"text_model.final_layer_norm.weight": torch.ones(9), **prefixed,
+                                  "visual_projection.weight": torch.ones(9, 96)}}[layout], file)
+    ours = ClipEncoder(REAL["clip"], load_net(REAL["clip"], file)).eval()
     expected = theirs(ours.view(images(2)), output_hidden_states=True, output_attentions=True)
     out = ours(images(2))
     hidden = torch.cat([out.cls[:, None], out.tokens], dim=1)
     close(hidden, expected.hidden_states[-2], atol=1e-5, rtol=1e-5)
     cls_row = expected.attentions[-2][:, :, 0]
     close(out.cls_scores.softmax(-1), cls_row, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["SamModel", "ConvNextModel", "ConvNextForImageClassification"])
+def test_sam_and_convnext_are_transformers(tmp_path, kind):
+    """A file of Hugging Face's SamModel or ConvNext gives its feature map."""
+    transformers = pytest.importorskip("transformers")
+    name = "sam" if kind == "SamModel" else "convnext"
+    config = transformers.ConvNextConfig(depths=[1, 1, 2, 1], hidden_sizes=[16, 32, 64, 128])
+    if name == "sam":
+        config = transformers.SamConfig(vision_config={
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
+            "output_channels": 24, "global_attn_indexes": [1], "window_size": 2, "mlp_dim": 128})
+    theirs = getattr(transformers, kind)(config).eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.1)
+    torch.save(theirs.state_dict(), tmp_path / "net.bin")
+    ours = VisionEncoder(REAL[name], load_net(REAL[name], tmp_path / "net.bin")).eval()
+    net = theirs.vision_encoder if name == "sam" else getattr(theirs, "convnext", theirs)
+    expected = net(ours.view(images(2))).last_hidden_state                      # (B, d_i, s, s)
+    close(ours(images(2)).tokens, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_encoder_files_load_whole(tmp_path):
@@ -109,12 +153,15 @@ def test_whatever_the_hub_does_is_one_line(monkeypatch):
         load_net(REAL["convnext"], HUB)
 
 
-@pytest.mark.parametrize("ending", ["pth", "pt", "bin"])
+@pytest.mark.parametrize("ending", ["pth", "pt", "bin", "jit.pt"])
 def test_a_crafted_encoder_file_runs_nothing(tmp_path, monkeypatch, ending):
     """Whatever version of timm reads it: before 1.0.31 it unpickled anything unless told not to."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / f"crafted.{ending}"
     torch.save({"cls_token": torch.ones(1, 1, 96), "more": RunsCode()}, file)
+    if ending == "jit.pt":
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.writestr("crafted/constants.pkl", "")
     with pytest.raises(InputError, match="crafted.* not readable as weights"):
         load_net(REAL["clip"], file)
     assert not Path("pwned").exists()
