@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ def check_value(name: str, field: dataclasses.Field, value) -> None:
               int: "a whole number", float: "a number"}[kind]
     refuse_if(not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool),
               f"{name} {value!r}: must be {wanted}")
-    refuse_if(kind is tuple and not (value and all(isinstance(item, str) for item in value)),
+    refuse_if(kind is tuple and (not all(isinstance(item, str) for item in value)
+                                 or field.default and not value),
               f"{name} {value!r}: must be a list of at least one name")
     if get_origin(field.type) is Annotated:
         low, high = field.type.__metadata__[0]
@@ -70,6 +72,7 @@ def check_config(c: Config, trains: bool = True) -> None:
     refuse_if(c.pretrain_data and not c.data, "--pretrain-data needs --data and --eval-data")
     for name in ENCODERS:
         check_encoder(c, name)
+    check_parts(c)
     refuse_if(c.student in ("frozen", "ensemble") and (c.lambda_kd or c.mole_experts),
               f"--student {c.student}: nothing is distilled and no expert trained; add "
               "--lambda-kd 0 --mole-experts 0")
@@ -79,6 +82,20 @@ def check_config(c: Config, trains: bool = True) -> None:
               f"--lm-heads {c.lm_heads}: --lm-dim {c.lm_dim} must be a multiple of twice that")
     refuse_if(not c.stage1_epochs and not c.stage2_epochs,
               "--stage1-epochs 0 and --stage2-epochs 0: one of the stages must be run")
+
+
+def check_parts(c: Config) -> None:
+    """Raise InputError unless --freeze and --lr-scale name parts of `MoVEKD.parameter_groups`."""
+    parts = ["student backbone", "student MoLE", "projector", "LLM"]
+    parts += [f"adapter {name}" for name in c.teachers if name != "clip"]
+    named = {f"--freeze {name!r}": name for name in c.freeze}
+    for item in c.lr_scale:
+        name, _, factor = item.partition("=")
+        refuse_if(not re.fullmatch(r"\d+(\.\d*)?(e-?\d)?", factor),
+                  f"--lr-scale {item!r}: must read PART=FACTOR, 'student backbone=0.1' for example")
+        named[f"--lr-scale {item!r}"] = name
+    for given, name in named.items():
+        refuse_if(name not in parts, f"{given}: no such part; there are {', '.join(parts)}")
 
 
 TEACHER = ("cannot teach: it needs a ViT or a ConvNeXt of timm whose arguments go together: "

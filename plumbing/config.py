@@ -64,6 +64,8 @@ class Config:
     init_from: str = ""                     # the authors' checkpoint or a run to start from
     # what of the student learns; "experts": MoLE alone; "frozen" and "ensemble" are baselines
     student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"
+    freeze: tuple[str, ...] = ()            # parts that never learn, as a stage's table names them
+    lr_scale: tuple[str, ...] = ()          # PART=FACTOR of the learning rate, by the same names
     compile: Literal["off", "on"] = "off"   # torch.compile of all models; for CUDA
     cache_teachers: str = "runs/teachers"   # folder that keeps the teachers' outputs; "": none
     stage0: str = "runs/stage0"             # folder that keeps what stage 0 has trained

@@ -46,6 +46,8 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
                             help=f"default {field.default!r}", **options)
 
     flags = vars(parser.parse_args(argv))
+    for name, value in flags.items():
+        flags[name] = tuple(value) if isinstance(value, list) else value
     preset, file = flags.pop("preset"), flags.pop("config")
     runs = {mode: flags.pop(mode) for mode in ("resume", "evaluate")}
     for mode, may_change in (("resume", RESUME), ("evaluate", EVALUATION)):
@@ -55,7 +57,6 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
     base = load_config(Path(file)) if file else config.PRESETS[preset]
     rows = config.recipe(flags.pop("recipe")) if "recipe" in flags else {}
     c = dataclasses.replace(base, **{**rows, **flags})
-    c.teachers = tuple(c.teachers)  # argparse gives a list
     if c.init_from:
         c = with_init(c)
     check_config(c)
@@ -96,8 +97,8 @@ def load_config(path: Path) -> Config:
     if unknown:
         raise InputError(f"{path}: unknown key {unknown[0]!r}; a config has the keys of Config in "
                          "plumbing/config.py")
-    if isinstance(values.get("teachers"), list):
-        values["teachers"] = tuple(values["teachers"])  # JSON has lists only
     for name, value in values.items():
+        if plain_type(fields[name]) is tuple and isinstance(value, list):
+            values[name] = value = tuple(value)     # JSON has lists only
         check_value(f"{path}: {name}", fields[name], value)
     return Config(**values)
