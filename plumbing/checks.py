@@ -78,6 +78,8 @@ def check_config(c: Config, trains: bool = True) -> None:
               "--lambda-kd 0 --mole-experts 0")
     refuse_if(c.student == "experts" and not c.mole_experts,
               "--student experts: there is none; give --mole-experts at least 1")
+    refuse_if(c.prompt == "chat" and not c.llm,
+              "--prompt chat: the tiny LLM has no chat template; name one that has with --llm")
     refuse_if(not c.llm and c.lm_dim % (2 * c.lm_heads),
               f"--lm-heads {c.lm_heads}: --lm-dim {c.lm_dim} must be a multiple of twice that")
     refuse_if(not c.stage1_epochs and not c.stage2_epochs,
@@ -225,7 +227,7 @@ def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
             # A token has at least one character: most rows need not be tokenised.
             if sum(len(turn["value"]) for turn in turns) + n + 300 < c.max_length:
                 continue
-            ids, _ = conversation_ids({**record, "conversations": turns}, "v1", tokenizer, n)
+            ids, _ = conversation_ids({**record, "conversations": turns}, c.prompt, tokenizer, n)
             if len(ids) >= c.max_length and not (name == "train" and c.skip_bad):
                 place = f"{file or 'the tiny world'}: {row_name(row, record)}"
                 raise InputError(f"{place} has a prompt of {len(ids)} tokens, and --max-length is "

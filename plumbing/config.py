@@ -90,6 +90,7 @@ class Config:
     balance_weight: Weight = 0.0            # row 9; the paper's L_total has no such term
     balance_form: BalanceForm = "per_layer"                         # row 9
     # --- LLM
+    prompt: Literal["v1", "chat"] = "v1"    # LLaVA's; "chat": the chat template of the LLM itself
     llm: str = ""                           # folder or hub name of a causal LM; "": the tiny one
     lm_dim: Count = tiny.LLM["dim"]         # D of the tiny one
     lm_depth: Count = tiny.LLM["depth"]

@@ -30,7 +30,7 @@ def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
         c = read_config(folder)
         if c.llm:
             name = str(folder / "llm")
-            tokenizer = PretrainedTokenizer(name)
+            tokenizer = PretrainedTokenizer(name, c.prompt)
             vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM.without_weights(name))
         else:
             tokenizer = WordTokenizer(sets.read_words(folder))
