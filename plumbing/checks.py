@@ -19,7 +19,7 @@ from plumbing import config
 from plumbing.build import build_encoder, build_student, real_weights, stage0_encoders
 from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
 from plumbing.evaluate import normalise, questions_of
-from plumbing.files import library_errors
+from plumbing.files import library_errors, require_file
 from plumbing.processes import Machine, launched, wanted_processes
 from plumbing.sets import PREFETCH, llava_layout, training_size
 from teachers import parse_spec
@@ -162,7 +162,7 @@ def check_machine(c: Config, trains: bool) -> None:
     """Raise InputError for data, packages or devices that are not there. Call it in one process."""
     if c.data_root:
         llava_layout(Path(c.data_root))
-    refuse_if(not c.data_root and not c.data and is_real(c.clip),
+    refuse_if(not (c.data_root or c.data or c.eval_data) and is_real(c.clip),
               "a real CLIP and no data: name --data-root DIR, or --data FILE and --eval-data FILE")
     refuse_if(c.stage0_pictures == "data" and not (c.data and stage0_encoders(c)),
               "--stage0-pictures data: trains the encoders of --tiny on --data; name --data FILE")
@@ -176,6 +176,8 @@ def check_machine(c: Config, trains: bool) -> None:
     if not trains:
         return
     real_weights(c)
+    if c.init_projector:
+        require_file(Path(c.init_projector), "; --init-projector wants LLaVA's mm_projector.bin")
     refuse_if(c.device == "mps" and c.precision == "bf16",
               "--device mps: trains in fp32 only; add --precision fp32, or --device cpu")
     refuse_if(c.device == "mps" and (launched() or wanted_processes(c) > 1),

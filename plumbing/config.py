@@ -61,7 +61,8 @@ class Config:
     sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # 4096 x 256; not in tiny
     # folder of files named like the timm models, in timm's, Hugging Face's or OpenAI's layout
     weights: str = ""                       # "": timm's hub
-    init_from: str = ""                     # the authors' checkpoint or a run to start from
+    init_from: str = ""                     # LLaVA-1.5, the authors' checkpoint or a run
+    init_projector: str = ""                # LLaVA's mm_projector.bin, to start from
     # what of the student learns; "experts": MoLE alone; "frozen" and "ensemble" are baselines
     student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"
     freeze: tuple[str, ...] = ()            # parts that never learn, as a stage's table names them

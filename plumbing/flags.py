@@ -9,7 +9,7 @@ from data import InputError
 from plumbing import config
 from plumbing.checks import check_config, check_value
 from plumbing.cli import Parser
-from plumbing.config import EVALUATION, RESUME, Config, flag, plain_type
+from plumbing.config import EVALUATION, RESUME, Config, flag, is_real, plain_type
 from plumbing.files import read_json
 
 
@@ -69,9 +69,22 @@ def of_a_run(run: Path, mode: str, may_change: tuple, flags: dict) -> Config:
     if fixed:
         raise InputError(f"{fixed[0]}: with --{mode} a run keeps what its config.json says; only "
                          f"{', '.join(map(flag, may_change))} may be given")
-    c = dataclasses.replace(load_config(run / "config.json"), **{"out": str(run), **flags})
+    base = load_config(run / "config.json") if mode == "resume" else config_to_use(run)[0]
+    c = dataclasses.replace(base, **{"out": str(run), **flags})
     check_config(c, trains=mode != "evaluate")
     return c
+
+
+def config_to_use(folder: Path) -> tuple[Config, tuple | None]:
+    """Return the Config of a run, or of a LLaVA checkpoint and its `released_config`."""
+    from real.released_checkpoint import released_config
+    released = released_config(folder)
+    if not released:
+        return load_config(folder / "config.json"), None
+    # Without CLIP in it, CLIP's file must lie in the folder.
+    fields = {**config.recipe("released"), "mole_experts": 0, "teachers": ("clip",),
+              "weights": str(folder), **released[0]}
+    return dataclasses.replace(config.FULL, device="auto", llm=str(folder), **fields), released
 
 
 def with_init(c: Config) -> Config:
@@ -80,7 +93,10 @@ def with_init(c: Config) -> Config:
     folder = Path(c.init_from)
     released = released_config(folder)
     if released:
-        return dataclasses.replace(c, llm=str(folder), mole_form="fc1_fc2", **released[0])
+        fields = released[0]
+        if is_real(c.clip):     # its name says what the CLIP teacher is, and fits
+            fields.pop("clip", None)
+        return dataclasses.replace(c, llm=str(folder), **fields)
     theirs = load_config(folder / "config.json")
     names = ("clip", "mole_experts", "mole_rank", "mole_alpha", "mole_form", "llm", "lm_dim",
              "lm_depth", "lm_heads", "lm_hidden")

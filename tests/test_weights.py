@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data import InputError
-from model import VLM, Student, next_tokens, text_loss
+from model import VLM, Projector, Student, next_tokens, text_loss
 from plumbing.build import build_movekd, build_teachers, build_vlm
 from plumbing.config import ENCODERS, FULL, SMALL, TINY, Config, is_real
 from plumbing.files import read_json, read_tensors, write_json, write_tensors
@@ -21,9 +21,9 @@ from plumbing.finished_run import load_run
 from plumbing.run_folder import export
 from real.encoder_weights import HUB, find_weights, load_net
 from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer
-from real.released_checkpoint import released_config
+from real.released_checkpoint import load_projector, released_config
 from teachers import ClipEncoder, VisionEncoder, create_net, parse_spec
-from tests.common import REAL, SHORT, C, RunsCode, images, random_file, run_here
+from tests.common import REAL, SHORT, C, RunsCode, images, random_file, run_here, world_on_disk
 
 close = torch.testing.assert_close
 OPENAI = {  # transformers' name of a part of CLIP: OpenAI's
@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_named(released):
     for fault, changed in {
             "model.extra": {**tensors, "model.extra": torch.zeros(1)},
             "size mismatch for projector.2.bias": {**tensors, last: torch.zeros(1)},
-            f"has no tensor {last!r}": {k: v for k, v in tensors.items() if k != last}}.items():
+            "Missing key.* \"projector.2.bias": {k: v for k, v in tensors.items() if k != last}}.items():
         save_file(changed, folder / "model.safetensors")
         with pytest.raises(InputError, match=fault):
             load_run(folder)
@@ -325,3 +325,94 @@ def test_training_starts_from_a_checkpoint(kind, released_folder, workplace):
     for name in ("clip", "mole_form", "mole_experts", "mole_rank", "mole_alpha"):
         assert getattr(c, name) == getattr(theirs, name)
     close(after.state_dict(), before.state_dict(), rtol=0, atol=0)
+
+
+OFFICIAL = {"vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+            "multi_modal_projector.linear_1": "model.mm_projector.0",
+            "multi_modal_projector.linear_2": "model.mm_projector.2", "language_model.": ""}
+
+
+@pytest.fixture(scope="module")
+def llava(llama_folder, tmp_path_factory):
+    """transformers' Llava, random; its own folder, the official one, that without CLIP."""
+    transformers = pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("llava")
+    text = transformers.AutoConfig.from_pretrained(llama_folder)
+    config = transformers.LlavaConfig(
+        text_config=text, image_token_index=text.vocab_size - 1, image_seq_length=36,
+        vision_config={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
+                       "num_attention_heads": 2, "image_size": 48, "patch_size": 8,
+                       "hidden_act": "quick_gelu"})
+    theirs = transformers.LlavaForConditionalGeneration(config).eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.1)
+    no_weights = shutil.ignore_patterns("*.safetensors")
+    for name in ("hf", "official", "no clip"):
+        shutil.copytree(llama_folder, root / name, ignore=no_weights)
+    theirs.save_pretrained(root / "hf")
+    tensors, clip = load_file(root / "hf/model.safetensors"), {}
+    for name in list(tensors):
+        new = name
+        for hf, official in OFFICIAL.items():
+            new = official + new.removeprefix(hf) if new.startswith(hf) else new
+        tensors[new] = tensors.pop(name)
+    save_file(tensors, root / "official/model.safetensors")
+    for name in [name for name in tensors if "vision_tower" in name]:
+        clip[name.removeprefix("model.vision_tower.vision_tower.")] = tensors.pop(name)
+    save_file(tensors, root / "no clip/model.safetensors")
+    save_file(clip, root / "vit_base_patch16_clip_quickgelu_224.openai.safetensors")
+    torch.save({k: v for k, v in tensors.items() if "projector" in k}, root / "mm_projector.bin")
+    for name in ("official", "no clip"):
+        about = read_json(root / name / "config.json")
+        write_json(root / name / "config.json", {**about, "model_type": "llava_llama"})
+    return root, theirs
+
+
+def assert_same_logits(vlm: VLM, theirs: nn.Module) -> None:
+    """Assert that a VLM gives transformers' logits for an image and words."""
+    token = theirs.config.image_token_index
+    ids = torch.cat([torch.tensor([[1] + [token] * 36]), torch.randint(5, 40, (1, 6))], dim=1)
+    expected = theirs(input_ids=ids, pixel_values=vlm.student.view(images(1))).logits
+    given = vlm(vlm.student(images(1)), ids.masked_fill(ids == token, vlm.image_token), None)
+    close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["hf", "official"])
+def test_llava_answers_as_transformers(llava, layout, tmp_path, capsys):
+    """Hugging Face's layout and the official one are read to answer; --evaluate takes them."""
+    root, theirs = llava
+    vlm, _, c = load_run(root / layout, "cpu")
+    assert c.mole_experts == 0
+    assert_same_logits(vlm, theirs)
+    world_on_disk(tmp_path / "world")
+    run_here(tmp_path, "--evaluate", str(root / layout), "--eval-data", "world/train.json",
+             "--image-folder", "world", "--device", "cpu", "--out", "evaluated")
+    assert "result: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["hf", "no clip"])
+def test_training_starts_from_llava(llava, layout, workplace):
+    """With new experts that are zero it is LLaVA; where its CLIP lies elsewhere --weights has it."""
+    root, theirs = llava
+    folder = workplace / f"llava {layout}"
+    world_on_disk(folder)
+    clip = REAL["clip"].replace("=96 depth=4 num_heads=4", "=128 depth=3 num_heads=2")
+    more = [] if layout == "hf" else ["--clip", clip, "--weights", str(root)]
+    run_here(workplace, *SHORT, *more, "--out", f"runs/{layout}", "--init-from",
+             str(root / layout), "--data", str(folder / "train.json"), "--eval-data",
+             str(folder / "train.json"), "--cache-teachers", "", "--image-size", "64",
+             "--stage1-epochs", "0", "--stage2-lr", "0", "--max-steps", "1")
+    vlm, _, c = load_run(workplace / "runs" / layout, "cpu")
+    assert c.mole_experts == 3
+    assert_same_logits(vlm, theirs)
+
+
+def test_a_projector_of_llava_loads(llava):
+    """mm_projector.bin, strictly."""
+    root, theirs = llava
+    projector = Projector(128, 32)
+    load_projector(projector, root / "mm_projector.bin")
+    x = torch.randn(1, 4, 128)
+    close(projector(x), theirs.model.multi_modal_projector(x))
+    with pytest.raises(InputError, match="mm_projector.bin: does not fit the projector: size"):
+        load_projector(Projector(96, 32), root / "mm_projector.bin")
