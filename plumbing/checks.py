@@ -90,14 +90,12 @@ def check_parts(c: Config) -> None:
     """Raise InputError unless --freeze and --lr-scale name parts of `MoVEKD.parameter_groups`."""
     parts = ["student backbone", "student MoLE", "projector", "LLM"]
     parts += [f"adapter {name}" for name in c.teachers if name != "clip"]
-    named = {f"--freeze {name!r}": name for name in c.freeze}
     for item in c.lr_scale:
-        name, _, factor = item.partition("=")
-        refuse_if(not re.fullmatch(r"\d+(\.\d*)?(e-?\d)?", factor),
+        refuse_if(not re.fullmatch(r"[^=]+=\d+(\.\d*)?(e-?\d)?", item),
                   f"--lr-scale {item!r}: must read PART=FACTOR, 'student backbone=0.1' for example")
-        named[f"--lr-scale {item!r}"] = name
-    for given, name in named.items():
-        refuse_if(name not in parts, f"{given}: no such part; there are {', '.join(parts)}")
+    for name in [*c.freeze, *(item.split("=")[0] for item in c.lr_scale)]:
+        refuse_if(name not in parts, f"--freeze or --lr-scale {name!r}: no such part; there are "
+                                     f"{', '.join(parts)}")
 
 
 TEACHER = ("cannot teach: it needs a ViT or a ConvNeXt of timm whose arguments go together: "

@@ -59,8 +59,7 @@ class Config:
     eva: str = encoder(tiny.ENCODERS["eva"])            # 64 x 80
     convnext: str = encoder(tiny.ENCODERS["convnext"])  # 16 x 128
     sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # 4096 x 256; not in tiny
-    # folder of files named like the timm models, in timm's, Hugging Face's or OpenAI's layout
-    weights: str = ""                       # "": timm's hub
+    weights: str = ""                       # folder of files named as timm's models; "": timm's hub
     init_from: str = ""                     # LLaVA-1.5, the authors' checkpoint or a run
     init_projector: str = ""                # LLaVA's mm_projector.bin, to start from
     # what of the student learns; "experts": MoLE alone; "frozen" and "ensemble" are baselines

@@ -17,23 +17,18 @@ from tiny.llm import WordTokenizer
 
 
 def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
-    """Return VLM, tokenizer and Config of a run or the authors' checkpoint. Raises InputError."""
+    """Return VLM, tokenizer and Config of a run or a LLaVA checkpoint. Raises InputError."""
     device = checks.find_device(device)
     c, released = read_config(folder)
-    if released:
-        tokenizer = PretrainedTokenizer(c.llm)
-        llm = PretrainedLLM(c.llm, released[1])
-        vlm = build.build_vlm(c, tokenizer, build.real_weights(c), llm)
-        load_released(vlm, folder)
+    if c.llm:
+        name = c.llm if released else str(folder / "llm")
+        tokenizer = PretrainedTokenizer(name, c.prompt)
+        llm = PretrainedLLM(name, released[1]) if released else PretrainedLLM.without_weights(name)
     else:
-        if c.llm:
-            name = str(folder / "llm")
-            tokenizer = PretrainedTokenizer(name, c.prompt)
-            vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM.without_weights(name))
-        else:
-            tokenizer = WordTokenizer(sets.read_words(folder))
-            vlm = build.build_vlm(c, tokenizer, {})
-        load_vlm(vlm, folder)
+        tokenizer, llm = WordTokenizer(sets.read_words(folder)), None
+    vlm = build.build_vlm(c, tokenizer, build.real_weights(c) if released else {}, llm)
+    load = load_released if released else load_vlm
+    load(vlm, folder)
     c.device = device
     bf16 = c.precision == "bf16" and device == "cuda"
     sharding.cast_vlm(vlm, torch.bfloat16 if bf16 else torch.float32)

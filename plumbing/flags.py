@@ -93,9 +93,8 @@ def with_init(c: Config) -> Config:
     folder = Path(c.init_from)
     released = released_config(folder)
     if released:
-        fields = released[0]
-        if is_real(c.clip):     # its name says what the CLIP teacher is, and fits
-            fields.pop("clip", None)
+        # the name of a real CLIP says what the CLIP teacher is
+        fields = {**released[0], "clip": c.clip} if is_real(c.clip) else released[0]
         return dataclasses.replace(c, llm=str(folder), **fields)
     theirs = load_config(folder / "config.json")
     names = ("clip", "mole_experts", "mole_rank", "mole_alpha", "mole_form", "llm", "lm_dim",

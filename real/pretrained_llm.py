@@ -186,10 +186,7 @@ class PretrainedTokenizer:
             self.read_chat_template(name)
 
     def read_chat_template(self, name: str) -> None:
-        """Find what ends an answer in the LLM's chat template. Raises InputError if there is none.
-
-        That is a control token, not always the tokenizer's end token.
-        """
+        """Take as eos what ends an answer in the chat template. Raises InputError."""
         if self.tokenizer.chat_template is None:
             raise InputError(f"--prompt chat: --llm {name} has no chat template; give --prompt v1")
         tokens = self.tokenizer.added_tokens_decoder
@@ -202,8 +199,7 @@ class PretrainedTokenizer:
         if not learnt:
             raise InputError(f"{fault}: no control token ends an answer; give --prompt v1")
         self.eos = learnt[0][-1]
-        for tokens, _ in pieces:
-            self.needed.update(tokens)
+        self.needed.update(*[tokens for tokens, _ in pieces])
 
     def chat_pieces(self, record: dict, n: int) -> Iterator[tuple[list, bool]]:
         """Yield a record in the LLM's chat template, in pieces: (tokens, whether they are learnt).

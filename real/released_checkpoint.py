@@ -10,9 +10,8 @@ from torch import nn
 
 from data import InputError
 from model import VLM, Student
-from plumbing.files import library_errors, load_strictly, read_json, require_file
-from real.encoder_layouts import timm_tensors
-from real.encoder_weights import unreadable
+from plumbing.files import library_errors, load_strictly, read_json
+from real.encoder_weights import timm_tensors, unreadable
 from real.pretrained_llm import require_transformers
 
 PREFIXES = {  # theirs, in this order: ours; all else is the LLM's
@@ -29,13 +28,12 @@ BUILT = {  # of a config.json, if it has them; all else is refused
     "mm_projector_type": "mlp2x_gelu", "moe_encoder": True, "moe_encoder_dense": False,
     "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
     "projector_hidden_act": "gelu", "vision_hidden_act": "quick_gelu"}
-# the authors' encoder adapters lie in the checkpoint too; the VLM has no use for them
-ADAPTER = re.compile(r"llm\.model\.[a-z0-9]+_adapter_[12]\.")
+# of no use here: the authors' encoder adapters, and tables that an old transformers saved
+UNUSED = re.compile(r"llm\.model\.([a-z0-9]+_adapter_[12]\.|.*\.rotary_emb\.inv_freq)")
 
 
 def read_file(file: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a .bin or .safetensors file, renamed by PREFIXES. Raises InputError."""
-    require_file(file)
     with library_errors(lambda e: unreadable(file, e)):
         if file.suffix == ".safetensors":
             tensors = load_file(file)
@@ -49,10 +47,7 @@ def read_file(file: Path) -> dict[str, torch.Tensor]:
 
 
 def read_folder(folder: Path) -> tuple[dict, dict]:
-    """Return CLIP's tensors under timm's names ({}: there are none) and all others.
-
-    Raises InputError if a shard is missing.
-    """
+    """Return CLIP's tensors, if any, under timm's names, and all others. Raises InputError."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(f"{folder}: holds no *.safetensors and no pytorch_model*.bin")
@@ -61,7 +56,7 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
         for name, tensor in read_file(file).items():
             if name.startswith("tower."):
                 tower[name] = tensor
-            elif not ADAPTER.match(name):
+            elif not UNUSED.match(name):
                 others[name] = tensor
     with library_errors(lambda e: f"{folder}: CLIP's tensors are not all there ({e})"):
         return timm_tensors(tower), others
@@ -75,23 +70,20 @@ def released_config(folder: Path):
         return None
     if "moe" not in config and config.get("model_type") not in ("llava", "llava_llama"):
         return None
-    values = {**config, **config.get("moe", {})}
+    mole = {}
+    with library_errors(lambda e: f"{path}: its \"moe\" is not as in the authors' ({e})"):
+        values = {**config, **config.get("moe", {})}
+        if "moe" in config:
+            mole = {"mole_form": "fc1_fc2", "mole_rank": values["moe_encoder_lora_rank"],
+                    "mole_alpha": float(values["moe_encoder_lora_alpha"]),
+                    "mole_experts": values["moe_encoder_num_experts"]}
     values["vision_hidden_act"] = config.get("vision_config", {}).get("hidden_act", "quick_gelu")
     for key, expected in BUILT.items():
         if values.get(key, expected) != expected:
             raise InputError(f"{path}: {key} is {json.dumps(values[key])}; only "
                              f"{json.dumps(expected)} is built here")
-    fields = tower_fields(read_folder(folder)[0])
-    if "moe" in config:
-        try:
-            fields.update(mole_form="fc1_fc2", mole_rank=values["moe_encoder_lora_rank"],
-                          mole_alpha=float(values["moe_encoder_lora_alpha"]),
-                          mole_experts=values["moe_encoder_num_experts"])
-        except KeyError as missing:
-            raise InputError(f"{path}: its \"moe\" lacks {missing}; the authors' checkpoints have "
-                             "moe_encoder_lora_rank, moe_encoder_lora_alpha and "
-                             "moe_encoder_num_experts") from None
-    return fields, llm_config(folder, config)
+    tower, _ = read_folder(folder)
+    return {**tower_fields(tower), **mole}, llm_config(folder, config)
 
 
 def llm_config(folder: Path, config: dict):
@@ -108,26 +100,25 @@ def llm_config(folder: Path, config: dict):
 
 
 def tower_fields(tower: dict) -> dict:
-    """Return {"clip": the spec of a checkpoint's CLIP}, read off its tensors; {} without CLIP."""
+    """Return {"clip": its spec} of a checkpoint's CLIP, whose heads are 64 wide; {} without CLIP."""
     if not tower:
         return {}
     _, tokens, d = tower["pos_embed"].shape
     patch = tower["patch_embed.proj.weight"].shape[-1]
     layers = [int(name.split(".")[1]) for name in tower if name.startswith("blocks.")]
     pixels = round((tokens - 1) ** 0.5) * patch
-    heads = d // 64  # CLIP's heads are 64 wide
     return {"clip": f"vit_large_patch14_clip_quickgelu_336 img_size={pixels} patch_size={patch} "
-                    f"embed_dim={d} depth={1 + max(layers)} num_heads={heads}"}
+                    f"embed_dim={d} depth={1 + max(layers)} num_heads={d // 64}"}
 
 
 def load_released(vlm: VLM, folder: Path) -> None:
-    """Fill student, projector and LLM from a checkpoint; what it lacks of the student stays.
+    """Fill student, projector and LLM; CLIP, or experts, that a checkpoint lacks stay as they are.
 
-    That is CLIP, if it lies elsewhere, or new experts. Else it is strict: every tensor of ours is
-    filled, every one of theirs is used, or belongs to what does not run here (the last block, the
-    final norm, the position ids, the authors' adapters). Raises InputError.
+    Else it is strict: every tensor of ours is filled, every one of theirs is used, or belongs to
+    what does not run here (the last block, the final norm, UNUSED). Raises InputError.
     """
-    load_strictly(vlm, read_released(vlm.student, folder), f"{folder}: does not fit the model")
+    fault = f"{folder}: does not fit the model with --clip {vlm.student.spec!r}"
+    load_strictly(vlm, read_released(vlm.student, folder), fault)
 
 
 def read_released(student: Student, folder: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,21 +47,9 @@ def openai_names(source: dict) -> dict[str, torch.Tensor]:
     return target
 
 
-def scripted(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Save a TorchScript archive of modules that hold these tensors, in half precision."""
-    modules = {"": nn.Identity()}
-    for name, tensor in tensors.items():
-        *path, last = name.split(".")
-        for i, part in enumerate(path):
-            inner = modules.setdefault(".".join(path[:i + 1]), nn.Identity())
-            modules[".".join(path[:i])].add_module(part, inner)
-        modules[".".join(path)].register_parameter(last, nn.Parameter(tensor.half()))
-    torch.jit.save(torch.jit.trace(modules[""], torch.ones(1)), file)
-
-
-@pytest.mark.parametrize("layout", ["openai", "jit", "CLIPVisionModel", "with prefix", "CLIPModel"])
+@pytest.mark.parametrize("layout", ["openai", "CLIPVisionModel", "with prefix", "CLIPModel"])
 def test_clip_is_transformers_clip(tmp_path, layout):
-    """Its file gives transformers' hidden_states[-2] and [CLS] row; so does OpenAI's."""
+    """A file of any layout gives transformers' hidden_states[-2] and its [CLS] row."""
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPVisionConfig(
         hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -70,18 +57,12 @@ def test_clip_is_transformers_clip(tmp_path, layout):
     theirs = transformers.CLIPVisionModel(config).eval()
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.1)
-        p.data = p.data.half().float()
     names = {name.removeprefix("vision_model."): v for name, v in theirs.state_dict().items()}
     prefixed = {f"vision_model.{name}": value for name, value in names.items()}
-    file = tmp_path / "clip.pt"
-    if layout == "jit":
-        scripted(openai_names(names), file)
-    else:
-        torch.save({"openai": openai_names(names), "CLIPVisionModel": names,
-                    "with prefix": prefixed,
-                    "CLIPModel": {"text_model.final_layer_norm.weight": torch.ones(9), **prefixed,
-                                  "visual_projection.weight": torch.ones(9, 96)}}[layout], file)
-    ours = ClipEncoder(REAL["clip"], load_net(REAL["clip"], file)).eval()
+    more = {"text_model.norm.weight": torch.ones(9), "visual_projection.weight": torch.ones(9, 96)}
+    torch.save({"openai": openai_names(names), "CLIPVisionModel": names, "with prefix": prefixed,
+                "CLIPModel": {**more, **prefixed}}[layout], tmp_path / "clip.pt")
+    ours = ClipEncoder(REAL["clip"], load_net(REAL["clip"], tmp_path / "clip.pt")).eval()
     expected = theirs(ours.view(images(2)), output_hidden_states=True, output_attentions=True)
     out = ours(images(2))
     hidden = torch.cat([out.cls[:, None], out.tokens], dim=1)
@@ -130,6 +111,9 @@ def test_a_file_that_does_not_fit_is_one_line(tmp_path):
     save_file({"text": torch.ones(96)}, tmp_path / "bad.safetensors")
     with pytest.raises(InputError, match=f"bad.safetensors: {fault}: .*; save model.safetensors"):
         load_net(REAL["clip"], tmp_path / "bad.safetensors")
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "bad.pt")
+    with pytest.raises(InputError, match="bad.pt: not .*: a TorchScript archive; if you trust it"):
+        load_net(REAL["clip"], tmp_path / "bad.pt")
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     with pytest.raises(InputError, match="bad.pth: not readable"):
         load_net(REAL["clip"], tmp_path / "bad.pth")
@@ -153,15 +137,12 @@ def test_whatever_the_hub_does_is_one_line(monkeypatch):
         load_net(REAL["convnext"], HUB)
 
 
-@pytest.mark.parametrize("ending", ["pth", "pt", "bin", "jit.pt"])
+@pytest.mark.parametrize("ending", ["pth", "pt", "bin"])
 def test_a_crafted_encoder_file_runs_nothing(tmp_path, monkeypatch, ending):
     """Whatever version of timm reads it: before 1.0.31 it unpickled anything unless told not to."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / f"crafted.{ending}"
     torch.save({"cls_token": torch.ones(1, 1, 96), "more": RunsCode()}, file)
-    if ending == "jit.pt":
-        with zipfile.ZipFile(file, "a") as archive:
-            archive.writestr("crafted/constants.pkl", "")
     with pytest.raises(InputError, match="crafted.* not readable as weights"):
         load_net(REAL["clip"], file)
     assert not Path("pwned").exists()
@@ -299,7 +280,7 @@ def test_what_does_not_fit_is_named(released):
     for fault, changed in {
             "model.extra": {**tensors, "model.extra": torch.zeros(1)},
             "size mismatch for projector.2.bias": {**tensors, last: torch.zeros(1)},
-            "Missing key.* \"projector.2.bias": {k: v for k, v in tensors.items() if k != last}}.items():
+            "Missing .*projector.2.bias": {k: v for k, v in tensors.items() if k != last}}.items():
         save_file(changed, folder / "model.safetensors")
         with pytest.raises(InputError, match=fault):
             load_run(folder)
@@ -307,7 +288,7 @@ def test_what_does_not_fit_is_named(released):
     for fault, changed in {
             "moe_encoder_dense is true": {**moe, "moe_encoder_dense": True},
             "moe_encoder is false": {**moe, "moe_encoder": False},
-            "lacks 'moe_encoder_lora_rank'": {k: v for k, v in moe.items() if "rank" not in k},
+            "moe_encoder_lora_rank": {k: v for k, v in moe.items() if "rank" not in k},
     }.items():
         write_json(folder / "config.json", {**config, "moe": changed})
         with pytest.raises(InputError, match=fault):
@@ -328,50 +309,45 @@ def test_training_starts_from_a_checkpoint(kind, released_folder, workplace):
 
 
 OFFICIAL = {"vision_tower.": "model.vision_tower.vision_tower.vision_model.",
-            "multi_modal_projector.linear_1": "model.mm_projector.0",
-            "multi_modal_projector.linear_2": "model.mm_projector.2", "language_model.": ""}
+            "multi_modal_projector.linear_1.": "model.mm_projector.0.",
+            "multi_modal_projector.linear_2.": "model.mm_projector.2.", "language_model.": ""}
 
 
 @pytest.fixture(scope="module")
 def llava(llama_folder, tmp_path_factory):
-    """transformers' Llava, random; its own folder, the official one, that without CLIP."""
+    """transformers' Llava, random: in its own folder, the official one, and there without CLIP."""
     transformers = pytest.importorskip("transformers")
     root = tmp_path_factory.mktemp("llava")
     text = transformers.AutoConfig.from_pretrained(llama_folder)
-    config = transformers.LlavaConfig(
-        text_config=text, image_token_index=text.vocab_size - 1, image_seq_length=36,
-        vision_config={"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
-                       "num_attention_heads": 2, "image_size": 48, "patch_size": 8,
-                       "hidden_act": "quick_gelu"})
-    theirs = transformers.LlavaForConditionalGeneration(config).eval()
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2,
+        image_size=48, patch_size=8)
+    theirs = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1)).eval()
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.1)
-    no_weights = shutil.ignore_patterns("*.safetensors")
     for name in ("hf", "official", "no clip"):
-        shutil.copytree(llama_folder, root / name, ignore=no_weights)
-    theirs.save_pretrained(root / "hf")
-    tensors, clip = load_file(root / "hf/model.safetensors"), {}
-    for name in list(tensors):
-        new = name
-        for hf, official in OFFICIAL.items():
-            new = official + new.removeprefix(hf) if new.startswith(hf) else new
-        tensors[new] = tensors.pop(name)
-    save_file(tensors, root / "official/model.safetensors")
-    for name in [name for name in tensors if "vision_tower" in name]:
-        clip[name.removeprefix("model.vision_tower.vision_tower.")] = tensors.pop(name)
-    save_file(tensors, root / "no clip/model.safetensors")
-    save_file(clip, root / "vit_base_patch16_clip_quickgelu_224.openai.safetensors")
-    torch.save({k: v for k, v in tensors.items() if "projector" in k}, root / "mm_projector.bin")
-    for name in ("official", "no clip"):
+        shutil.copytree(llama_folder, root / name, ignore=shutil.ignore_patterns("*.safetensors"))
         about = read_json(root / name / "config.json")
         write_json(root / name / "config.json", {**about, "model_type": "llava_llama"})
+    theirs.save_pretrained(root / "hf")
+    clip, llm = {}, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    for name, tensor in load_file(root / "hf/model.safetensors").items():
+        for hf, official in OFFICIAL.items():
+            name = official + name.removeprefix(hf) if name.startswith(hf) else name
+        (clip if "vision_tower" in name else llm)[name] = tensor
+    save_file(clip, root / "official/a.safetensors")
+    save_file(clip, root / "vit_base_patch16_clip_quickgelu_224.openai.safetensors")
+    save_file(llm, root / "official/b.safetensors")
+    save_file(llm, root / "no clip/b.safetensors")
+    torch.save({k: v for k, v in llm.items() if "projector" in k}, root / "mm_projector.bin")
     return root, theirs
 
 
 def assert_same_logits(vlm: VLM, theirs: nn.Module) -> None:
     """Assert that a VLM gives transformers' logits for an image and words."""
     token = theirs.config.image_token_index
-    ids = torch.cat([torch.tensor([[1] + [token] * 36]), torch.randint(5, 40, (1, 6))], dim=1)
+    ids = torch.tensor([[1, *[token] * 36, 5, 9, 21, 8]])
     expected = theirs(input_ids=ids, pixel_values=vlm.student.view(images(1))).logits
     given = vlm(vlm.student(images(1)), ids.masked_fill(ids == token, vlm.image_token), None)
     close(given, expected, atol=1e-5, rtol=1e-5)
@@ -379,40 +355,30 @@ def assert_same_logits(vlm: VLM, theirs: nn.Module) -> None:
 
 @pytest.mark.parametrize("layout", ["hf", "official"])
 def test_llava_answers_as_transformers(llava, layout, tmp_path, capsys):
-    """Hugging Face's layout and the official one are read to answer; --evaluate takes them."""
+    """Both layouts are read to answer, without experts; --evaluate takes them."""
     root, theirs = llava
     vlm, _, c = load_run(root / layout, "cpu")
     assert c.mole_experts == 0
     assert_same_logits(vlm, theirs)
     world_on_disk(tmp_path / "world")
     run_here(tmp_path, "--evaluate", str(root / layout), "--eval-data", "world/train.json",
-             "--image-folder", "world", "--device", "cpu", "--out", "evaluated")
+             "--device", "cpu", "--out", "evaluated")
     assert "result: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", ["hf", "no clip"])
 def test_training_starts_from_llava(llava, layout, workplace):
-    """With new experts that are zero it is LLaVA; where its CLIP lies elsewhere --weights has it."""
+    """New experts are zero, so it is LLaVA still; CLIP may lie elsewhere, in --weights."""
     root, theirs = llava
-    folder = workplace / f"llava {layout}"
-    world_on_disk(folder)
+    world_on_disk(workplace / layout)
+    data = str(workplace / layout / "train.json")
     clip = REAL["clip"].replace("=96 depth=4 num_heads=4", "=128 depth=3 num_heads=2")
     more = [] if layout == "hf" else ["--clip", clip, "--weights", str(root)]
-    run_here(workplace, *SHORT, *more, "--out", f"runs/{layout}", "--init-from",
-             str(root / layout), "--data", str(folder / "train.json"), "--eval-data",
-             str(folder / "train.json"), "--cache-teachers", "", "--image-size", "64",
-             "--stage1-epochs", "0", "--stage2-lr", "0", "--max-steps", "1")
+    run_here(workplace, *SHORT, *more, "--init-from", str(root / layout), "--init-projector",
+             str(root / "mm_projector.bin"), "--data", data, "--eval-data", data, "--stage2-lr",
+             "0", "--stage1-epochs", "0", "--cache-teachers", "", "--out", f"runs/{layout}")
     vlm, _, c = load_run(workplace / "runs" / layout, "cpu")
     assert c.mole_experts == 3
     assert_same_logits(vlm, theirs)
-
-
-def test_a_projector_of_llava_loads(llava):
-    """mm_projector.bin, strictly."""
-    root, theirs = llava
-    projector = Projector(128, 32)
-    load_projector(projector, root / "mm_projector.bin")
-    x = torch.randn(1, 4, 128)
-    close(projector(x), theirs.model.multi_modal_projector(x))
     with pytest.raises(InputError, match="mm_projector.bin: does not fit the projector: size"):
         load_projector(Projector(96, 32), root / "mm_projector.bin")

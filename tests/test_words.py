@@ -203,16 +203,10 @@ END = {  # a chat template: what ends an answer in it
 
 
 def chat_folder(folder: Path, template: str | None) -> str:
-    """Save a tokenizer of bytes with control tokens and a chat template."""
-    tokenizers = pytest.importorskip("tokenizers")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    model.train_from_iterator(["user\nassistant", *WORDS], tokenizers.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    model.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|begin|>", "<|head|>", "<|/head|>",
-                              "<|eot|>", "<|end|>", "<image>"])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|end|>")
+    """Save a tokenizer with Llama's settings, control tokens and a chat template."""
+    tokenizer = transformers.LlamaTokenizer(*llama_pieces(pytest.importorskip("tokenizers")))
+    controls = "<|im_start|> <|im_end|> <|begin|> <|head|> <|/head|> <|eot|> <image>".split()
+    tokenizer.add_special_tokens({"additional_special_tokens": controls})
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return str(folder)
