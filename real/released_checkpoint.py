@@ -100,7 +100,7 @@ def llm_config(folder: Path, config: dict):
 
 
 def tower_fields(tower: dict) -> dict:
-    """Return {"clip": its spec} of a checkpoint's CLIP, whose heads are 64 wide; {} without CLIP."""
+    """Return {"clip": the spec of CLIP}, whose heads are 64 wide; {} without it."""
     if not tower:
         return {}
     _, tokens, d = tower["pos_embed"].shape

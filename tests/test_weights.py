@@ -353,27 +353,22 @@ def assert_same_logits(vlm: VLM, theirs: nn.Module) -> None:
     close(given, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["hf", "official"])
-def test_llava_answers_as_transformers(llava, layout, tmp_path, capsys):
-    """Both layouts are read to answer, without experts; --evaluate takes them."""
-    root, theirs = llava
-    vlm, _, c = load_run(root / layout, "cpu")
-    assert c.mole_experts == 0
-    assert_same_logits(vlm, theirs)
-    world_on_disk(tmp_path / "world")
-    run_here(tmp_path, "--evaluate", str(root / layout), "--eval-data", "world/train.json",
-             "--device", "cpu", "--out", "evaluated")
-    assert "result: " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("layout", ["hf", "no clip"])
-def test_training_starts_from_llava(llava, layout, workplace):
-    """New experts are zero, so it is LLaVA still; CLIP may lie elsewhere, in --weights."""
+@pytest.mark.parametrize("layout", ["hf", "official", "no clip"])
+def test_llava_is_transformers_llava(llava, layout, workplace):
+    """Read to answer, evaluated, trained further with zero experts; CLIP may lie in --weights."""
     root, theirs = llava
     world_on_disk(workplace / layout)
     data = str(workplace / layout / "train.json")
     clip = REAL["clip"].replace("=96 depth=4 num_heads=4", "=128 depth=3 num_heads=2")
-    more = [] if layout == "hf" else ["--clip", clip, "--weights", str(root)]
+    more = ["--clip", clip, "--weights", str(root)]
+    if layout != "no clip":
+        vlm, _, c = load_run(root / layout, "cpu")
+        assert c.mole_experts == 0
+        assert_same_logits(vlm, theirs)
+        run_here(workplace, "--evaluate", str(root / layout), "--eval-data", data, "--device",
+                 "cpu", "--out", f"runs/evaluated-{layout}")
+        assert "macro_accuracy" in read_json(workplace / f"runs/evaluated-{layout}/evaluation.json")
+        more = []
     run_here(workplace, *SHORT, *more, "--init-from", str(root / layout), "--init-projector",
              str(root / "mm_projector.bin"), "--data", data, "--eval-data", data, "--stage2-lr",
              "0", "--stage1-epochs", "0", "--cache-teachers", "", "--out", f"runs/{layout}")
