@@ -77,8 +77,9 @@ def load_net(spec: str, source: Path | str | None) -> nn.Module:
 def unreadable(file: Path, reason: str) -> str:
     """Return the line for a file that is no weights, without its remedy."""
     if "TorchScript" in reason:     # OpenAI's CLIP; it holds code
-        reason = ("a TorchScript archive; if you trust it: python -c \"import torch; torch.save("
-                  f"torch.jit.load('{file}', 'cpu').state_dict(), '{file.with_suffix('.pth')}')\"")
+        return (f"{file}: not readable: a TorchScript archive; if you trust it: python -c \"import "
+                f"torch; torch.save(torch.jit.load('{file}', 'cpu').state_dict(), "
+                f"'{file.with_suffix('.pth')}')\"")
     return f"{file}: not readable as weights: {kind_of(file) or reason}"
 
 

@@ -66,9 +66,8 @@ def released_config(folder: Path):
     """Return (fields of Config, the LLM's config) if a folder has such a checkpoint, else None."""
     path = folder / "config.json"
     config = read_json(path)
-    if not isinstance(config, dict):
-        return None
-    if "moe" not in config and config.get("model_type") not in ("llava", "llava_llama"):
+    if not isinstance(config, dict) or (
+            "moe" not in config and config.get("model_type") not in ("llava", "llava_llama")):
         return None
     mole = {}
     with library_errors(lambda e: f"{path}: its \"moe\" is not as in the authors' ({e})"):

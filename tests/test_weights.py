@@ -112,7 +112,7 @@ def test_a_file_that_does_not_fit_is_one_line(tmp_path):
     with pytest.raises(InputError, match=f"bad.safetensors: {fault}: .*; save model.safetensors"):
         load_net(REAL["clip"], tmp_path / "bad.safetensors")
     torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "bad.pt")
-    with pytest.raises(InputError, match="bad.pt: not .*: a TorchScript archive; if you trust it"):
+    with pytest.raises(InputError, match="bad.pt: not readable: a TorchScript archive"):
         load_net(REAL["clip"], tmp_path / "bad.pt")
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     with pytest.raises(InputError, match="bad.pth: not readable"):
