@@ -59,15 +59,18 @@ def conversation_ids(record: dict, template: str, tokenizer, n: int,
     VLM.splice replaces by the student's tokens. "plain" drops the human's words: the image alone
     must explain the caption, which ends with </s> or, as in LLaVA, with a "newline". A real LLM has
     Vicuna's instruction before the first USER:. A record that ends with a question ends after
-    "ASSISTANT:". Words of a text are never control tokens, even if it reads </s> or USER:.
+    "ASSISTANT:". "chat" is a real LLM's own chat template, under the same rule: answers and their
+    ends are learnt. Words of a text are never control tokens, even if it reads </s> or USER:.
     """
     if template == "plain":
         pieces = caption_pieces(record, tokenizer, n, caption_end)
+    elif template == "chat":
+        pieces = tokenizer.chat_pieces(record, n)
     else:
         pieces = dialogue_pieces(record, tokenizer, n)
     # The labels are the ids themselves where the model answers: model.next_tokens shifts them.
-    ids = [tokenizer.bos]
-    labels = [IGNORE]
+    ids = [] if template == "chat" else [tokenizer.bos]
+    labels = [IGNORE] * len(ids)
     for tokens, learnt in pieces:
         ids += tokens
         labels += tokens if learnt else [IGNORE] * len(tokens)

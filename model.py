@@ -177,6 +177,7 @@ class MethodOptions:
 
     distil: bool                    # False leaves L_kd out: no teacher runs
     student_learns: Literal["all", "experts", "nothing"]   # in stage 2; "nothing": baselines
+    freeze: tuple[str, ...]         # names of parameter_groups that learn in no stage
     clip_share: float               # CLIP's fixed teacher weight
     token_weight: TokenWeight
     teacher_weight: TeacherWeight
@@ -289,6 +290,7 @@ class MoVEKD(nn.Module):
         self.stage = stage
         # CLIP and the LLM are pretrained: in stage 1 only the new modules learn.
         frozen = [{"projector", "LLM"}, {"student backbone", "LLM"}, set()][stage]
+        frozen.update(self.options.freeze)
         # An ablation trains the experts alone; baselines have no trained student.
         if self.options.student_learns != "all":
             frozen.add("student backbone")

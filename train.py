@@ -60,7 +60,8 @@ def train_stage(run: Run, stage: int) -> None:
     # AdamW without weight decay, as LLaVA. A stage has an optimizer of its own, because the
     # parameters that it trains are its own.
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=plan.lr, weight_decay=0.0, fused=True)
+    groups = optimizer_groups(c, model, stage)
+    optimizer = torch.optim.AdamW(groups, lr=plan.lr, weight_decay=0.0, fused=True)
 
     # A resumed run fills model and optimizer from its checkpoint before its first step here.
     for step in run.steps(plan, optimizer):
@@ -74,7 +75,8 @@ def train_stage(run: Run, stage: int) -> None:
         # Set the learning rate: a short warm-up, because Adam's averages are still rough at the
         # start, then half a cosine down to 0.
         lr = plan.lr * lr_factor(step.number, plan.steps, c.warmup)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
 
         # Update the weights. Gradients are freed, not set to 0: the next forward needs the memory.
         optimizer.step()
@@ -111,6 +113,24 @@ def stage_table(stage: int, model: MoVEKD, teachers: Teachers) -> str:
         trained = any(p.requires_grad for p in parameters)
         rows.append(f"  {name:28} {count:12,}  {'trained' if trained else 'frozen'}")
     return "\n".join(rows)
+
+
+def optimizer_groups(c: Config, model: MoVEKD, stage: int) -> list[dict]:
+    """Return AdamW's parameter groups: each part that is trained, and --lr-scale's factor of it."""
+    scales = dict(item.split("=") for item in c.lr_scale)
+    groups = []
+    learning = []
+    for name, parameters in model.parameter_groups().items():
+        trained = [p for p in parameters if p.requires_grad]
+        if trained:
+            groups.append({"params": trained, "scale": float(scales.get(name, 1))})
+        # Without L_kd no loss reaches the adapters.
+        if trained and (c.lambda_kd or not name.startswith("adapter ")):
+            learning.append(name)
+    if not learning:
+        raise InputError(f"--freeze {' '.join(c.freeze)}: nothing is left to learn in "
+                         f"{stage_name(stage)}")
+    return groups
 
 
 def forward_backward(c: Config, model: MoVEKD, teachers: Teachers,

@@ -129,8 +129,9 @@ def build_movekd(c: Config, vlm: VLM, teachers: Teachers) -> MoVEKD:
     norms = build_target_norms(teachers, c.target_norm)
     student_learns = {"trained": "all", "experts": "experts"}.get(c.student, "nothing")
     options = MethodOptions(
-        distil=c.lambda_kd != 0, student_learns=student_learns, clip_share=c.clip_share,
-        token_weight=c.kd_token_weight, teacher_weight=c.kd_teacher_weight,
-        detach=c.kd_teacher_grad == "detached", collapse=c.kd_collapse == "second_softmax",
-        direction=c.adapter_direction, balance_form=c.balance_form)
+        distil=c.lambda_kd != 0, student_learns=student_learns, freeze=c.freeze,
+        clip_share=c.clip_share, token_weight=c.kd_token_weight,
+        teacher_weight=c.kd_teacher_weight, detach=c.kd_teacher_grad == "detached",
+        collapse=c.kd_collapse == "second_softmax", direction=c.adapter_direction,
+        balance_form=c.balance_form)
     return MoVEKD(vlm, adapters, norms, options)

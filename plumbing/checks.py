@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from plumbing import config
 from plumbing.build import build_encoder, build_student, real_weights, stage0_encoders
 from plumbing.config import ENCODERS, STAND_INS, Config, flag, is_real, plain_type
 from plumbing.evaluate import normalise, questions_of
-from plumbing.files import library_errors
+from plumbing.files import library_errors, require_file
 from plumbing.processes import Machine, launched, wanted_processes
 from plumbing.sets import PREFETCH, llava_layout, training_size
 from teachers import parse_spec
@@ -45,7 +46,8 @@ def check_value(name: str, field: dataclasses.Field, value) -> None:
               int: "a whole number", float: "a number"}[kind]
     refuse_if(not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool),
               f"{name} {value!r}: must be {wanted}")
-    refuse_if(kind is tuple and not (value and all(isinstance(item, str) for item in value)),
+    refuse_if(kind is tuple and (not all(isinstance(item, str) for item in value)
+                                 or field.default and not value),
               f"{name} {value!r}: must be a list of at least one name")
     if get_origin(field.type) is Annotated:
         low, high = field.type.__metadata__[0]
@@ -70,15 +72,30 @@ def check_config(c: Config, trains: bool = True) -> None:
     refuse_if(c.pretrain_data and not c.data, "--pretrain-data needs --data and --eval-data")
     for name in ENCODERS:
         check_encoder(c, name)
+    check_parts(c)
     refuse_if(c.student in ("frozen", "ensemble") and (c.lambda_kd or c.mole_experts),
               f"--student {c.student}: nothing is distilled and no expert trained; add "
               "--lambda-kd 0 --mole-experts 0")
     refuse_if(c.student == "experts" and not c.mole_experts,
               "--student experts: there is none; give --mole-experts at least 1")
+    refuse_if(c.prompt == "chat" and not c.llm,
+              "--prompt chat: the tiny LLM has no chat template; name one that has with --llm")
     refuse_if(not c.llm and c.lm_dim % (2 * c.lm_heads),
               f"--lm-heads {c.lm_heads}: --lm-dim {c.lm_dim} must be a multiple of twice that")
     refuse_if(not c.stage1_epochs and not c.stage2_epochs,
               "--stage1-epochs 0 and --stage2-epochs 0: one of the stages must be run")
+
+
+def check_parts(c: Config) -> None:
+    """Raise InputError unless --freeze and --lr-scale name parts of `MoVEKD.parameter_groups`."""
+    parts = ["student backbone", "student MoLE", "projector", "LLM"]
+    parts += [f"adapter {name}" for name in c.teachers if name != "clip"]
+    for item in c.lr_scale:
+        refuse_if(not re.fullmatch(r"[^=]+=\d+(\.\d*)?(e-?\d)?", item),
+                  f"--lr-scale {item!r}: must read PART=FACTOR, 'student backbone=0.1' for example")
+    for name in [*c.freeze, *(item.split("=")[0] for item in c.lr_scale)]:
+        refuse_if(name not in parts, f"--freeze or --lr-scale {name!r}: no such part; there are "
+                                     f"{', '.join(parts)}")
 
 
 TEACHER = ("cannot teach: it needs a ViT or a ConvNeXt of timm whose arguments go together: "
@@ -143,7 +160,7 @@ def check_machine(c: Config, trains: bool) -> None:
     """Raise InputError for data, packages or devices that are not there. Call it in one process."""
     if c.data_root:
         llava_layout(Path(c.data_root))
-    refuse_if(not c.data_root and not c.data and is_real(c.clip),
+    refuse_if(not (c.data_root or c.data or c.eval_data) and is_real(c.clip),
               "a real CLIP and no data: name --data-root DIR, or --data FILE and --eval-data FILE")
     refuse_if(c.stage0_pictures == "data" and not (c.data and stage0_encoders(c)),
               "--stage0-pictures data: trains the encoders of --tiny on --data; name --data FILE")
@@ -157,6 +174,8 @@ def check_machine(c: Config, trains: bool) -> None:
     if not trains:
         return
     real_weights(c)
+    if c.init_projector:
+        require_file(Path(c.init_projector), "; --init-projector wants LLaVA's mm_projector.bin")
     refuse_if(c.device == "mps" and c.precision == "bf16",
               "--device mps: trains in fp32 only; add --precision fp32, or --device cpu")
     refuse_if(c.device == "mps" and (launched() or wanted_processes(c) > 1),
@@ -208,7 +227,7 @@ def check_lengths(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> None:
             # A token has at least one character: most rows need not be tokenised.
             if sum(len(turn["value"]) for turn in turns) + n + 300 < c.max_length:
                 continue
-            ids, _ = conversation_ids({**record, "conversations": turns}, "v1", tokenizer, n)
+            ids, _ = conversation_ids({**record, "conversations": turns}, c.prompt, tokenizer, n)
             if len(ids) >= c.max_length and not (name == "train" and c.skip_bad):
                 place = f"{file or 'the tiny world'}: {row_name(row, record)}"
                 raise InputError(f"{place} has a prompt of {len(ids)} tokens, and --max-length is "

@@ -61,8 +61,11 @@ class Config:
     convnext: str = encoder(tiny.ENCODERS["convnext"])  # 16 tokens x 128 in tiny
     sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # 4096 tokens x 256
     weights: str = ""                       # folder of their files; "": timm's hub
-    init_from: str = ""                     # start from a run, or from the authors' checkpoint
+    init_from: str = ""                     # start from a run, LLaVA-1.5 or the authors' checkpoint
+    init_projector: str = ""                # LLaVA's mm_projector.bin, to start from
     student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"  # what of it learns
+    freeze: tuple[str, ...] = ()            # parts that never learn, as a stage's table names them
+    lr_scale: tuple[str, ...] = ()          # PART=FACTOR of the learning rate, by the same names
     compile: Literal["off", "on"] = "off"   # torch.compile, for CUDA
     cache_teachers: str = "runs/teachers"   # folder for the teachers' outputs; "": no cache
     stage0: str = "runs/stage0"             # folder for the stand-ins that stage 0 has trained
@@ -87,6 +90,7 @@ class Config:
     balance_weight: Weight = 0.0            # row 9: the paper has no L_balance
     balance_form: BalanceForm = "per_layer"                         # row 9: over which tokens
     # --- LLM
+    prompt: Literal["v1", "chat"] = "v1"    # LLaVA's, or the LLM's own chat template
     llm: str = ""                           # folder or hub name of a causal LM; "": the tiny one
     lm_dim: Count = tiny.LLM["dim"]         # width of the tiny one
     lm_depth: Count = tiny.LLM["depth"]     # its layers

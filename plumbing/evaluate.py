@@ -77,7 +77,7 @@ def answer(c: Config, vlm: VLM, tokenizer, records: list[dict], get_image: Calla
     """Return the VLM's answer to the last question of each record, by greedy decoding."""
     vlm.eval()
     n = vlm.student.num_tokens
-    prompts = Conversations(records, get_image, tokenizer, "v1", n, c.max_length)
+    prompts = Conversations(records, get_image, tokenizer, c.prompt, n, c.max_length)
     answers = []
     for i in tqdm(range(0, len(prompts), c.eval_batch), desc="answer", leave=False):
         rows = range(i, min(i + c.eval_batch, len(prompts)))

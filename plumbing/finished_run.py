@@ -1,6 +1,5 @@
 """The model of a finished run, read to be used or trained further."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,46 +9,40 @@ from torch import nn
 from data import InputError, stack_images
 from model import VLM, Ensemble, Student
 from plumbing import build, checks, files, flags, sets, sharding
-from plumbing.config import FULL, Config, recipe
+from plumbing.config import Config
 from real.image_files import load_image
 from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer
-from real.released_checkpoint import load_released, read_released, released_config
+from real.released_checkpoint import load_released, read_released
 from tiny.llm import WordTokenizer
 
 
 def load_run(folder: Path, device: str = "auto") -> tuple[VLM, object, Config]:
-    """Return VLM, tokenizer and Config of a run or the authors' checkpoint. Raises InputError."""
+    """Return VLM, tokenizer and Config of a run or a LLaVA checkpoint. Raises InputError."""
     device = checks.find_device(device)
-    released = released_config(folder)
-    if released:
-        c = dataclasses.replace(FULL, llm=str(folder), **(recipe("released", FULL) | released[0]))
-        tokenizer = PretrainedTokenizer(c.llm)
-        vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM(c.llm, released[1]))
-        load_released(vlm, folder)
+    c, released = read_config(folder)
+    if c.llm:
+        name = c.llm if released else str(folder / "llm")
+        tokenizer = PretrainedTokenizer(name, c.prompt)
+        llm = PretrainedLLM(name, released[1]) if released else PretrainedLLM.without_weights(name)
     else:
-        c = read_config(folder)
-        if c.llm:
-            name = str(folder / "llm")
-            tokenizer = PretrainedTokenizer(name)
-            vlm = build.build_vlm(c, tokenizer, {}, PretrainedLLM.without_weights(name))
-        else:
-            tokenizer = WordTokenizer(sets.read_words(folder))
-            vlm = build.build_vlm(c, tokenizer, {})
-        load_vlm(vlm, folder)
+        tokenizer, llm = WordTokenizer(sets.read_words(folder)), None
+    vlm = build.build_vlm(c, tokenizer, build.real_weights(c) if released else {}, llm)
+    load = load_released if released else load_vlm
+    load(vlm, folder)
     c.device = device
     bf16 = c.precision == "bf16" and device == "cuda"
     sharding.cast_vlm(vlm, torch.bfloat16 if bf16 else torch.float32)
     return vlm.to(device).eval(), tokenizer, c
 
 
-def read_config(folder: Path) -> Config:
-    """Return the Config of a run of ours. Raises InputError, as for --evaluate."""
-    c = flags.load_config(folder / "config.json")
+def read_config(folder: Path) -> tuple[Config, tuple | None]:
+    """Return what `config_to_use` does. Raises InputError, as for --evaluate."""
+    c, released = flags.config_to_use(folder)
     try:
         checks.check_config(c, trains=False)
     except InputError as e:
         raise InputError(f"{folder / 'config.json'}: {e}") from None
-    return c
+    return c, released
 
 
 def load_vlm(vlm: VLM, folder: Path) -> None:
@@ -68,12 +61,8 @@ def load_vlm(vlm: VLM, folder: Path) -> None:
 def load_student(run: str | Path) -> tuple[Student, Callable]:
     """Return the student of a run or the authors' checkpoint, and read_photo(path), its input."""
     run = Path(run)
-    released = released_config(run)
-    if released:
-        c = dataclasses.replace(FULL, mole_form="fc1_fc2", **released[0])
-    else:
-        c = read_config(run)
-    student = build.build_student(c, {})
+    c, released = read_config(run)
+    student = build.build_student(c, build.real_weights(c) if released else {})
     if isinstance(student, Ensemble):
         raise InputError(f"{run}: is the baseline that sees with all encoders, not one student")
     tensors = read_released(student, run) if released else read_run_tensors(run)

@@ -11,7 +11,7 @@ from data import InputError
 from plumbing import config
 from plumbing.checks import check_config, check_value
 from plumbing.cli import Parser
-from plumbing.config import EVALUATION, FIELDS, PRESETS, RESUME, Config, flag, plain_type
+from plumbing.config import EVALUATION, FIELDS, PRESETS, RESUME, Config, flag, is_real, plain_type
 from plumbing.files import read_json
 
 MODES = {"resume": RESUME, "evaluate": EVALUATION}  # and what each may change of a run
@@ -41,6 +41,8 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
         parser.add_argument(flag(name), help=argparse.SUPPRESS, **options)
 
     flags = vars(parser.parse_args(argv))
+    for name, value in flags.items():
+        flags[name] = tuple(value) if isinstance(value, list) else value
     for mode in MODES:
         if mode in flags:
             run = Path(flags.pop(mode))
@@ -50,7 +52,6 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
     if "recipe" in flags:
         c = dataclasses.replace(c, **config.recipe(flags.pop("recipe"), c))
     c = dataclasses.replace(c, **flags)
-    c.teachers = tuple(c.teachers)  # argparse gives a list
     if c.init_from:
         c = with_init(c)
     check_config(c)
@@ -83,9 +84,22 @@ def of_a_run(run: Path, mode: str, flags: dict) -> Config:
     if fixed:
         raise InputError(f"{fixed[0]}: with --{mode} a run keeps what its config.json says; only "
                          f"{', '.join(map(flag, MODES[mode]))} may be given")
-    c = dataclasses.replace(load_config(run / "config.json"), **{"out": str(run), **flags})
+    base = load_config(run / "config.json") if mode == "resume" else config_to_use(run)[0]
+    c = dataclasses.replace(base, **{"out": str(run), **flags})
     check_config(c, trains=mode != "evaluate")
     return c
+
+
+def config_to_use(folder: Path) -> tuple[Config, tuple | None]:
+    """Return the Config of a run, or of a LLaVA checkpoint and its `released_config`."""
+    from real.released_checkpoint import released_config
+    released = released_config(folder)
+    if not released:
+        return load_config(folder / "config.json"), None
+    # Without CLIP in it, CLIP's file must lie in the folder.
+    fields = {**config.recipe("released", config.FULL), "mole_experts": 0, "teachers": ("clip",),
+              "weights": str(folder), **released[0]}
+    return dataclasses.replace(config.FULL, device="auto", llm=str(folder), **fields), released
 
 
 def with_init(c: Config) -> Config:
@@ -94,7 +108,9 @@ def with_init(c: Config) -> Config:
     folder = Path(c.init_from)
     released = released_config(folder)
     if released:
-        return dataclasses.replace(c, llm=str(folder), mole_form="fc1_fc2", **released[0])
+        # the name of a real CLIP says what the CLIP teacher is
+        fields = {**released[0], "clip": c.clip} if is_real(c.clip) else released[0]
+        return dataclasses.replace(c, llm=str(folder), **fields)
     theirs = load_config(folder / "config.json")
     names = ("clip", "mole_experts", "mole_rank", "mole_alpha", "mole_form", "llm", "lm_dim",
              "lm_depth", "lm_heads", "lm_hidden")
@@ -110,8 +126,8 @@ def load_config(path: Path) -> Config:
     if unknown:
         raise InputError(f"{path}: unknown key {unknown[0]!r}; a config has the keys of Config in "
                          "plumbing/config.py")
-    if isinstance(values.get("teachers"), list):
-        values["teachers"] = tuple(values["teachers"])  # JSON has lists only
     for name, value in values.items():
+        if plain_type(FIELDS[name]) is tuple and isinstance(value, list):
+            values[name] = value = tuple(value)     # JSON has lists only
         check_value(f"{path}: {name}", FIELDS[name], value)
     return Config(**values)

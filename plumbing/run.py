@@ -132,6 +132,9 @@ class Run:
         if first and c.init_from:
             load = load_released if released else load_vlm
             load(vlm, Path(c.init_from))
+        if first and c.init_projector:
+            from real.released_checkpoint import load_projector
+            load_projector(vlm.projector, Path(c.init_projector))
         self.machine.wait()  # the first may load for long
         sharding.send_from_first(teachers, c.device)
         if c.lambda_kd:

@@ -91,7 +91,7 @@ def build_tokenizer(c: Config, sets: dict[str, tuple], resumed: bool = False):
     """Return the LLM's own tokenizer; for the tiny LLM one of whole words, those of the data."""
     if c.llm:
         from real.pretrained_llm import PretrainedTokenizer
-        return PretrainedTokenizer(c.llm)
+        return PretrainedTokenizer(c.llm, c.prompt)
     if resumed and c.allow_new_data:
         return WordTokenizer(read_words(Path(c.out)))   # the LLM has no place for new words
     tokenizer = WordTokenizer.from_records(itertools.chain(sets["pretrain"][0], sets["train"][0]))
@@ -125,11 +125,11 @@ def build_datasets(c: Config, sets: dict[str, tuple], tokenizer, n: int) -> dict
         pictured = [records[row] for row in rows]
     else:
         pictured = records.select(rows)     # they are read when they are used
-    template = "plain" if c.pretrain_data or not c.data else "v1"
+    template = "plain" if c.pretrain_data or not c.data else c.prompt
     captions = Conversations(pictured, get_image, tokenizer, template, n, c.max_length, c.skip_bad,
                              c.caption_end)
     return {0: captions, 1: captions,
-            2: Conversations(*sets["train"], tokenizer, "v1", n, c.max_length, c.skip_bad)}
+            2: Conversations(*sets["train"], tokenizer, c.prompt, n, c.max_length, c.skip_bad)}
 
 
 def rows_digest(records) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import timm
+import torch
 from huggingface_hub import constants
 from torch import nn
 
@@ -18,6 +20,22 @@ from teachers import create_net, parse_spec
 
 HUB = "hub"  # in place of a file: the weights that timm's hub has under the name
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+LAYOUTS = {  # how a name ends that only this layout has: {part of a name: timm's}, in this order
+    "pre_layrnorm.weight": {    # CLIP; q, k and v are joined
+        "embeddings.position_embedding.weight": "pos_embed", "pre_layrnorm": "norm_pre",
+        "embeddings.patch_embedding": "patch_embed.proj", "self_attn.out_proj": "attn.proj",
+        "embeddings.class_embedding": "cls_token", "self_attn.q_proj": "attn.qkv",
+        "post_layernorm": "norm", "encoder.layers.": "blocks.", "layer_norm": "norm"},
+    "patch_embed.projection.weight": {  # SAM
+        "patch_embed.projection": "patch_embed.proj", "layers.": "blocks.", "mlp.lin": "mlp.fc",
+        "neck.conv1": "neck.0", "neck.layer_norm1": "neck.1", "neck.conv2": "neck.2",
+        "neck.layer_norm2": "neck.3", "layer_norm": "norm"},
+    "embeddings.patch_embeddings.weight": {  # ConvNeXt
+        "embeddings.patch_embeddings": "stem.0", "embeddings.layernorm": "stem.1",
+        "encoder.stages.": "stages.", "downsampling_layer.": "downsample.",
+        ".layers.": ".blocks.", "layer_scale_parameter": "gamma", "dwconv": "conv_dw",
+        "layernorm": "norm", "pwconv": "mlp.fc"},
+}
 
 
 def find_weights(spec: str, folder: str) -> Path | str:
@@ -58,11 +76,45 @@ def load_net(spec: str, source: Path | str | None) -> nn.Module:
 
 def unreadable(file: Path, reason: str) -> str:
     """Return the error for a file that does not hold weights, without its remedy."""
+    if "TorchScript" in reason:     # OpenAI's CLIP; it holds code
+        return (f"{file}: not readable: a TorchScript archive; if you trust it: python -c \"import "
+                f"torch; torch.save(torch.jit.load('{file}', 'cpu').state_dict(), "
+                f"'{file.with_suffix('.pth')}')\"")
     return f"{file}: not readable as weights: {kind_of(file) or reason}"
 
 
+def timm_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return Hugging Face's CLIP, SAM or ConvNeXt under timm's names, without a text model.
+
+    Tensors of any other layout come back as they are.
+    """
+    for ending, names in LAYOUTS.items():
+        for name in tensors:
+            if name.endswith(ending):
+                return rename(tensors, name.removesuffix(ending), names)
+    return tensors
+
+
+def rename(tensors: dict, prefix: str, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Return the tensors behind a prefix under timm's names, q, k and v joined."""
+    ours = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(prefix) or re.search(r"\.([kv]_proj\.|position_ids)", name):
+            continue
+        if ".q_proj." in name:
+            others = [tensors[name.replace(".q_proj.", f".{letter}_proj.")] for letter in "kv"]
+            tensor = torch.cat([tensor, *others])
+        name = name.removeprefix(prefix)
+        for theirs, timms in names.items():
+            name = name.replace(theirs, timms)
+        if name in ("cls_token", "pos_embed") and tensor.ndim < 3:  # CLIP's: (d,), (1 + n, d)
+            tensor = tensor.reshape(1, -1, tensor.shape[-1])
+        ours[name] = tensor
+    return ours
+
+
 def fill_net(net: nn.Module, file: Path, remedy: str) -> None:
-    """Fill a timm model from a file, in timm's layout or one that timm converts (OpenAI's, ...).
+    """Fill a timm model from a file, in timm's layout or Hugging Face's, or one that timm converts.
 
     Position tables and patch embeddings are resized to the model. It is strict, because timm itself
     only warns when a file fits nowhere. Raises InputError with the remedy.
@@ -72,6 +124,7 @@ def fill_net(net: nn.Module, file: Path, remedy: str) -> None:
     fault = (f"{file}: does not fit {net.pretrained_cfg.get('architecture')} of timm; its first "
              f"tensor is {next(iter(state), 'missing')!r}")
     with library_errors(lambda e: f"{fault}: {e}; {remedy}"):
+        state = timm_tensors(state)
         module = sys.modules[type(net).__module__]
         if hasattr(module, "checkpoint_filter_fn"):
             state = module.checkpoint_filter_fn(state, net)

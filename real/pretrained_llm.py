@@ -6,6 +6,8 @@ Letters: B samples, T tokens, D width, V vocabulary.
 import contextlib
 import inspect
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,12 +16,14 @@ from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from data import InputError
+from data import InputError, common_length
 from plumbing.files import library_errors
 from real.encoder_weights import ask_hub, unreadable
 from tiny.llm import token_positions
 
 SPACE = "\u2581"  # in the pieces of a sentencepiece model
+MARK, IMAGE_MARK = "\ue000", "\ue001"    # for private use: in no chat template
+ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def require_transformers():
@@ -162,7 +166,7 @@ class PretrainedTokenizer:
     system = ("A chat between a curious user and an artificial intelligence assistant. "
               "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, prompt: str = "v1"):
         with library_errors(lambda e: llm_error(name, f"its tokenizer cannot be loaded ({e})")):
             self.tokenizer = require_transformers().AutoTokenizer.from_pretrained(name)
             join_spaces_last(self.tokenizer)
@@ -177,11 +181,66 @@ class PretrainedTokenizer:
         self.puts_space = "".join(self.tokenizer.tokenize("a")).startswith(SPACE)
         after_end = self.tokenizer(self.tokenizer.eos_token + "a", add_special_tokens=False)
         self.anew_after_end = after_end.input_ids[1:] == self.encode("a")
+        self.needed = {self.eos, self.bos}  # beside words
+        if prompt == "chat":
+            self.read_chat_template(name)
+
+    def read_chat_template(self, name: str) -> None:
+        """Take as eos what ends an answer in the chat template. Raises InputError."""
+        if self.tokenizer.chat_template is None:
+            raise InputError(f"--prompt chat: --llm {name} has no chat template; give --prompt v1")
+        tokens = self.tokenizer.added_tokens_decoder
+        self.control = {token.content: [i] for i, token in tokens.items() if token.special}
+        turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+        fault = f"--prompt chat: --llm {name}: its chat template cannot be used"
+        with library_errors(lambda e: f"{fault} ({e}); give --prompt v1"):
+            pieces = list(self.chat_pieces({"conversations": turns}, 0))
+        learnt = [tokens for tokens, is_learnt in pieces if is_learnt]
+        if not learnt:
+            raise InputError(f"{fault}: no control token ends an answer; give --prompt v1")
+        self.eos = learnt[0][-1]
+        self.needed.update(*[tokens for tokens, _ in pieces])
+
+    def chat_pieces(self, record: dict, n: int) -> Iterator[tuple[list, bool]]:
+        """Yield a record in the LLM's chat template, in pieces: (tokens, whether they are learnt).
+
+        The template gets marks in place of the texts, so that no text holds a control token. As in
+        "v1", the text between two control tokens is tokenised as a whole.
+        """
+        messages, texts = [], {}
+        for i, turn in enumerate(record["conversations"]):
+            content = mark = f"{MARK}{i}{MARK}"
+            texts[mark] = turn["value"].strip()
+            # The image comes first, wherever the question has it.
+            if "image" in record and turn["from"] == "human" and "<image>" in turn["value"]:
+                texts[mark] = turn["value"].replace("<image>", "").strip()
+                content = f"{IMAGE_MARK}\n{mark}" if texts[mark] else IMAGE_MARK
+            messages.append({"role": ROLES[turn["from"]], "content": content})
+        written = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user")
+
+        control = {**self.control, IMAGE_MARK: [self.image] * n}
+        encode = self.encode
+        text, answer = "", None     # since the last control token; where an answer begins in it
+        for piece in re.split("(" + "|".join(map(re.escape, [*control, *texts])) + ")", written):
+            if piece in control:
+                tokens = encode(text)
+                start = len(tokens)
+                if answer is not None:
+                    start = common_length(tokens, encode(text[:answer]))
+                yield tokens[:start], False
+                yield tokens[start:] + control[piece], answer is not None
+                text, answer, encode = "", None, self.encode_after_end
+                continue
+            if piece in texts and messages[int(piece.strip(MARK))]["role"] == "assistant":
+                answer = len(text)
+            text += texts.get(piece, piece)
+        yield encode(text), False
 
     def largest_id(self) -> int:
         """Return the largest id of all that `encode`, or a prompt, can hold."""
         words = self.tokenizer.get_vocab().values()
-        return max({*words} - {*self.tokenizer.all_special_ids} | {self.eos, self.bos})
+        return max({*words} - {*self.tokenizer.all_special_ids} | self.needed)
 
     def encode(self, text: str) -> list[int]:
         if self.puts_space and text.startswith(" "):

@@ -274,3 +274,26 @@ def test_a_teacher_that_teaches_nothing_is_said_once(capsys, tmp_path):
         assert "teacher eva" in line and f"{min(steps, 300)} steps" in line
     assert not warnings(capsys, tmp_path, sound, falling)
     assert not warnings(capsys, tmp_path, sound, lambda step: 2, 99), "too short to tell"
+
+
+def test_parts_are_frozen_and_slowed(workplace, capsys):
+    """In Adam's first step a frozen part keeps every bit, a slowed one moves by its factor."""
+    once = [*SHORT, "--stage1-epochs", "0", "--max-steps", "1", "--grad-clip", "0", "--out"]
+    some = ["--freeze", "LLM", "projector", "--lr-scale", "student backbone=0.1"]
+    weights = []
+    for i, flags in enumerate((["--stage2-lr", "0"], [], some)):
+        run_here(workplace, *once, f"runs/part{i}", *flags)
+        weights.append(load_file(workplace / f"runs/part{i}/model.safetensors"))
+    table = capsys.readouterr().out.split("  parameters\n")[-1].splitlines()
+    frozen = {line.split("  ")[1] for line in table if line.endswith(" frozen")}
+    assert {"LLM", "projector"} < frozen and "student backbone" not in frozen
+    for name, start in weights[0].items():
+        moved, slowed = weights[1][name] - start, weights[2][name] - start
+        factor = 0.1 if "student" in name and not ("lora" in name or "router" in name) else 1.0
+        if name.startswith(("vlm.llm", "vlm.projector")):
+            factor = 0.0
+        torch.testing.assert_close(slowed, factor * moved, atol=1e-6, rtol=0)
+        assert factor or not slowed.any()
+    with pytest.raises(InputError, match="--freeze projector .*MoLE: nothing .* in stage 1"):
+        run_here(workplace, *SHORT, "--lambda-kd", "0", "--out", "runs/part-none",
+                 "--freeze", "projector", "student MoLE")

@@ -51,7 +51,8 @@ def is_valid(name: str, value) -> bool:
     if kind is typing.Literal:
         return value in typing.get_args(FIELDS[name].type)
     if kind is tuple:
-        return isinstance(value, tuple) and bool(value) and {*map(type, value)} == {str}
+        full = value or not FIELDS[name].default
+        return isinstance(value, tuple) and bool(full) and {*map(type, value)} <= {str}
     if type(value) is not kind and not (kind is float and type(value) is int):
         return False
     if typing.get_origin(FIELDS[name].type) is typing.Annotated:

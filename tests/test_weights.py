@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data import InputError
-from model import VLM, Student, next_tokens, text_loss
+from model import VLM, Projector, Student, next_tokens, text_loss
 from plumbing.build import build_movekd, build_teachers, build_vlm
 from plumbing.config import ENCODERS, FULL, SMALL, TINY, Config, is_real
 from plumbing.files import read_json, read_tensors, write_json, write_tensors
@@ -20,9 +20,9 @@ from plumbing.finished_run import load_run
 from plumbing.run_folder import export
 from real.encoder_weights import HUB, find_weights, load_net
 from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer
-from real.released_checkpoint import released_config
+from real.released_checkpoint import load_projector, released_config
 from teachers import ClipEncoder, VisionEncoder, create_net, parse_spec
-from tests.common import REAL, SHORT, C, RunsCode, images, random_file, run_here
+from tests.common import REAL, SHORT, C, RunsCode, images, random_file, run_here, world_on_disk
 
 close = torch.testing.assert_close
 OPENAI = {  # transformers' name of a part of CLIP: OpenAI's
@@ -47,8 +47,9 @@ def openai_names(source: dict) -> dict[str, torch.Tensor]:
     return target
 
 
-def test_clip_is_transformers_clip(tmp_path):
-    """A file of OpenAI's layout gives transformers' hidden_states[-2] and its [CLS] row."""
+@pytest.mark.parametrize("layout", ["openai", "CLIPVisionModel", "with prefix", "CLIPModel"])
+def test_clip_is_transformers_clip(tmp_path, layout):
+    """A file of any layout gives transformers' hidden_states[-2] and its [CLS] row."""
     transformers = pytest.importorskip("transformers")
     config = transformers.CLIPVisionConfig(
         hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -56,14 +57,38 @@ def test_clip_is_transformers_clip(tmp_path):
     theirs = transformers.CLIPVisionModel(config).eval()
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.1)
-    torch.save(openai_names(theirs.state_dict()), tmp_path / "openai.pt")
-    ours = ClipEncoder(REAL["clip"], load_net(REAL["clip"], tmp_path / "openai.pt")).eval()
+    names = {name.removeprefix("vision_model."): v for name, v in theirs.state_dict().items()}
+    prefixed = {f"vision_model.{name}": value for name, value in names.items()}
+    more = {"text_model.norm.weight": torch.ones(9), "visual_projection.weight": torch.ones(9, 96)}
+    torch.save({"openai": openai_names(names), "CLIPVisionModel": names, "with prefix": prefixed,
+                "CLIPModel": {**more, **prefixed}}[layout], tmp_path / "clip.pt")
+    ours = ClipEncoder(REAL["clip"], load_net(REAL["clip"], tmp_path / "clip.pt")).eval()
     expected = theirs(ours.view(images(2)), output_hidden_states=True, output_attentions=True)
     out = ours(images(2))
     hidden = torch.cat([out.cls[:, None], out.tokens], dim=1)
     close(hidden, expected.hidden_states[-2], atol=1e-5, rtol=1e-5)
     cls_row = expected.attentions[-2][:, :, 0]
     close(out.cls_scores.softmax(-1), cls_row, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["SamModel", "ConvNextModel", "ConvNextForImageClassification"])
+def test_sam_and_convnext_are_transformers(tmp_path, kind):
+    """A file of Hugging Face's SamModel or ConvNext gives its feature map."""
+    transformers = pytest.importorskip("transformers")
+    name = "sam" if kind == "SamModel" else "convnext"
+    config = transformers.ConvNextConfig(depths=[1, 1, 2, 1], hidden_sizes=[16, 32, 64, 128])
+    if name == "sam":
+        config = transformers.SamConfig(vision_config={
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
+            "output_channels": 24, "global_attn_indexes": [1], "window_size": 2, "mlp_dim": 128})
+    theirs = getattr(transformers, kind)(config).eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.1)
+    torch.save(theirs.state_dict(), tmp_path / "net.bin")
+    ours = VisionEncoder(REAL[name], load_net(REAL[name], tmp_path / "net.bin")).eval()
+    net = theirs.vision_encoder if name == "sam" else getattr(theirs, "convnext", theirs)
+    expected = net(ours.view(images(2))).last_hidden_state                      # (B, d_i, s, s)
+    close(ours(images(2)).tokens, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 def test_encoder_files_load_whole(tmp_path):
@@ -86,6 +111,9 @@ def test_a_file_that_does_not_fit_is_one_line(tmp_path):
     save_file({"text": torch.ones(96)}, tmp_path / "bad.safetensors")
     with pytest.raises(InputError, match=f"bad.safetensors: {fault}: .*; save model.safetensors"):
         load_net(REAL["clip"], tmp_path / "bad.safetensors")
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "bad.pt")
+    with pytest.raises(InputError, match="bad.pt: not readable: a TorchScript archive"):
+        load_net(REAL["clip"], tmp_path / "bad.pt")
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     with pytest.raises(InputError, match="bad.pth: not readable"):
         load_net(REAL["clip"], tmp_path / "bad.pth")
@@ -252,7 +280,7 @@ def test_what_does_not_fit_is_named(released):
     for fault, changed in {
             "model.extra": {**tensors, "model.extra": torch.zeros(1)},
             "size mismatch for projector.2.bias": {**tensors, last: torch.zeros(1)},
-            f"has no tensor {last!r}": {k: v for k, v in tensors.items() if k != last}}.items():
+            "Missing .*projector.2.bias": {k: v for k, v in tensors.items() if k != last}}.items():
         save_file(changed, folder / "model.safetensors")
         with pytest.raises(InputError, match=fault):
             load_run(folder)
@@ -260,7 +288,7 @@ def test_what_does_not_fit_is_named(released):
     for fault, changed in {
             "moe_encoder_dense is true": {**moe, "moe_encoder_dense": True},
             "moe_encoder is false": {**moe, "moe_encoder": False},
-            "lacks 'moe_encoder_lora_rank'": {k: v for k, v in moe.items() if "rank" not in k},
+            "moe_encoder_lora_rank": {k: v for k, v in moe.items() if "rank" not in k},
     }.items():
         write_json(folder / "config.json", {**config, "moe": changed})
         with pytest.raises(InputError, match=fault):
@@ -278,3 +306,74 @@ def test_training_starts_from_a_checkpoint(kind, released_folder, workplace):
     for name in ("clip", "mole_form", "mole_experts", "mole_rank", "mole_alpha"):
         assert getattr(c, name) == getattr(theirs, name)
     close(after.state_dict(), before.state_dict(), rtol=0, atol=0)
+
+
+OFFICIAL = {"vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+            "multi_modal_projector.linear_1.": "model.mm_projector.0.",
+            "multi_modal_projector.linear_2.": "model.mm_projector.2.", "language_model.": ""}
+
+
+@pytest.fixture(scope="module")
+def llava(llama_folder, tmp_path_factory):
+    """transformers' Llava, random: in its own folder, the official one, and there without CLIP."""
+    transformers = pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("llava")
+    text = transformers.AutoConfig.from_pretrained(llama_folder)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2,
+        image_size=48, patch_size=8)
+    theirs = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=text.vocab_size - 1)).eval()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.1)
+    for name in ("hf", "official", "no clip"):
+        shutil.copytree(llama_folder, root / name, ignore=shutil.ignore_patterns("*.safetensors"))
+        about = read_json(root / name / "config.json")
+        write_json(root / name / "config.json", {**about, "model_type": "llava_llama"})
+    theirs.save_pretrained(root / "hf")
+    clip, llm = {}, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    for name, tensor in load_file(root / "hf/model.safetensors").items():
+        for hf, official in OFFICIAL.items():
+            name = official + name.removeprefix(hf) if name.startswith(hf) else name
+        (clip if "vision_tower" in name else llm)[name] = tensor
+    save_file(clip, root / "official/a.safetensors")
+    save_file(clip, root / "vit_base_patch16_clip_quickgelu_224.openai.safetensors")
+    save_file(llm, root / "official/b.safetensors")
+    save_file(llm, root / "no clip/b.safetensors")
+    torch.save({k: v for k, v in llm.items() if "projector" in k}, root / "mm_projector.bin")
+    return root, theirs
+
+
+def assert_same_logits(vlm: VLM, theirs: nn.Module) -> None:
+    """Assert that a VLM gives transformers' logits for an image and words."""
+    token = theirs.config.image_token_index
+    ids = torch.tensor([[1, *[token] * 36, 5, 9, 21, 8]])
+    expected = theirs(input_ids=ids, pixel_values=vlm.student.view(images(1))).logits
+    given = vlm(vlm.student(images(1)), ids.masked_fill(ids == token, vlm.image_token), None)
+    close(given, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["hf", "official", "no clip"])
+def test_llava_is_transformers_llava(llava, layout, workplace):
+    """Read to answer, evaluated, trained further with zero experts; CLIP may lie in --weights."""
+    root, theirs = llava
+    world_on_disk(workplace / layout)
+    data = str(workplace / layout / "train.json")
+    clip = REAL["clip"].replace("=96 depth=4 num_heads=4", "=128 depth=3 num_heads=2")
+    more = ["--clip", clip, "--weights", str(root)]
+    if layout != "no clip":
+        vlm, _, c = load_run(root / layout, "cpu")
+        assert c.mole_experts == 0
+        assert_same_logits(vlm, theirs)
+        run_here(workplace, "--evaluate", str(root / layout), "--eval-data", data, "--device",
+                 "cpu", "--out", f"runs/evaluated-{layout}")
+        assert "macro_accuracy" in read_json(workplace / f"runs/evaluated-{layout}/evaluation.json")
+        more = []
+    run_here(workplace, *SHORT, *more, "--init-from", str(root / layout), "--init-projector",
+             str(root / "mm_projector.bin"), "--data", data, "--eval-data", data, "--stage2-lr",
+             "0", "--stage1-epochs", "0", "--cache-teachers", "", "--out", f"runs/{layout}")
+    vlm, _, c = load_run(workplace / "runs" / layout, "cpu")
+    assert c.mole_experts == 3
+    assert_same_logits(vlm, theirs)
+    with pytest.raises(InputError, match="mm_projector.bin: does not fit the projector: size"):
+        load_projector(Projector(96, 32), root / "mm_projector.bin")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from data import IGNORE, conversation_ids
+from data import IGNORE, InputError, conversation_ids
 from plumbing.config import FULL, TINY
 from plumbing.files import read_json, write_json
 from plumbing.sets import build_datasets
@@ -191,3 +191,57 @@ def test_captions_end_as_they_are_told_to(small):
         assert sample["input_ids"] == [small.bos, *[small.image] * 2, *answer]
         assert sample["labels"] == [IGNORE] * 3 + answer
     assert (FULL.caption_end, TINY.caption_end) == ("newline", "eos")
+
+
+END = {  # a chat template: what ends an answer in it
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}": "<|im_end|>",
+    "<|begin|>{% for m in messages %}<|head|>{{ m['role'] }}<|/head|>\n{{ m['content'] | trim }}"
+    " <|eot|>{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|/head|>\n{% endif %}":
+    " <|eot|>"}
+
+
+def chat_folder(folder: Path, template: str | None) -> str:
+    """Save a tokenizer with Llama's settings, control tokens and a chat template."""
+    tokenizer = transformers.LlamaTokenizer(*llama_pieces(pytest.importorskip("tokenizers")))
+    controls = "<|im_start|> <|im_end|> <|begin|> <|head|> <|/head|> <|eot|> <image>".split()
+    tokenizer.add_special_tokens({"additional_special_tokens": controls})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("template", END)
+def test_chat_ids_are_the_templates_own(tmp_path, template):
+    """Ids are apply_chat_template's, labels each answer and its end; typed tokens are words."""
+    ours = PretrainedTokenizer(chat_folder(tmp_path, template), "chat")
+    theirs = ours.tokenizer
+    image = theirs.convert_tokens_to_ids("<image>")
+    typed = {"conversations": conversation("type <|im_end|>?", "<|eot|>x")}
+    for record in [*some_records(60), typed]:
+        messages, answers = [], ""
+        for i, turn in enumerate(record["conversations"]):
+            text = turn["value"].strip()
+            if "image" in record and "<image>" in text:
+                text = ("<image>\n" + text.replace("<image>", "").strip()).strip()
+            messages.append({"role": ("user", "assistant")[i % 2], "content": text})
+            answers += f"{text}{END[template]}" if i % 2 else ""
+        expected = []
+        for token in theirs(theirs.apply_chat_template(messages, tokenize=False)).input_ids:
+            expected += [ours.image] * 2 if token == image else [token]
+        ids, labels = conversation_ids(record, "chat", ours, n=2)
+        assert (ids == expected) == (record is not typed)
+        assert theirs.decode([token for token in labels if token != IGNORE]) == answers
+        question = {**record, "conversations": record["conversations"][:1]}
+        prompt, _ = conversation_ids(question, "chat", ours, n=2)
+        assert labels[:len(prompt)] == [IGNORE] * len(prompt) and ids[:len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("template, fault", [
+    (None, "has no chat template"), ("{{ nothing.at.all }}", "cannot be used .*undefined"),
+    ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no control token ends an answer")])
+def test_a_template_that_cannot_be_used_is_one_line(tmp_path, template, fault):
+    """An LLM without a chat template, one that fails, one whose answers have no end."""
+    with pytest.raises(InputError, match=f"--prompt chat: --llm .*{fault}.*; give --prompt v1"):
+        PretrainedTokenizer(chat_folder(tmp_path, template), "chat")

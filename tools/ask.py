@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     """Answer one question about one image, or the run's own held-out samples."""
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path,
-                        help="a run folder of train.py, or a checkpoint of the authors' layout")
+                        help="a run folder of train.py, LLaVA-1.5, or the authors' checkpoint")
     parser.add_argument("image", type=Path, nargs="?",
                         help="an image file; without it, the run's held-out samples")
     parser.add_argument("question", nargs="?")

@@ -126,7 +126,7 @@ def explain_image(run: WholeRun, name: str, image: torch.Tensor, questions: list
 def make_batch(run: WholeRun, record: dict, image: torch.Tensor, side: str) -> dict:
     """Return a batch of one record about one image (3, R, R), padded on one side."""
     c, tokenizer, n = run.c, run.tokenizer, run.model.vlm.student.num_tokens
-    rows = Conversations([record], lambda name: image, tokenizer, "v1", n, c.max_length)
+    rows = Conversations([record], lambda name: image, tokenizer, c.prompt, n, c.max_length)
     batch = collate([rows.sample(0)], tokenizer.pad, side)
     for key, value in batch.items():
         if torch.is_tensor(value):
