@@ -80,7 +80,6 @@ def check_config(c: Config, trains: bool = True) -> None:
               "--stage1-epochs 0 and --stage2-epochs 0: one of the stages must be run")
 
 
-# what the code relies on
 TEACHER = ("cannot teach: it needs a ViT or a ConvNeXt of timm whose arguments go together: "
            "num_heads divides embed_dim, patch_size divides img_size")
 STUDENT = ("cannot be the student: it needs a ViT with [CLS] and no registers, at least 2 blocks, "

@@ -47,8 +47,7 @@ def plot_curves(folder: Path) -> None:
         axes[5].plot(steps_of(points, offset), [point["accuracy"] for point in points], marker="o")
     for axis in axes:
         if not axis.has_data():
-            text = "none before the end: result.json" if axis is axes[5] else "none"
-            axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
+            axis.text(0.5, 0.5, "none yet", ha="center", transform=axis.transAxes)
         axis.axvline(offset, color="grey", linewidth=0.5)
         axis.set(xlabel="step (stage 1 | stage 2)")
     save_figure(figure, folder / "curves.png")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from data import IGNORE, conversation_ids
+from data import IGNORE, InputError, conversation_ids
 from plumbing.config import FULL, TINY
 from plumbing.files import read_json, write_json
 from plumbing.sets import build_datasets
@@ -191,3 +191,11 @@ def test_captions_end_as_they_are_told_to(small):
         assert sample["input_ids"] == [small.bos, *[small.image] * 2, *answer]
         assert sample["labels"] == [IGNORE] * 3 + answer
     assert (FULL.caption_end, TINY.caption_end) == ("newline", "eos")
+
+
+def test_a_garbling_tokenizer_is_refused(tmp_path):
+    """One whose texts do not come back, as with transformers 5.0 to 5.2, is one line at load."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581Hello": 3}
+    transformers.LlamaTokenizer(words, []).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"its tokenizer garbles 'Hello.*transformers >= 5.3"):
+        PretrainedTokenizer(str(tmp_path))
