@@ -101,11 +101,9 @@ class PretrainedLLM(nn.Module):
         return output.logits                                                             # (B, K, V)
 
 
-def check_llm(name: str, tokenizer: "PretrainedTokenizer", length: int, answer: int) -> None:
-    """Raise InputError for an LLM that cannot be trained or answer, before its weights are read.
-
-    `length` and `answer` are the most tokens of a conversation and of a generated answer.
-    """
+def check_llm(name: str, tokenizer: "PretrainedTokenizer", max_length: int,
+              max_new_tokens: int) -> None:
+    """Raise InputError for an LLM that cannot be trained or answer, before its weights are read."""
     folder = Path(name)
     if folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         raise InputError(llm_error(name, "holds no *.safetensors and no pytorch_model*.bin"))
@@ -134,11 +132,11 @@ def check_llm(name: str, tokenizer: "PretrainedTokenizer", length: int, answer: 
                          "embeddings: take both from one place, or save the model after "
                          f"resize_token_embeddings({largest + 1})")
     # rotary positions go on behind the last one that was trained, a table of them does not
-    more = answer if sum(isinstance(m, nn.Embedding) for m in llm.modules()) > 1 else 0
+    more = max_new_tokens if sum(isinstance(m, nn.Embedding) for m in llm.modules()) > 1 else 0
     positions = getattr(llm.model.config, "max_position_embeddings", None)
-    if positions and length + more > positions:
+    if positions and max_length + more > positions:
         raise InputError(f"--llm {name}: its {positions} positions are fewer than --max-length "
-                         f"{length} wants; add --max-length {max(1, positions - more)}")
+                         f"{max_length} wants; add --max-length {max(1, positions - more)}")
 
 
 def join_spaces_last(tokenizer) -> None:
@@ -182,6 +180,10 @@ class PretrainedTokenizer:
         after_end = self.tokenizer(self.tokenizer.eos_token + "a", add_special_tokens=False)
         self.anew_after_end = after_end.input_ids[1:] == self.encode("a")
         self.needed = {self.eos, self.bos}  # beside words
+        text = "Hello world, is it \u00e9t\u00e9?\nYes, 20 of them."
+        if self.tokenizer.decode(self.encode(text)).strip() != text:
+            raise InputError(f"--llm {name}: its tokenizer garbles {text!r}; take all files of one "
+                             "model, and transformers >= 5.3")
         if prompt == "chat":
             self.read_chat_template(name)
 

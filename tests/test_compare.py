@@ -83,12 +83,13 @@ def test_a_signal_ends_the_runs(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             pipe.read()
 
+    before = multiprocessing.active_children()  # of other tests, not yet collected
     thread = threading.Thread(target=send)
     thread.start()
     with pytest.raises(SystemExit, match=f"^{STOPPED}$"):
         run(lambda: runs.train_all({output.parent: [*SHORT, "--out", "run"]}, {}))
     thread.join()
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(before)
     assert not (output.parent / "result.json").exists()
 
 

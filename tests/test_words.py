@@ -245,3 +245,11 @@ def test_a_template_that_cannot_be_used_is_one_line(tmp_path, template, fault):
     """An LLM without a chat template, one that fails, one whose answers have no end."""
     with pytest.raises(InputError, match=f"--prompt chat: --llm .*{fault}.*; give --prompt v1"):
         PretrainedTokenizer(chat_folder(tmp_path, template), "chat")
+
+
+def test_a_garbling_tokenizer_is_refused(tmp_path):
+    """One whose texts do not come back, as with transformers 5.0 to 5.2, is one line at load."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581Hello": 3}
+    transformers.LlamaTokenizer(words, []).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"its tokenizer garbles 'Hello.*transformers >= 5.3"):
+        PretrainedTokenizer(str(tmp_path))
