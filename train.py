@@ -91,10 +91,10 @@ def train_stage(run: Run, stage: int) -> None:
 
 
 STAGES = {
-    1: "stage 1 aligns: what is new learns from captioned pictures, so that the LLM can read the "
-       "student's tokens",
-    2: "stage 2 finetunes: all but the teachers learns from conversations, so that questions are "
-       "answered from what the student sees",
+    1: "stage 1 aligns: the new modules learn from captioned pictures, so that the LLM can read "
+       "the student's tokens",
+    2: "stage 2 finetunes: everything but the teachers learns from conversations, so that the LLM "
+       "answers questions from the student's tokens",
 }
 
 
