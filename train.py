@@ -95,10 +95,10 @@ def train_stage(run: Run, stage: int) -> None:
 
 PURPOSE = {
     0: "distil, which is not in the paper: the student learns the teachers' tokens; no LLM runs",
-    1: "stage 1 aligns: new modules learn from captioned pictures, so that the LLM can read the "
-       "student's tokens",
-    2: "stage 2 finetunes: all but the teachers learn from conversations, so that the LLM answers "
-       "questions from the student's tokens",
+    1: "stage 1 aligns: the new modules learn from captioned pictures, so that the LLM can read "
+       "the student's tokens",
+    2: "stage 2 finetunes: everything but the teachers learns from conversations, so that the LLM "
+       "answers questions from the student's tokens",
 }
 
 

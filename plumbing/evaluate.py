@@ -65,7 +65,7 @@ def questions_of(records: list[dict]) -> list[dict]:
 
 
 def score(row: dict, given: str) -> float:
-    """Return how right an answer is, from 0 to 1: as in VQA, three people make it right."""
+    """Return how right an answer is, from 0 to 1: as in VQA, three equal texts suffice."""
     same, count = row["references"].count(normalise(given)), len(row["references"])
     # of fewer than three texts, or than ten that all differ, each alone makes it right
     alternatives = count < 3 or count == len(set(row["answers"])) < 10

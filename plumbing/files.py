@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return a name of this process's own, and delete what ended ones left under such names."""
+    """Return a name of this process's own; delete files that processes now dead have left."""
     stem = f"{path.name}.{platform.node()}-"
     for leftover in path.parent.glob(f"{glob.escape(stem)}*.tmp"):
         process = leftover.name.removeprefix(stem).removesuffix(".tmp")

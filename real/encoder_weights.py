@@ -140,7 +140,7 @@ def fill_net(net: nn.Module, file: Path, remedy: str) -> None:
 
 @functools.cache
 def ask_hub() -> None:
-    """Make the hub's tools look only in their cache if there is no hub: they retry for minutes."""
+    """Let the hub's tools use their cache alone if it is out of reach: they retry for minutes."""
     host = urlsplit(constants.ENDPOINT).hostname
     # behind a proxy (HTTPS_PROXY, ALL_PROXY, without NO_PROXY) its name need not resolve here
     proxies = getproxies()

@@ -31,7 +31,7 @@ MEDIUM = re.compile(r"\.(png|jpe?g|gif|bmp|webp|tiff?|mp4|avi|mov|mkv)\W*$", re.
 
 @dataclass(eq=False)
 class RecordFile(Sequence):
-    """The rows of a file, each read when it is asked for: as objects they take five times that."""
+    """The rows of a file, each read when it is used: all of them would fill five times its size."""
 
     path: Path
     spans: np.ndarray  # (N, 2): the byte at which each row begins, and the one after its last
