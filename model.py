@@ -222,8 +222,7 @@ class MoVEKD(nn.Module):
             answers = next_tokens(batch["labels"])                                          # (B, T)
             logits_at = (answers != IGNORE).any(dim=0).nonzero().flatten()                    # (K,)
             logits = self.vlm(V_s, batch["input_ids"], None, logits_at)                  # (B, K, V)
-            L_text = text_loss(logits, answers[:, logits_at])                                   # ()
-            terms["L_text"] = L_text
+            terms["L_text"] = text_loss(logits, answers[:, logits_at])                          # ()
         if images is None:
             return terms
 

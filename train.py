@@ -1,12 +1,10 @@
 """Train MoVE-KD: several frozen vision encoders distilled into the CLIP student of a VLM.
 
-    python train.py --tiny                  # all of it on a laptop CPU, nothing downloaded (3 min)
+    python train.py --tiny                  # all of it on a laptop CPU, nothing downloaded (1 min)
     python train.py --tiny --lambda-kd 0 --out runs/no-kd      # without distillation (1 min)
     python -m tools.ask runs/tiny           # ask the result about held-out pictures (10 s)
     python -m tools.plan --full             # memory and time of the real run on your GPUs (30 s)
     python train.py --full --data-root D    # the real encoders, Vicuna-7B and LLaVA's data
-    python train.py --resume runs/full      # go on from the last checkpoint
-    python train.py --evaluate runs/tiny    # evaluate a run again, or on another --eval-data
     python train.py --small --data train.json --eval-data held_out.json --out runs/mine  # your own
 """
 # What stands around this loop (processes, data, models, log, checkpoints) is plumbing/run.py: Run.

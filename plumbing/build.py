@@ -23,8 +23,7 @@ def real_weights(c: Config) -> dict:
     return found
 
 
-def pretrained_weights(c: Config, records: list[dict], tokenizer,
-                       resumed: bool = False) -> dict:
+def pretrained_weights(c: Config, records: list[dict], tokenizer, resumed: bool = False) -> dict:
     """Return where each model's weights are. Stage 0 makes the missing stand-ins."""
     if resumed:
         return weights_of_run(c)

@@ -18,7 +18,6 @@ from tiny.llm import WordTokenizer
 
 RARE = 10  # fewer questions than this are too few for a type of their own: they are "other"
 
-
 # as the VQA evaluation: github.com/GT-Vision-Lab/VQA, PythonEvaluationTools, vqaEval.py
 MARKS = ";/[]\"{}()=+\\_-><@`,?!" + "、。・「」『』【】《》〈〉“”«»–—"    # and other scripts'
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5",
@@ -151,8 +150,8 @@ def print_result(result: dict, out: Path, references: list[tuple], words: str) -
     """Print a table and words for the reader, then a line for programs: `result: ` and JSON."""
     if "accuracy" in result:
         print_accuracy(result)
-    for name, mean, width in references:
-        print(f"  reference, 5 seeds: {name:15} {mean} ± {width}")
+    for name, mean, width, seeds in references:
+        print(f"  reference: {name:15} {mean} ± {width} ({seeds} seeds)")
     print(f"{result['seconds']} s; {result['tflops']} TFLOPs of training; peak "
           f"{result['peak_rss_mb']} MB; everything is in {out}/\n{words}")
     print("result: " + json.dumps(result))

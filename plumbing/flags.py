@@ -24,15 +24,16 @@ def parse_config(argv: list[str] | None, description: str = "") -> Config:
 
 def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, str, Path | None]:
     """Return the Config, the mode ("train", "resume" or "evaluate") and the run of the last two."""
-    parser = Parser(description, epilog=fields_help(), argument_default=argparse.SUPPRESS)
+    parser = Parser(description, epilog=fields_help(), argument_default=argparse.SUPPRESS,
+                    usage="%(prog)s PRESET [--recipe NAME] [--out FOLDER] [flags, see below]")
     start = parser.add_mutually_exclusive_group(required=True)
     for name, text in (("tiny", "laptop CPU: stand-in encoders and LLM, no download"),
                        ("small", "one consumer GPU: encoders and LLM of middle size"),
                        ("full", "large GPUs: the paper's encoders, LLM and numbers")):
         start.add_argument(f"--{name}", dest="preset", action="store_const", const=name, help=text)
     start.add_argument("--config", metavar="FILE", help="the config.json of an earlier run")
-    start.add_argument("--resume", metavar="RUN", help="go on from a run folder's last checkpoint")
-    start.add_argument("--evaluate", metavar="RUN", help="evaluate a run again, from its folder")
+    start.add_argument("--resume", metavar="RUN", help="go on from a run's last checkpoint")
+    start.add_argument("--evaluate", metavar="RUN", help="evaluate a run again, also on other --eval-data")
     parser.add_argument("--recipe", choices=config.RECIPE_NAMES, metavar="NAME",
                         help="the method as in the paper (default), released or ours")
     kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+"}, Literal: {}}

@@ -48,9 +48,9 @@ def plot_curves(folder: Path, references: list[tuple]) -> None:
     points = read_json(held_out) if held_out.exists() else []
     if points:
         axes[5].plot(steps_of(points, starts), [point["accuracy"] for point in points], marker="o")
-        for name, mean, _ in references:
+        for name, mean, _, seeds in references:
             axes[5].axhline(mean, color="grey", linewidth=0.5)
-            axes[5].text(0.01, mean, f"{name}, mean of 5 seeds", fontsize=7, va="bottom",
+            axes[5].text(0.01, mean, f"{name}, mean of {seeds} seeds", fontsize=7, va="bottom",
                          transform=axes[5].get_yaxis_transform())
     for axis in axes:
         if not axis.has_data():

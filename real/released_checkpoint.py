@@ -16,8 +16,7 @@ from real.pretrained_llm import require_transformers
 
 PREFIXES = {  # theirs, in this order: ours; all else is the LLM's
     "model.vision_tower.vision_tower.vision_model.": "tower.",
-    "vision_tower.vision_model.": "tower.",
-    "vision_tower.": "tower.",
+    "vision_tower.vision_model.": "tower.", "vision_tower.": "tower.",
     "model.mm_projector.": "projector.",
     "multi_modal_projector.linear_1.": "projector.0.",
     "multi_modal_projector.linear_2.": "projector.2.",

@@ -47,8 +47,7 @@ def ask(c: Config, vlm, tokenizer, image: Path, question: str) -> str:
     if not c.llm:
         unknown = [w for w in WordTokenizer.words(question) if w not in tokenizer.ids]
         if unknown:
-            print(f"note: the run has never seen the word(s) {', '.join(unknown)}",
-                  file=sys.stderr)
+            print(f"note: the run has never seen the word(s) {', '.join(unknown)}", file=sys.stderr)
     turn = {"from": "human", "value": f"<image>\n{question}"}
     record = {"image": str(image), "conversations": [turn]}
     picture = load_image(image, student_size(c))

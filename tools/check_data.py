@@ -19,8 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="a JSON file, one record a row")
     parser.add_argument("images", type=Path, help="the folder that its images are relative to")
-    parser.add_argument("--allow-outside", action="store_true",
-                        help="images may lie outside of the image folder")
+    parser.add_argument("--allow-outside", action="store_true", help="images may lie outside")
     parser.add_argument("--held-out", action="store_true", help="it is for --eval-data")
     args = parser.parse_args(argv)
     records = read_list(args.file)

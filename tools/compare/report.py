@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 
 from plumbing.plots import save_figure
-from tools.compare.variants import PUBLISHED, VARIANTS
+from tools.compare.variants import VARIANTS
 
 Numbers = dict[str, list[dict[str, float]]]
 # Student's t, 0.975, 1-9 degrees of freedom
@@ -33,7 +33,7 @@ def show(values: list[float], sign: str = "") -> str:
 
 
 def compare(results: Numbers) -> None:
-    """Add to each run its gain over two baselines, and to some the paper's own number."""
+    """Add to each run its gain over two baselines, and how far it is from one to the other."""
     for base in [name for name in ("no-kd", "llava") if name in results]:
         for variant in results.keys() - {base}:
             # seed by seed, as many as both have: common effects of a seed cancel
@@ -44,10 +44,6 @@ def compare(results: Numbers) -> None:
         start, end = ends
         for run in (*results.get("movekd", []), *results.get("ours", [])):
             run["of the way"] = 100 * (run["macro"] - start) / (end - start)
-    if PUBLISHED.keys() <= results.keys():
-        for variant, value in PUBLISHED.items():
-            for run in results[variant]:
-                run["the paper, 7B"] = value
 
 
 def table(results: Numbers) -> list[str]:

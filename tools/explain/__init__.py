@@ -1,1 +1,0 @@
-"""The page that shows one image going through one training step: python -m tools.explain RUN."""

@@ -37,8 +37,7 @@ def fitting(setup: Setup, c: Config, layers: int, stage: int,
             break
         layers //= 2
     tensors = sum(fixed.values()) - fixed["CUDA's context"]
-    setup.require(samples > 0,
-                  f"wants more memory: {tensors / 1e9:.0f} GB before the first sample")
+    setup.require(samples > 0, f"wants more memory: {tensors / 1e9:.0f} GB before the first sample")
     return layers, samples, tensors + samples * per_sample
 
 

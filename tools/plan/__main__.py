@@ -85,8 +85,7 @@ def stage_steps(c: Config, stage: int) -> int:
 def models_table(model: MoVEKD, teachers: Teachers, forward: dict[str, float],
                  flops: dict[int, dict[str, float]]) -> list[str]:
     """Return a Markdown table of each model's parameters and FLOPs."""
-    modules = {"student": model.vlm.student, "projector": model.vlm.projector,
-               "LLM": model.vlm.llm}
+    modules = {"student": model.vlm.student, "projector": model.vlm.projector, "LLM": model.vlm.llm}
     modules.update({f"adapter {name}": adapter for name, adapter in model.adapters.items()})
     modules.update({f"teacher {name}": encoder for name, encoder in teachers.encoders.items()})
     lines = ["| model | parameters | TFLOPs forward, one image (LLM: one sample of stage 2) | "
