@@ -33,7 +33,7 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
         start.add_argument(f"--{name}", dest="preset", action="store_const", const=name, help=text)
     start.add_argument("--config", metavar="FILE", help="the config.json of an earlier run")
     start.add_argument("--resume", metavar="RUN", help="go on from a run's last checkpoint")
-    start.add_argument("--evaluate", metavar="RUN", help="evaluate a run again, also on other --eval-data")
+    start.add_argument("--evaluate", metavar="RUN", help="evaluate a run again, or on --eval-data")
     parser.add_argument("--recipe", choices=config.RECIPE_NAMES, metavar="NAME",
                         help="the method as in the paper (default), released or ours")
     kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+"}, Literal: {}}

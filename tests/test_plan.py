@@ -60,16 +60,17 @@ def test_plan_counts_what_the_libraries_count(full_meta):
         assert forward[f"teacher {name}"] == pytest.approx(flops, rel=0.015)
 
 
-def test_plan_predicts_a_measured_step():
-    """FLOPs to 5 %, memory to 15 %, of a real step of stage 2 on this machine."""
+@pytest.mark.parametrize("stage", [0, 2])
+def test_plan_predicts_a_measured_step(stage):
+    """FLOPs to 5 %, memory to 15 %, of a real step on this machine, with the LLM or without."""
     c = dataclasses.replace(TINY, n_pretrain=64, n_train=64, n_described=0, n_text=0,
-                            stage2_batch=8)
+                            stage2_batch=8, distil_batch=8)
     sets = load_sets(c)
     tokenizer = build_tokenizer(c, sets)
     dataset = build_datasets(c, sets, tokenizer, 36)[2]
     batch = collate([dataset[i] for i in range(8)], tokenizer.pad)
     model, teachers = random_models(c, "cpu")
-    model.set_stage(2)
+    model.set_stage(stage)
     optimizer = torch.optim.AdamW(model.parameters())
     with flop_counter() as counter, PeakMemory() as measured:
         for _ in range(2):  # only the second has the optimizer's state from the start
@@ -79,9 +80,9 @@ def test_plan_predicts_a_measured_step():
     weights = 4 * (count(model.parameters()) + count(teachers.parameters()))
 
     model, teachers = meta_models(c)
-    model.set_stage(2)
+    model.set_stage(stage)
     tokens = batch["input_ids"].shape[1]
-    flops = program.step_flops(c, 2, forward_flops(c, model, teachers, tokens), tokens)
+    flops = program.step_flops(c, stage, forward_flops(c, model, teachers, tokens), tokens)
     assert 2 * sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=0.05)
     fixed = memory(c, model, teachers, gpus=1, accumulate=False)
     planned = sum(fixed.values()) - fixed["CUDA's context"]
@@ -108,9 +109,9 @@ def test_plan_says_what_does_not_fit_and_counts_the_real_words(capsys):
     stage1, stage2 = text.split("\nstage ")[1:]
     assert "DOES NOT FIT" not in stage1 and "DOES NOT FIT" in stage2
     assert "more GPUs" in stage2 and "780 steps" in stage2 and "hours" not in text
-    program.main(["--tiny", "--adapter-direction", "student_to_teacher"])
+    program.main(["--tiny", "--recipe", "ours"])
     text = capsys.readouterr().out
-    assert "DOES NOT FIT" not in text and text.count("hours") == 4
+    assert "DOES NOT FIT" not in text and text.count("hours") == 5 and "372 steps" in text
     model, _ = random_models(TINY, "cpu")
     assert f"| LLM | {count(model.vlm.llm.parameters()):,} |" in text
 

@@ -284,20 +284,12 @@ def step_cases(s: Shape) -> Iterator[Case]:
 
 
 def student_cases(s: Shape) -> Iterator[Case]:
-    """Yield what runs after training, the student with its experts; compiled only on CUDA."""
+    """Yield what runs after training: the student with its experts."""
     images = random_images(s, s.batch)
     clip = Student(s.clip).to(DEVICE).eval().requires_grad_(False)
     student = student_with_experts(s, s.dropout).eval().requires_grad_(False)
     yield Case("student at inference", "CLIP without experts", lambda: student(images),
                lambda: clip(images), 2 * s.repeats)
-    if DEVICE == "cuda":
-        eager, compiled = student_with_experts(s, s.dropout), student_with_experts(s, s.dropout)
-        compiled.compile()
-        yield Case("student compiled", "eager", lambda: backward(compiled(images)),
-                   lambda: backward(eager(images)), 3 * s.repeats)
-
-
-# ------------------------------------------------------------------------------------------------
 
 
 def row(case: Case, s: Shape) -> str:

@@ -28,8 +28,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def show(values: list[float], sign: str = "") -> str:
     """Return an interval as text; sign "+" writes the sign of a positive mean."""
     center, width = interval(values)
-    text = f"{center:{sign}.1f}"
-    return f"{text} ± {width:.1f}" if width > 0 else text
+    return f"{center:{sign}.1f}" + (f" ± {width:.1f}" if width >= 0.05 else "")
 
 
 def compare(results: Numbers) -> None:
@@ -39,11 +38,12 @@ def compare(results: Numbers) -> None:
             # seed by seed, as many as both have: common effects of a seed cancel
             for run, other in zip(results[variant], results[base], strict=False):
                 run[f"over `{base}`"] = run["macro"] - other["macro"]
-    ends = [mean(run["macro"] for run in results[v]) for v in ("llava", "ensemble") if v in results]
-    if len(set(ends)) == 2:  # after a few steps they are equal
-        start, end = ends
-        for run in (*results.get("movekd", []), *results.get("ours", [])):
-            run["of the way"] = 100 * (run["macro"] - start) / (end - start)
+    ends = [[run["macro"] for run in results.get(v, ())] for v in ("llava", "ensemble")]
+    count = min(map(len, ends))     # of the seeds that both have
+    start, end = (sum(values[:count]) for values in ends)
+    for variant in ("movekd", "ours") if start != end else ():  # after a few steps they are equal
+        for run in results.get(variant, [])[:count]:
+            run["of the way"] = 100 * (count * run["macro"] - start) / (end - start)
 
 
 def table(results: Numbers) -> list[str]:

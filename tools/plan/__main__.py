@@ -10,24 +10,24 @@ import math
 
 from model import MoVEKD
 from plumbing.cli import Parser, run
-from plumbing.config import Config
+from plumbing.config import STAGES, Config, stage_name
 from plumbing.flags import parse_config
 from plumbing.sets import count_steps
 from teachers import Teachers
 from tools.plan.memory import RULES, activations, memory, memory_table, samples_that_fit
 from tools.plan.models import count, forward_flops, meta_models, trained
 
-ROWS = {1: 558_128, 2: 665_298}             # LLaVA's captions and conversations
+ROWS = (558_128, 558_128, 665_298)      # of distil and stage 1, LLaVA's captions; of stage 2
 # tokens of text per sample, on average: an assumption, for time only; memory is for --max-length
-TEXT = {1: 30, 2: 200}
-IMAGES = {1: 1.0, 2: 624_610 / 665_298}     # fraction of the samples that have one
+TEXT = (30, 30, 200)
+IMAGES = (1.0, 1.0, 624_610 / 665_298)  # fraction of the samples that have one
 
 
 def plan(c: Config, machine: argparse.Namespace) -> str:
     """Return the plan as text; `machine` has the values of the flags in `main`."""
     model, teachers = meta_models(c)
     flops, memory_lines, fits = {}, {}, {}
-    for stage in (1, 2):
+    for stage in [stage for stage in range(3) if getattr(c, f"{STAGES[stage]}_epochs")]:
         tokens = model.vlm.student.num_tokens + TEXT[stage]
         forward = forward_flops(c, model, teachers, tokens)
         flops[stage] = step_flops(c, stage, forward, tokens)
@@ -37,7 +37,7 @@ def plan(c: Config, machine: argparse.Namespace) -> str:
              f"{100 * machine.mfu:g} % of {machine.gpu_tflops:g} TFLOP/s each", "",
              *models_table(model, teachers, forward, flops)]
     together = 0.0
-    for stage in (1, 2):
+    for stage in flops:
         steps = stage_steps(c, stage)
         tflops = sum(flops[stage].values()) / 1e12
         hours = steps * tflops / (machine.gpus * machine.gpu_tflops * machine.mfu) / 3600
@@ -57,11 +57,13 @@ def step_flops(c: Config, stage: int, forward: dict[str, float], tokens: int) ->
     stage 1 the experts of its first block need the gradient); to the weights as much again where
     they are trained; blocks that are recomputed, once more.
     """
-    blocks = 3 if stage == 2 else 2
+    blocks = 2 if stage == 1 else 3
     if c.recompute:
         blocks += 1
     times = {"teacher": 1, "adapter": 3, "projector": 3, "student": blocks, "LLM": blocks}
-    samples = getattr(c, f"stage{stage}_batch")
+    if stage == 0:
+        times.update(projector=0, LLM=0)    # neither runs
+    samples = getattr(c, f"{STAGES[stage]}_batch")
     images = samples * (IMAGES[stage] if c.llm else 1)
     flops = {}
     for name, once in forward.items():
@@ -77,8 +79,9 @@ def stage_steps(c: Config, stage: int) -> int:
     """Return the steps of a stage, on the tiny world's rows or LLaVA's."""
     rows = ROWS[stage]
     if not (c.llm or c.data_root):
-        rows = {1: c.n_pretrain, 2: c.n_train + c.n_described + c.n_text}[stage]
-    steps = count_steps(rows, getattr(c, f"stage{stage}_batch"), getattr(c, f"stage{stage}_epochs"))
+        rows = c.n_train + c.n_described + c.n_text if stage == 2 else c.n_pretrain
+    batch, epochs = (getattr(c, f"{STAGES[stage]}_{what}") for what in ("batch", "epochs"))
+    steps = count_steps(rows, batch, epochs)
     return min(steps, c.max_steps or steps)
 
 
@@ -88,10 +91,11 @@ def models_table(model: MoVEKD, teachers: Teachers, forward: dict[str, float],
     modules = {"student": model.vlm.student, "projector": model.vlm.projector, "LLM": model.vlm.llm}
     modules.update({f"adapter {name}": adapter for name, adapter in model.adapters.items()})
     modules.update({f"teacher {name}": encoder for name, encoder in teachers.encoders.items()})
+    stages = " | ".join(map(stage_name, flops))
     lines = ["| model | parameters | TFLOPs forward, one image (LLM: one sample of stage 2) | "
-             "TFLOPs of a step, stage 1 | stage 2 |", "|---|---|---|---|---|"]
+             f"TFLOPs of a step, {stages} |", "|---" * (3 + len(flops)) + "|"]
     for name, module in modules.items():
-        steps = [f"{flops[stage].get(name, 0) / 1e12:,.4g}" for stage in (1, 2)]
+        steps = [f"{flops[stage].get(name, 0) / 1e12:,.4g}" for stage in flops]
         lines.append(f"| {name} | {count(module.parameters()):,} | "
                      f"{forward.get(name, 0) / 1e12:.4g} | {' | '.join(steps)} |")
     return lines
@@ -105,7 +109,7 @@ def stage_memory(c: Config, stage: int, model: MoVEKD, teachers: Teachers,
     per_sample = activations(c, model, teachers, tokens)
 
     # How many samples at once? More than one micro-batch per step costs memory too.
-    batch = getattr(c, f"stage{stage}_batch")
+    batch = getattr(c, f"{STAGES[stage]}_batch")
     own = math.ceil(batch / machine.gpus)
     fixed = memory(c, model, teachers, machine.gpus, accumulate=False)
     accumulating = memory(c, model, teachers, machine.gpus, accumulate=True)
@@ -116,8 +120,8 @@ def stage_memory(c: Config, stage: int, model: MoVEKD, teachers: Teachers,
     if 0 < use < own:
         fixed = accumulating
 
-    lines = [f"stage {stage}: {count(trained(model)):,} parameters trained; batch {batch}, {own} "
-             "samples per GPU", "", *memory_table(fixed, per_sample, max(use, 1)), ""]
+    lines = [f"{stage_name(stage)}: {count(trained(model)):,} parameters trained; batch {batch}, "
+             f"{own} samples per GPU", "", *memory_table(fixed, per_sample, max(use, 1)), ""]
     if fit > 0:
         lines.append(f"--micro-batch: {fit} fit; a step is {math.ceil(own / use)} of "
                      f"{use} per GPU")

@@ -208,13 +208,15 @@ def meta_step(c: Config, model: MoVEKD, teachers: Teachers, batch_size: int, tok
     ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")      # (B, T)
     outputs = teachers(images, []) if c.lambda_kd else {}                       # m x (B, .)
     V_s = vlm.student(images)                                                   # (B, n, d)
-    x = vlm.llm.embed(ids)                                                      # (B, T, D)
-    projected = vlm.projector(V_s)                                              # (B, n, D)
-    # The image tokens' embeddings are freed, as they are in VLM.splice.
-    x = torch.cat([projected.to(x.dtype), x[:, projected.shape[1]:]], dim=1)    # (B, T, D)
-    # At worst everything but the image is answers. The logits get no name, so that they are freed.
-    logits_at = torch.arange(projected.shape[1], tokens, device="meta")         # (K,)
-    loss = text_loss(run_llm(vlm, x, logits_at), next_tokens(ids)[:, logits_at])    # ()
+    loss = torch.zeros((), device="meta")                                       # ()
+    if model.stage > 0:
+        x = vlm.llm.embed(ids)                                                  # (B, T, D)
+        projected = vlm.projector(V_s)                                          # (B, n, D)
+        # The image tokens' embeddings are freed, as they are in VLM.splice.
+        x = torch.cat([projected.to(x.dtype), x[:, projected.shape[1]:]], dim=1)    # (B, T, D)
+        # At worst all but the image is answers. The logits get no name, so that they are freed.
+        logits_at = torch.arange(projected.shape[1], tokens, device="meta")     # (K,)
+        loss = text_loss(run_llm(vlm, x, logits_at), next_tokens(ids)[:, logits_at])    # ()
     if c.lambda_kd:
         student, targets, w_tea = model.match_tokens(V_s, outputs)              # m x (B, n, d) each
         w_tok = token_weights(outputs["clip"].cls_scores, "paper")              # (B, n)
