@@ -117,7 +117,7 @@ def test_the_page_stands_alone(page):
     assert {Image.open(io.BytesIO(png)).format for png in files} == {"PNG"}
     assert not re.search(r"https?://|url\(|@import|<script", html)
     assert html.count("<section") == 11 and html.count('type="radio"') == 2
-    assert html.count("<math ") == html.count("</math>") == 9
+    assert html.count("<math ") == html.count("</math>") == 10
     assert "Of 6 x 6 patches, [CLS] of the frozen CLIP looks most at" in html
     tables = re.findall(r"<table>(?:(?!</table>).)*their sum.*?</table>", html)
     assert len(tables) == 4     # L_kd and L_total, before and after
