@@ -222,7 +222,8 @@ class MoVEKD(nn.Module):
             answers = next_tokens(batch["labels"])                                          # (B, T)
             logits_at = (answers != IGNORE).any(dim=0).nonzero().flatten()                    # (K,)
             logits = self.vlm(V_s, batch["input_ids"], None, logits_at)                  # (B, K, V)
-            terms["L_text"] = text_loss(logits, answers[:, logits_at])                          # ()
+            L_text = text_loss(logits, answers[:, logits_at])                                   # ()
+            terms["L_text"] = L_text
         if images is None:
             return terms
 
@@ -238,8 +239,7 @@ class MoVEKD(nn.Module):
             cls_scores = outputs["clip"].cls_scores                              # (B_img, h, 1 + n)
             w_tok = token_weights(cls_scores, self.options.token_weight)                # (B_img, n)
             terms["L_kd"], per_teacher = kd_loss(student_tokens, targets, w_tok, w_tea)         # ()
-            for name, loss in per_teacher.items():
-                terms[f"kd_{name}"] = loss                                                      # ()
+            terms.update({f"kd_{name}": loss for name, loss in per_teacher.items()})            # ()
             for name, weight in zip(targets, w_tea.detach().mean(dim=0), strict=True):
                 terms[f"w_{name}"] = weight                                                     # ()
         return terms
