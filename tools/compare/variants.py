@@ -40,6 +40,7 @@ VARIANTS = {  # name: (description, flags of train.py)
     "adapters": ("+ encoder adapters", f"--mole-experts 0 {UNIFORM}"),
     "adapters-mole": ("+ MoLE", UNIFORM),
     # MoLE: when does it help?
+    "argmax-router": ("MoVE-KD, no gradient in the router", "--mole-router-grad none"),
     "ours-no-mole": ("our recipe without MoLE", "--recipe ours --mole-experts 0"),
     "movekd-experts": ("MoVE-KD, MoLE alone learns", "--student experts"),
     "ours-experts": ("our recipe, MoLE alone learns", "--recipe ours --student experts"),
@@ -72,6 +73,6 @@ EXPERIMENTS = {  # flag: its variants, and how many seeds each has; "compare" is
         "paper-share-0.05", "paper-share-0.1", "paper-share-0.2", "paper-share-0.4", "movekd",
         "ours-share-0.05", "ours", "ours-share-0.2", "ours-share-0.4", "ours-share-0.8"), 1),
     "mole": dict.fromkeys((
-        "llava", "movekd-experts", "ours-experts", "movekd", "no-mole", "ours", "ours-no-mole",
-        "conflict", "conflict-no-mole", "ours-few", "ours-few-no-mole"), 3),
+        "llava", "movekd-experts", "ours-experts", "movekd", "argmax-router", "no-mole", "ours",
+        "ours-no-mole", "conflict", "conflict-no-mole", "ours-few", "ours-few-no-mole"), 3),
 }
