@@ -23,6 +23,7 @@ from real.pretrained_llm import PretrainedLLM, PretrainedTokenizer
 from real.released_checkpoint import load_projector, released_config
 from teachers import ClipEncoder, VisionEncoder, create_net, parse_spec
 from tests.common import REAL, SHORT, C, RunsCode, images, random_file, run_here, world_on_disk
+from tools.export.__main__ import main as write_out
 
 close = torch.testing.assert_close
 OPENAI = {  # transformers' name of a part of CLIP: OpenAI's
@@ -355,7 +356,8 @@ def assert_same_logits(vlm: VLM, theirs: nn.Module) -> None:
 
 @pytest.mark.parametrize("layout", ["hf", "official", "no clip"])
 def test_llava_is_transformers_llava(llava, layout, workplace):
-    """Read to answer, evaluated, trained further with zero experts; CLIP may lie in --weights."""
+    """Read to answer, evaluated, trained further with zero experts, and taken out again."""
+    transformers = pytest.importorskip("transformers")
     root, theirs = llava
     world_on_disk(workplace / layout)
     data = str(workplace / layout / "train.json")
@@ -375,5 +377,15 @@ def test_llava_is_transformers_llava(llava, layout, workplace):
     vlm, _, c = load_run(workplace / "runs" / layout, "cpu")
     assert c.mole_experts == 3
     assert_same_logits(vlm, theirs)
+    # the round trip: as transformers' own again, with experts that are still zero
+    out = workplace / "out" / layout
+    write_out([str(workplace / "runs" / layout), str(out), "--to", "transformers"])
+    back = transformers.AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    ids = torch.tensor([[1, *[theirs.config.image_token_index] * 36, 5, 9, 21, 8]])
+    pixels = vlm.student.view(images(1))
+    expected = theirs(input_ids=ids, pixel_values=pixels).logits
+    ids = ids.masked_fill(ids == theirs.config.image_token_index, back.config.image_token_id)
+    given = back(input_ids=ids, pixel_values=pixels).logits[..., :expected.shape[-1]]
+    close(given, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match="mm_projector.bin: does not fit the projector: size"):
         load_projector(Projector(96, 32), root / "mm_projector.bin")
