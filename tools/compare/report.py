@@ -32,8 +32,9 @@ def show(values: list[float], sign: str = "") -> str:
 
 
 def compare(results: Numbers) -> None:
-    """Add to each run its gain over two baselines, and how far it is from one to the other."""
-    for base in [name for name in ("no-kd", "llava") if name in results]:
+    """Add to each run its gain over other variants, and how far it is between two of them."""
+    bases = [name for name in ("no-kd", "llava", "movekd") if name in results]
+    for base in bases or results.keys() & {"ours"}:
         for variant in results.keys() - {base}:
             # seed by seed, as many as both have: common effects of a seed cancel
             for run, other in zip(results[variant], results[base], strict=False):
