@@ -18,8 +18,8 @@ TOP = {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml", "requirement
        *(f"{name}.py" for name in PAPER)}
 ROOMS = {".ci", ".github", "docs", "plumbing", "real", "tests", "tiny", "tools"}
 BUDGETS = {"mole.py": 190, "kd_loss.py": 140, "teachers.py": 300, "model.py": 300, "data.py": 320,
-           "train.py": 210, "test_movekd.py": 700, "plumbing": 3_124, "real": 926, "tiny": 970,
-           "tools": 3_561, "tests": 5_200}
+           "train.py": 210, "test_movekd.py": 700, "plumbing": 3_123, "real": 927, "tiny": 970,
+           "tools": 3_550, "tests": 5_200}
 
 
 def tracked() -> list[Path]:
@@ -99,9 +99,9 @@ def test_each_room_keeps_its_budget(room):
 
 
 def test_all_of_it_keeps_its_budget():
-    """Six files at most 1,560 lines; everything that is no test at most 9,841."""
+    """Six files at most 1,560 lines; everything that is no test at most 10,010."""
     assert sum(len(lines_of(Path(f"{name}.py"))) for name in PAPER) <= 1_560
-    assert sum(len(lines_of(path)) for path in FILES.values()) <= 9_841
+    assert sum(len(lines_of(path)) for path in FILES.values()) <= 10_010
 
 
 def test_training_loads_little():
