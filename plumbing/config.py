@@ -29,7 +29,7 @@ def encoder(spec: str):
 @dataclasses.dataclass
 class Config:
     """One run."""
-    # --- run  [tiny | small | full, other choices]; R: may change at --resume, E: at --evaluate
+    # --- run  [tiny | small | full, other choices]; R, E: may change at --resume, --evaluate
     out: str = "runs/tiny"                  # the run folder
     seed: Annotated[int, (0, 2 ** 32 - 1)] = 0  # of everything random: weights, order, dropout
     device: Literal["cpu", "cuda", "mps", "auto"] = "cpu"   # auto: a GPU if there is one
@@ -57,15 +57,15 @@ class Config:
     # --- encoders: a timm name and its options; they differ in width, token count and resolution
     teachers: tuple[str, ...] = ("clip", "eva", "convnext")     # the teachers, clip first
     clip: str = encoder(tiny.ENCODERS["clip"])          # the student starts as its copy
-    eva: str = encoder(tiny.ENCODERS["eva"])            # 64 tokens x 80 in tiny
-    convnext: str = encoder(tiny.ENCODERS["convnext"])  # 16 tokens x 128 in tiny
-    sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # 4096 tokens x 256
+    eva: str = encoder(tiny.ENCODERS["eva"])            # a teacher; 64 tokens x 80 in tiny
+    convnext: str = encoder(tiny.ENCODERS["convnext"])  # a teacher; 16 tokens x 128 in tiny
+    sam: str = encoder("samvit_large_patch16.sa1b img_size=1024")   # a teacher; 4096 x 256
     weights: str = ""                       # folder of their files; "": timm's hub
     init_from: str = ""                     # start from a run, LLaVA-1.5 or the authors' checkpoint
     init_projector: str = ""                # LLaVA's mm_projector.bin, to start from
-    student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"  # what of it learns
-    freeze: tuple[str, ...] = ()            # parts that never learn, as a stage's table names them
-    lr_scale: tuple[str, ...] = ()          # PART=FACTOR of the learning rate, by the same names
+    student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"  # which parts of it learn
+    freeze: tuple[str, ...] = ()            # parts that never learn, by the names that a run prints
+    lr_scale: tuple[str, ...] = ()          # PART=FACTOR of the learning rate, by those names
     compile: Literal["off", "on"] = "off"   # torch.compile, for CUDA
     cache_teachers: str = "runs/teachers"   # folder for the teachers' outputs; "": no cache
     stage0: str = "runs/stage0"             # folder for the stand-ins that stage 0 has trained
@@ -80,24 +80,24 @@ class Config:
     # --- loss: L_total = L_text + lambda L_kd (+ balance_weight L_balance)
     lambda_kd: Weight = 0.5                 # lambda, as in the paper; 0: no distillation
     clip_share: Fraction = 0.8              # CLIP's teacher weight, as in the paper
-    kd_token_weight: TokenWeight = "paper"                          # row 4: W^tok
-    kd_teacher_weight: TeacherWeight = "paper"                      # row 5: W^tea
+    kd_token_weight: TokenWeight = "paper"                          # row 4: form of W^tok
+    kd_teacher_weight: TeacherWeight = "paper"                      # row 5: form of W^tea
     kd_teacher_grad: Literal["detached", "attached"] = "detached"   # row 6: gradient of W^tea
     kd_collapse: Literal["none", "second_softmax"] = "none"         # row 7: guard of W^tea
     adapter_form: AdapterForm = "token_mixing"                      # row 8: the two-layer MLP
-    adapter_direction: AdapterDirection = "teacher_to_student"      # the second is AM-RADIO's
-    target_norm: TargetNorm = "layer"       # of targets in AM-RADIO's direction
+    adapter_direction: AdapterDirection = "teacher_to_student"  # the second: heads, as in AM-RADIO
+    target_norm: TargetNorm = "layer"       # of the targets of such heads
     balance_weight: Weight = 0.0            # row 9: the paper has no L_balance
     balance_form: BalanceForm = "per_layer"                         # row 9: over which tokens
     # --- LLM
     prompt: Literal["v1", "chat"] = "v1"    # LLaVA's, or the LLM's own chat template
     llm: str = ""                           # folder or hub name of a causal LM; "": the tiny one
-    lm_dim: Count = tiny.LLM["dim"]         # width of the tiny one
-    lm_depth: Count = tiny.LLM["depth"]     # its layers
-    lm_heads: Count = tiny.LLM["heads"]     # its attention heads
-    lm_hidden: Count = tiny.LLM["hidden"]   # its inner width of SwiGLU, 8/3 of the width
+    lm_dim: Count = tiny.LLM["dim"]         # width of the tiny LLM
+    lm_depth: Count = tiny.LLM["depth"]     # layers of the tiny LLM
+    lm_heads: Count = tiny.LLM["heads"]     # attention heads of the tiny LLM
+    lm_hidden: Count = tiny.LLM["hidden"]   # inner width of the tiny LLM's SwiGLU, 8/3 of it
     # --- stages: 0 trains the stand-ins, distil the student alone, 1 aligns, 2 finetunes
-    stage0_scale: Weight = 1.0              # multiplies the steps of stage 0; small for a trial
+    stage0_scale: Weight = 1.0              # factor of the steps of stage 0; small for a trial
     stage0_pictures: Literal["world", "data"] = "world"     # data: stand-ins learn from --data
     distil_epochs: Weight = 0.0             # L_kd alone, without the LLM; recipe ours has 4
     distil_batch: Count = 64                # large: cheap without an LLM; its targets are smooth
@@ -107,7 +107,7 @@ class Config:
     stage1_lr: Weight = 1e-3                # peak learning rate; as LLaVA
     stage2_epochs: Weight = 5.0             # 0 leaves stage 2 out; LLaVA's 1 is of 665k samples
     stage2_batch: Count = 16                # over all processes
-    stage2_lr: Weight = 1e-3                # a wider LLM wants a lower one
+    stage2_lr: Weight = 1e-3                # peak learning rate; a wider LLM wants a lower one
     warmup: Fraction = 0.03                 # fraction of the steps; as LLaVA
     grad_clip: Weight = 1.0                 # largest norm of the gradient; 0: no clipping
     max_steps: CountOrZero = 0              # end each stage after so many steps; 0: no limit
@@ -121,7 +121,7 @@ class Config:
     overwrite: bool = False                 # replace a finished run in the folder
     skip_damaged: bool = False              # resume from an older checkpoint if one is damaged
     # --- logs and answers
-    log_every: Count = 10                   # steps between lines of the log
+    log_every: Count = 10                   # a line of the log every so many steps
     tensorboard: str = ""                   # folder for its events, if it is installed; "": none
     max_new_tokens: Count = 16              # longest generated answer
     eval_batch: Count = 256                 # questions answered at once
