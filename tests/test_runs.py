@@ -182,11 +182,11 @@ def test_small_runs_with_our_recipe(real_folder, llama_folder):
     assert tensors["target_norms.sam.std"].min() > 0
 
 
-def test_asking_and_drawing_change_nothing(workplace, monkeypatch):
-    """A run that is neither asked nor drawn has the same log and weights, byte for byte."""
+def test_asking_drawing_and_recomputing_change_nothing(workplace, monkeypatch):
+    """Neither asked nor drawn, with activation checkpointing: the same log and weights."""
     monkeypatch.setattr(HeldOut, "measure", lambda *_: None)
     monkeypatch.setattr(run_log, "DRAW_SECONDS", 1e9)
-    run_here(workplace, *SHORT, "--out", "runs/undrawn")
+    run_here(workplace, *SHORT, "--out", "runs/undrawn", "--recompute")
     assert_same_run(workplace / "runs/undrawn", workplace / "runs/tiny")
     assert not (workplace / "runs/undrawn/held_out.json").exists()
 
