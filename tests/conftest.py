@@ -40,6 +40,12 @@ def encoders_checked_once():
         yield
 
 
+@pytest.fixture
+def photo(tmp_path):
+    common.save_png(tmp_path / "one.png", common.images(1)[0])
+    return tmp_path / "one.png"
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
     """A folder with one short run, runs/tiny, and what it printed, output.txt.
