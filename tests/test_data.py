@@ -18,7 +18,7 @@ from real.image_files import DiskImages
 from real.records import RecordFile, find_rows, read_list, read_records
 from teachers import VisionEncoder
 from tests import common
-from tests.common import conversation, images, natural_noise, save_png, some_conversations
+from tests.common import conversation, images, noise, save_png, some_conversations
 from tools import check_data
 
 
@@ -37,7 +37,7 @@ def llavas_pixels(picture: Image.Image, encoder: VisionEncoder) -> torch.Tensor:
 @pytest.mark.parametrize("form", [(640, 480), (100, 250), (31, 400), (900, 47), (48, 48)])
 def test_views_are_llavas_pixels(form):
     """square_views gives every encoder LLaVA's pixels at its size; one image for all does not."""
-    picture = natural_noise(*form)
+    picture = noise(*form)
     encoders = common.tiny_teachers().encoders.values()
     views = data.stack_images([data.square_views(picture, tuple(e.image_size for e in encoders))])
     one = data.stack_images([data.square_image(picture, 128)])
