@@ -235,11 +235,12 @@ def random_file(name: str, folder: Path) -> nn.Module:
     return net
 
 
-def llama_pieces(tokenizers, size: int = 700) -> tuple[dict[str, int], list]:
+def llama_pieces() -> tuple[dict[str, int], list]:
     """Return (vocabulary, merges) for LlamaTokenizer, made of the tiny world's words.
 
     As in sentencepiece: pieces that begin with a space, and a byte each for what is no piece.
     """
+    tokenizers = pytest.importorskip("tokenizers")
     texts = ["A chat between a curious user and an artificial intelligence assistant. USER: "]
     for record in world_records("train", "chat", 50) + world_records("train", "caption", 50):
         for turn in record["conversations"]:
@@ -248,7 +249,7 @@ def llama_pieces(tokenizers, size: int = 700) -> tuple[dict[str, int], list]:
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     single = [f"<0x{byte:02X}>" for byte in range(256)]
     model.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<unk>", "<s>", "</s>", *single], show_progress=False))
+        vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *single], show_progress=False))
     pieces = json.loads(model.to_str())["model"]
     return pieces["vocab"], [tuple(merge) for merge in pieces["merges"]]
 

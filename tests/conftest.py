@@ -62,10 +62,9 @@ def workplace(tmp_path_factory):
 def llama_folder(tmp_path_factory):
     """A small random Llama and its tokenizer, of Llama's kind, as transformers saves them."""
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama")
-    vocabulary, merges = common.llama_pieces(tokenizers)
+    vocabulary, merges = common.llama_pieces()
     transformers.LlamaTokenizer(vocabulary, merges).save_pretrained(folder)
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2,

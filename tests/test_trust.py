@@ -355,18 +355,13 @@ def test_a_lost_log_is_no_damaged_checkpoint(kept, monkeypatch, capsys, how):
     assert [(line["stage"], line["step"]) for line in read_log(run)] == [(2, 2), (2, 3)]
 
 
-def edit_config(run: Path, **values) -> None:
-    """Change fields of a run's config.json."""
-    write_json(run / "config.json", {**read_json(run / "config.json"), **values})
-
-
 @pytest.mark.parametrize("field, value", [("lm_depth", 2), ("seed", 1), ("stage2_batch", 4),
                                           ("lambda_kd", 0.3), ("teachers", ["clip", "eva"]),
                                           ("max_length", 99)])
 def test_resume_keeps_what_it_was_trained_with(kept, tmp_path, field, value):
     """A field of config.json that was edited since the checkpoint is refused by name."""
     run = shutil.copytree(kept / "runs/kept", tmp_path / "run")
-    edit_config(run, **{field: value})
+    write_json(run / "config.json", {**read_json(run / "config.json"), field: value})
     line = f"config.json: {field} is .*, and the checkpoint was trained with"
     with pytest.raises(InputError, match=line):
         train.main(["--resume", str(run)])
@@ -399,8 +394,6 @@ def test_a_crafted_checkpoint_runs_nothing(kept, monkeypatch):
     with pytest.raises(InputError, match="crafted/checkpoints/stage2-00000004: cannot be read: "):
         train.main(["--resume", "runs/crafted"])
     assert not list(kept.rglob("pwned"))
-
-
 
 
 # ------------------------------------------------------------------------------------------------
