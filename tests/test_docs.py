@@ -22,10 +22,6 @@ COMMAND = re.compile(r"^    .*?python3? (train\.py|-m [\w.]+) ?(.*?)(?:\s{2,}.*)
 OTHERS = ("venv", "pytest")     # modules that are not ours
 
 
-def commands() -> list[tuple[str, str]]:
-    return sorted(set(COMMAND.findall("\n".join(TEXTS.values()))))
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_name_of_a_file_exists(page):
     """`file.py: name` is a function or class at the top of that file, `test_x` a test."""
@@ -46,7 +42,7 @@ def test_every_relative_link_resolves(page):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("program,rest", commands())
+@pytest.mark.parametrize("program,rest", sorted(set(COMMAND.findall("\n".join(TEXTS.values())))))
 def test_every_command_shown_parses(program, rest):
     """Every `python train.py ...` has flags that exist; every `python -m` has a module."""
     if program == "train.py":

@@ -45,16 +45,6 @@ def assert_same_log(a: Path, b: Path) -> None:
             close(torch.tensor(x[name]), torch.tensor(y[name]), atol=1e-5, rtol=1e-5, msg=where)
 
 
-def resume_from(folder: Path, run: str, copy: str, last: str, processes: int) -> Path:
-    """Resume a copy of a run as if it had been stopped just after a checkpoint."""
-    path = shutil.copytree(folder / "runs" / run, folder / "runs" / copy)
-    for checkpoint in (path / "checkpoints").iterdir():
-        if checkpoint.name > last:
-            shutil.rmtree(checkpoint)
-    train_on(folder, processes, "--resume", f"runs/{copy}")
-    return path
-
-
 def train_on(folder: Path, processes: int, *flags: str) -> None:
     """Run train.py on so many processes, of which one takes micro-batches of one sample."""
     done = run_script(folder, *flags, "--processes", str(processes), "--micro-batch",
@@ -142,7 +132,12 @@ def test_bad_input_of_many_processes_is_one_line(workplace):
     ("two", "stage2-00000008", 2), ("two", "stage1-00000004", 1), ("one", "stage2-00000004", 2)])
 def test_two_processes_go_on_from_a_checkpoint(two_processes, run, last, processes):
     """On as many bit for bit; of two in one, and of one in two, with the same losses."""
-    resumed = resume_from(two_processes, run, f"{run}-on-{processes}", last, processes)
+    name = f"runs/{run}-on-{processes}"
+    resumed = shutil.copytree(two_processes / "runs" / run, two_processes / name)
+    for checkpoint in (resumed / "checkpoints").iterdir():
+        if checkpoint.name > last:      # as if it had been stopped just after that one
+            shutil.rmtree(checkpoint)
+    train_on(two_processes, processes, "--resume", name)
     assert_same_log(two_processes / "runs/two", resumed)
     if run == "two" and processes == 2:
         assert_same_run(two_processes / "runs/two", resumed)
@@ -170,22 +165,16 @@ def test_resume_refuses_other_settings(two_processes):
         run_here(two_processes, "--resume", "runs/tiny")
 
 
-def recomputed_student(blocks: int) -> Student:
-    """Return a student of so many blocks, recomputed, whose experts alone are trained."""
-    student = Student("vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=64 "
-                      f"depth={blocks + 1} num_heads=4")
-    student.requires_grad_(False)
-    student.add_experts(form="ffn", **common.MOLE)
-    sharding.recompute(student.net.blocks)
-    return student
-
-
 def test_a_recomputed_block_leaves_only_its_input():
     """A further block with experts takes its input and its experts' gradients, nothing else."""
     pictures = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
+    spec = "vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=64 num_heads=4"
     peaks = []
     for blocks in (4, 8):
-        student = recomputed_student(blocks)
+        student = Student(f"{spec} depth={blocks + 1}")
+        student.requires_grad_(False)   # but for the experts
+        student.add_experts(form="ffn", **common.MOLE)
+        sharding.recompute(student.net.blocks)
         out = student(pictures)
         layers = mole_layers(student)
         probs = [layer.probs for layer in layers]
