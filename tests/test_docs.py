@@ -74,17 +74,6 @@ def test_every_flag_named_in_the_text_exists():
             assert flag in known | theirs or flag in presets, f"{page.name}: {flag}"
 
 
-TABLE = re.compile(r"^\|.*\|\n\|[-:| ]+\|\n(?:\|.*\|\n)*", re.M)  # header, rule, rows
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_table_is_whole(page):
-    """Every line that begins with | is rendered as a row: a blank line would end its table."""
-    prose = re.sub(r"^```.*?^```", "", TEXTS[page], flags=re.M | re.S)
-    rows = sum(table.count("\n") for table in TABLE.findall(prose + "\n"))
-    assert rows == len(re.findall(r"^\|", prose, re.M))
-
-
 def test_the_numbers_that_tiny_changes():
     """The table of docs/differences.md has the values of FULL and TINY."""
     text = TEXTS[HERE / "docs/differences.md"]
