@@ -265,8 +265,8 @@ def full_flags(real_folder: Path, llama_folder: Path) -> list[str]:
                     "--teachers clip eva convnext sam").split()
 
 
-def released_tensors(llama: nn.Module, vision: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the authors' layout: 2 experts of rank 4 in each of 3 blocks of width 128."""
+def write_released(folder: Path, llama_folder: Path, llama: nn.Module, vision: nn.Module) -> None:
+    """Write a checkpoint in the authors' layout: 2 experts of rank 4, 3 blocks of width 128."""
     prefix = "model.vision_tower.vision_tower.vision_model."
     tensors = {}
     for name, tensor in vision.state_dict().items():
@@ -285,11 +285,8 @@ def released_tensors(llama: nn.Module, vision: nn.Module) -> dict[str, torch.Ten
         tensors[f"model.mm_projector.{i}.weight"] = torch.randn(32, d_in)
         tensors[f"model.mm_projector.{i}.bias"] = torch.randn(32)
     tensors.update(llama.state_dict())
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def released_json(llama_folder: Path, folder: Path) -> None:
-    """Write config.json and tokenizer of a checkpoint in the authors' layout."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
     for path in llama_folder.iterdir():
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())

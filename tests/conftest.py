@@ -7,7 +7,6 @@ import pytest
 pytest.register_assert_rewrite("tests.common")
 
 import torch
-from safetensors.torch import save_file
 
 import tests.common as common  # before what imports timm: it keeps the model hubs out
 from plumbing import checks
@@ -84,8 +83,7 @@ def released_folder(tmp_path_factory, llama_folder):
     vision = transformers.CLIPVisionModel(config)
     llama = transformers.LlamaForCausalLM.from_pretrained(llama_folder)
     folder = tmp_path_factory.mktemp("released")
-    common.released_json(llama_folder, folder)
-    save_file(common.released_tensors(llama, vision), folder / "model.safetensors")
+    common.write_released(folder, llama_folder, llama, vision)
     return folder
 
 
