@@ -152,20 +152,16 @@ def printed(capsys, *argv) -> str:
 @pytest.mark.parametrize("exercise,numbers", [
     ("bound", r"n 36: n x largest 2\.5944, formula 2\.5944, .*\n.*\n.*2\.7102, formula 2\.7102"),
     ("dinov2", r"576 x 1024: (1,838,720) parameters, .* = \1\n"),
-    ("one-token", r"L_kd 0\.9722 = \(n - 1\)/n; W\^tok alone: 0\.0000\.")])
-def test_numbers_that_need_no_run(exercise, numbers, capsys):
-    """The largest weight is its bound, an adapter has as many parameters as its two Linears."""
-    assert re.search(numbers, printed(capsys, exercise))
+    ("one-token", r"L_kd 0\.9722 = \(n - 1\)/n; W\^tok alone: 0\.0000\."),
+    ("router", r"\nlayer 3  all( /? *\d+\.\d){3}   \[CLS\]( /? *\d+\.\d){3}   object"),
+    ("fish", r"\nlayer 3  .*   fish( /? *\d+\.\d){3}   ")])
+def test_numbers_of_the_exercises(exercise, numbers, workplace, capsys, monkeypatch):
+    """The largest weight is its bound, an adapter has as many parameters as its two Linears.
 
-
-@pytest.mark.parametrize("exercise,lines", [("router", 12), ("fish", 18)])
-def test_percentages_of_experts_add_up(exercise, lines, workplace, capsys, monkeypatch):
-    """Each group of three percentages adds up to 100, apart from rounding."""
+    Each kind of tokens has a percentage for each of the three experts.
+    """
     monkeypatch.setattr(lesson, "PICTURES", 60)
-    out = printed(capsys, exercise, workplace / "runs/tiny")
-    groups = re.findall(r"(\d+\.\d) / +(\d+\.\d) / +(\d+\.\d)", out)
-    sums = [sum(map(float, group)) for group in groups]
-    assert sums == pytest.approx([100] * lines, abs=0.2)
+    assert re.search(numbers, printed(capsys, exercise, workplace / "runs/tiny"))
 
 
 def test_uniform_weights_double_the_mean_error(workplace, sample, capsys, monkeypatch):
