@@ -130,6 +130,8 @@ def total_loss(terms: dict, c: Config = C) -> torch.Tensor:
 
 SHORT = ("--tiny --stage0-scale 0.01 --max-steps 4 --log-every 1 --n-pretrain 128 --n-train 64 "
          "--n-described 32 --n-text 32 --n-eval 12 --stage1-batch 16 --stage2-batch 8").split()
+FILES = ("config.json versions.json vocabulary.json log.jsonl model.safetensors curves.png "
+         "samples.png result.json predictions.jsonl").split()     # that a run leaves
 # two samples a step: with one for each of two processes, one process often has no image, and some
 # expert no token
 SHARED = ("--stage1-batch 2 --stage2-batch 2 --max-steps 10 --log-every 1 --save-every 4 "

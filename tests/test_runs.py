@@ -18,14 +18,12 @@ from plumbing.files import read_json, write_json
 from plumbing.flags import load_config, parse_config
 from plumbing.run_folder import read_log
 from plumbing.run_log import HeldOut, RunLog
-from tests.common import SHORT, C, assert_same_run, conversation, full_flags, run_here
+from tests.common import FILES, SHORT, C, assert_same_run, conversation, full_flags, run_here
 from tiny import world
 from tiny.scenes import QUESTIONS
 
 RESULT = {"macro_accuracy", "accuracy", "blank_accuracy", "majority_accuracy", "chance_accuracy",
           "seconds", "tflops", "peak_rss_mb", "seed"}
-FILES = ("config.json versions.json vocabulary.json log.jsonl model.safetensors curves.png "
-         "samples.png result.json predictions.jsonl").split()
 LOGGED = ("L_text L_kd L_balance L_total kd_clip kd_eva kd_convnext w_clip w_eva w_convnext "
           "experts lr grad_norm").split()
 
