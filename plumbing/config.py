@@ -63,7 +63,7 @@ class Config:
     weights: str = ""                       # folder of their files; "": timm's hub
     init_from: str = ""                     # start from a run, LLaVA-1.5 or the authors' checkpoint
     init_projector: str = ""                # LLaVA's mm_projector.bin, to start from
-    student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"  # which parts of it learn
+    student: Literal["trained", "experts", "frozen", "ensemble"] = "trained"  # what of it learns
     freeze: tuple[str, ...] = ()            # parts that never learn, by the names that a run prints
     lr_scale: tuple[str, ...] = ()          # PART=FACTOR of the learning rate, by those names
     compile: Literal["off", "on"] = "off"   # torch.compile, for CUDA

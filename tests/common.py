@@ -51,18 +51,10 @@ def images(n: int) -> torch.Tensor:
     return render(sample_scenes("train", n))
 
 
-def natural_noise(width: int, height: int) -> Image.Image:
-    """Return noise whose amplitude falls as 1 / frequency, as in photographs."""
-    draw = np.random.default_rng(0)
-    fx = np.fft.fftfreq(width)[None, :]
-    fy = np.fft.fftfreq(height)[:, None]
-    falloff = 1 / np.maximum(np.hypot(fx, fy), 1 / max(width, height))          # (height, width)
-    channels = []
-    for _ in range(3):
-        white = np.fft.fft2(draw.standard_normal((height, width)))
-        noise = np.fft.ifft2(white * falloff).real
-        channels.append(128 + 50 * noise / noise.std())
-    return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
+def noise(width: int, height: int) -> Image.Image:
+    """Return a picture of random squares, 5 pixels wide."""
+    draw = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(draw).resize((width * 5, height * 5), 0).crop((0, 0, width, height))
 
 
 def save_png(path: Path, image: torch.Tensor) -> None:
@@ -138,6 +130,8 @@ def total_loss(terms: dict, c: Config = C) -> torch.Tensor:
 
 SHORT = ("--tiny --stage0-scale 0.01 --max-steps 4 --log-every 1 --n-pretrain 128 --n-train 64 "
          "--n-described 32 --n-text 32 --n-eval 12 --stage1-batch 16 --stage2-batch 8").split()
+FILES = ("config.json versions.json vocabulary.json log.jsonl model.safetensors curves.png "
+         "samples.png result.json predictions.jsonl").split()     # that a run leaves
 # two samples a step: with one for each of two processes, one process often has no image, and some
 # expert no token
 SHARED = ("--stage1-batch 2 --stage2-batch 2 --max-steps 10 --log-every 1 --save-every 4 "
@@ -243,11 +237,12 @@ def random_file(name: str, folder: Path) -> nn.Module:
     return net
 
 
-def llama_pieces(tokenizers, size: int = 700) -> tuple[dict[str, int], list]:
+def llama_pieces() -> tuple[dict[str, int], list]:
     """Return (vocabulary, merges) for LlamaTokenizer, made of the tiny world's words.
 
     As in sentencepiece: pieces that begin with a space, and a byte each for what is no piece.
     """
+    tokenizers = pytest.importorskip("tokenizers")
     texts = ["A chat between a curious user and an artificial intelligence assistant. USER: "]
     for record in world_records("train", "chat", 50) + world_records("train", "caption", 50):
         for turn in record["conversations"]:
@@ -256,7 +251,7 @@ def llama_pieces(tokenizers, size: int = 700) -> tuple[dict[str, int], list]:
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     single = [f"<0x{byte:02X}>" for byte in range(256)]
     model.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<unk>", "<s>", "</s>", *single], show_progress=False))
+        vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *single], show_progress=False))
     pieces = json.loads(model.to_str())["model"]
     return pieces["vocab"], [tuple(merge) for merge in pieces["merges"]]
 
@@ -272,8 +267,8 @@ def full_flags(real_folder: Path, llama_folder: Path) -> list[str]:
                     "--teachers clip eva convnext sam").split()
 
 
-def released_tensors(llama: nn.Module, vision: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the authors' layout: 2 experts of rank 4 in each of 3 blocks of width 128."""
+def write_released(folder: Path, llama_folder: Path, llama: nn.Module, vision: nn.Module) -> None:
+    """Write a checkpoint in the authors' layout: 2 experts of rank 4, 3 blocks of width 128."""
     prefix = "model.vision_tower.vision_tower.vision_model."
     tensors = {}
     for name, tensor in vision.state_dict().items():
@@ -292,11 +287,8 @@ def released_tensors(llama: nn.Module, vision: nn.Module) -> dict[str, torch.Ten
         tensors[f"model.mm_projector.{i}.weight"] = torch.randn(32, d_in)
         tensors[f"model.mm_projector.{i}.bias"] = torch.randn(32)
     tensors.update(llama.state_dict())
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def released_json(llama_folder: Path, folder: Path) -> None:
-    """Write config.json and tokenizer of a checkpoint in the authors' layout."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
     for path in llama_folder.iterdir():
         if path.suffix != ".safetensors":
             (folder / path.name).write_bytes(path.read_bytes())

@@ -7,7 +7,6 @@ import pytest
 pytest.register_assert_rewrite("tests.common")
 
 import torch
-from safetensors.torch import save_file
 
 import tests.common as common  # before what imports timm: it keeps the model hubs out
 from plumbing import checks
@@ -40,6 +39,12 @@ def encoders_checked_once():
         yield
 
 
+@pytest.fixture
+def photo(tmp_path):
+    common.save_png(tmp_path / "one.png", common.images(1)[0])
+    return tmp_path / "one.png"
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
     """A folder with one short run, runs/tiny, and what it printed, output.txt.
@@ -56,10 +61,9 @@ def workplace(tmp_path_factory):
 def llama_folder(tmp_path_factory):
     """A small random Llama and its tokenizer, of Llama's kind, as transformers saves them."""
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama")
-    vocabulary, merges = common.llama_pieces(tokenizers)
+    vocabulary, merges = common.llama_pieces()
     transformers.LlamaTokenizer(vocabulary, merges).save_pretrained(folder)
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -79,8 +83,7 @@ def released_folder(tmp_path_factory, llama_folder):
     vision = transformers.CLIPVisionModel(config)
     llama = transformers.LlamaForCausalLM.from_pretrained(llama_folder)
     folder = tmp_path_factory.mktemp("released")
-    common.released_json(llama_folder, folder)
-    save_file(common.released_tensors(llama, vision), folder / "model.safetensors")
+    common.write_released(folder, llama_folder, llama, vision)
     return folder
 
 

@@ -4,14 +4,7 @@ import pytest
 
 from data import InputError
 from plumbing.files import read_json
-from tests.common import images, save_png
 from tools import ask
-
-
-@pytest.fixture
-def picture(tmp_path):
-    save_png(tmp_path / "one.png", images(1)[0])
-    return str(tmp_path / "one.png")
 
 
 def asked(capsys, *argv) -> list[str]:
@@ -30,26 +23,22 @@ def test_ask_answers_from_a_run_folder(workplace, capsys):
     assert 100 * right / 48 == pytest.approx(accuracy)
 
 
-def test_ask_says_which_words_are_new(workplace, picture, capsys):
+def test_ask_says_which_words_are_new(workplace, photo, capsys):
     """A question with a word that the run has never seen gets a note; no picture, one line."""
-    ask.main([str(workplace / "runs/tiny"), picture, "what flavour?"])
+    ask.main([str(workplace / "runs/tiny"), str(photo), "what flavour?"])
     assert "never seen the word(s) flavour" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"^gone.png: no such image file$"):
         ask.main([str(workplace / "runs/tiny"), "gone.png", "what shape?"])
 
 
-def test_ask_answers_from_the_authors_checkpoint(released_folder, picture, capsys):
-    """So it does from a checkpoint of the authors' layout."""
-    assert len(asked(capsys, released_folder, picture, "what shape?")) == 1
-
-
-def test_ask_answers_from_a_full_run(full_run, picture, monkeypatch, capsys):
+def test_ask_answers_from_other_folders(full_run, released_folder, photo, monkeypatch, capsys):
     """A run of --full stands alone: neither the encoders' files nor the LLM's are read.
 
-    It has no held-out set, which is one line.
+    The authors' checkpoint answers too; --full has no held-out set, which is one line.
     """
     monkeypatch.setattr("real.encoder_weights.fill_net", None)
     monkeypatch.setattr("real.encoder_weights.ask_hub", None)
-    assert asked(capsys, full_run, picture, "what shape?")
+    for folder in (full_run, released_folder):
+        assert len(asked(capsys, folder, photo, "what shape?")) == 1
     with pytest.raises(InputError, match="runs/full has no held-out set"):
         ask.main([str(full_run)])

@@ -1,18 +1,11 @@
 """tools.compare: its variants train what they say, and the numbers of its report are right."""
 
-import multiprocessing
-import os
-import signal
-import threading
-
 import pytest
 import torch
 
 from data import collate
 from plumbing.build import build_movekd, build_teachers, build_vlm
-from plumbing.cli import run
 from plumbing.flags import parse_config
-from plumbing.signals import STOPPED
 from tests.common import SHORT, C, some_conversations, total_loss
 from tools.compare import runs
 from tools.compare.__main__ import main
@@ -69,28 +62,6 @@ def test_intervals_and_differences():
     compare(results)
     row = table(results)[3]
     assert row == "| **MoVE-KD** (`movekd`) | 21.0 ± 63.5 |  | +6.0 | 30.0 ± 317.6 |"
-
-
-def test_a_signal_ends_the_runs(tmp_path, monkeypatch):
-    """SIGTERM while a run trains: its process is ended, has no result, and the status is 3."""
-    monkeypatch.chdir(tmp_path)
-    output = tmp_path / "run/output.txt"
-    output.parent.mkdir()
-    os.mkfifo(output)
-
-    def send() -> None:
-        with open(output, encoding="utf-8") as pipe:  # waits until the run opens it to write
-            os.kill(os.getpid(), signal.SIGTERM)
-            pipe.read()
-
-    before = multiprocessing.active_children()  # of other tests, not yet collected
-    thread = threading.Thread(target=send)
-    thread.start()
-    with pytest.raises(SystemExit, match=f"^{STOPPED}$"):
-        run(lambda: runs.train_all({output.parent: [*SHORT, "--out", "run"]}, {}))
-    thread.join()
-    assert set(multiprocessing.active_children()) <= set(before)
-    assert not (output.parent / "result.json").exists()
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import ast
 import importlib
 import re
 import shlex
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,6 @@ TESTS = "\n".join(path.read_text(encoding="utf-8") for path in HERE.rglob("test_
 # commands shown in code blocks: the program and its arguments, up to two spaces and a remark
 COMMAND = re.compile(r"^    .*?python3? (train\.py|-m [\w.]+) ?(.*?)(?:\s{2,}.*)?$", re.M)
 OTHERS = ("venv", "pytest")     # modules that are not ours
-
-
-def commands() -> list[tuple[str, str]]:
-    return sorted(set(COMMAND.findall("\n".join(TEXTS.values()))))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -47,7 +42,7 @@ def test_every_relative_link_resolves(page):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("program,rest", commands())
+@pytest.mark.parametrize("program,rest", sorted(set(COMMAND.findall("\n".join(TEXTS.values())))))
 def test_every_command_shown_parses(program, rest):
     """Every `python train.py ...` has flags that exist; every `python -m` has a module."""
     if program == "train.py":
@@ -110,8 +105,7 @@ def test_the_references_are_those_of_the_results():
 
 def test_the_readme_can_be_read_in_one_sitting():
     lines = TEXTS[HERE / "README.md"].splitlines()
-    assert len(lines) <= 150
-    assert max(map(len, lines)) <= 120
+    assert len(lines) <= 150 and max(map(len, lines)) <= 120
 
 
 @pytest.mark.slow
@@ -119,6 +113,6 @@ def test_the_step_by_hand_is_a_step():
     """The README's lines for a notebook run as they stand: every part of the model learns."""
     code = TEXTS[HERE / "README.md"].split("in a notebook:\n\n")[1].split("\n\n")[0]
     names = {}
-    exec(textwrap.dedent(code), names)
+    exec(code.replace("    ", ""), names)
     for name, parameters in names["model"].parameter_groups().items():
         assert any(p.grad is not None and p.grad.any() for p in parameters), name

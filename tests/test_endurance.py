@@ -75,13 +75,6 @@ def test_processes_do_not_outlive_their_launcher(workplace):
     assert len(list((workplace / "runs/orphans/checkpoints").glob("stage1-*[0-9]"))) == 1
 
 
-def memory_and_files(process: int) -> tuple[float, int]:
-    """Return a process's own memory in MB, without mapped files, and its number of open files."""
-    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    kilobytes = re.search(r"RssAnon:\s*(\d+)", status)[1]
-    return int(kilobytes) / 1024, len(os.listdir(f"/proc/{process}/fd"))
-
-
 @pytest.mark.slow
 def test_memory_is_constant_for_half_an_hour(tmp_path):
     """Steps, log lines and checkpoints for 30 minutes: no more memory or files at the end."""
@@ -92,8 +85,10 @@ def test_memory_is_constant_for_half_an_hour(tmp_path):
         for minute in range(35):
             time.sleep(60)
             assert process.poll() is None
-            seen.append(memory_and_files(process.pid))
-            print(f"minute {minute + 1}: {seen[-1][0]:.0f} MB, {seen[-1][1]} open files")
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+            own = int(re.search(r"RssAnon:\s*(\d+)", status)[1]) / 1024     # no mapped files
+            seen.append((own, len(os.listdir(f"/proc/{process.pid}/fd"))))
+            print(f"minute {minute + 1}: {own:.0f} MB, {seen[-1][1]} open files")
     finally:
         process.kill()
         process.wait()

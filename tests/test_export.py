@@ -19,7 +19,7 @@ from plumbing.files import read_tensors, write_tensors
 from plumbing.finished_run import load_run, load_student
 from plumbing.sets import student_size
 from real.image_files import fit
-from tests.common import SHORT, conversation, images, natural_noise, run_here
+from tests.common import SHORT, conversation, images, noise, run_here
 from tools.export.__main__ import main
 from tools.export.alone import Student as Alone
 from tools.export.student import write_student
@@ -40,20 +40,20 @@ def photos(tmp_path) -> Path:
     """A folder of pictures, none a square: RGB, long and thin, turned, and the odd modes of PIL."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    noise = natural_noise(60, 45)
-    noise.save(folder / "photo.png")
-    noise.resize((5000, 9)).save(folder / "thin.png")
-    noise.convert("CMYK").save(folder / "CMYK.jpg")
-    noise.convert("P").save(folder / "palette.png", transparency=7)
+    picture = noise(60, 45)
+    picture.save(folder / "photo.png")
+    picture.resize((5000, 9)).save(folder / "thin.png")
+    picture.convert("CMYK").save(folder / "CMYK.jpg")
+    picture.convert("P").save(folder / "palette.png", transparency=7)
     exif = Image.Exif()
     exif[0x0112] = 6
-    noise.save(folder / "turned.jpg", exif=exif)
+    picture.save(folder / "turned.jpg", exif=exif)
     for kind in ("uint16", "int32", "float32"):
-        grey = np.asarray(noise.convert("L")).astype(kind)
+        grey = np.asarray(picture.convert("L")).astype(kind)
         Image.fromarray(7 * grey).save(folder / f"{kind}.tiff")
-    noise.putalpha(Image.linear_gradient("L").resize(noise.size))
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
     for mode in ("RGBA", "LA", "L", "1"):
-        noise.convert(mode).save(folder / f"{mode}.png")
+        picture.convert(mode).save(folder / f"{mode}.png")
     return folder
 
 

@@ -9,13 +9,11 @@ import shutil
 import signal
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing import spawn, start_processes
@@ -135,19 +133,6 @@ def check_numbers_are_sent(rank: int) -> None:
     assert torch.equal(sharded[0](torch.ones(1, 3)), expected(torch.ones(1, 3)))
 
 
-def check_patience(machine: Machine) -> None:
-    """The first process may work alone for a week, where other messages come within minutes."""
-    used = []
-    barrier = dist.barrier
-    dist.barrier = lambda group=None: (used.append(group), barrier(group))
-    with machine.first_alone():
-        assert bool(used) == bool(machine.rank)
-    dist.barrier = barrier
-    assert used == [machine.patient]
-    options = machine.patient._get_backend(torch.device("cpu")).options
-    assert options._timeout == timedelta(days=7)
-
-
 def check_folder_is_seen(machine: Machine) -> None:
     """A process that does not see the lock of the first, or sees an older one, is told so."""
     with machine.first_alone():
@@ -169,13 +154,12 @@ def both(rank: int, folder: Path, port: int) -> None:
                       MASTER_PORT=str(port))
     torch.set_num_threads(1)
     machine = Machine(C)
-    check_patience(machine)
     check_folder_is_seen(machine)
     check_numbers_are_sent(rank)
     atexit.register(os._exit, 0)    # as run_one: a thread of gloo's sometimes aborts the end
 
 
 def test_two_processes_load_save_and_wait(tmp_path):
-    """The checks of `both`: numbers are sent, patience, one shared --out."""
+    """The checks of `both`: numbers are sent, one shared --out."""
     torch.save(Twins(), tmp_path / "twins.pt")
     spawn(both, (tmp_path, get_free_port()), nprocs=2)     # raises what a process raises

@@ -25,7 +25,7 @@ from plumbing.config import FULL
 from real.pretrained_llm import PretrainedTokenizer
 from teachers import VisionEncoder
 from tests import test_words as words
-from tests.common import conversation, natural_noise
+from tests.common import conversation, noise
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +132,7 @@ def test_pixels_are_llavas(llava, form):
     clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     size = {"shortest_edge": 336}
     processor = clip.CLIPImageProcessorPil(size=size, crop_size={"height": 336, "width": 336})
-    picture = natural_noise(*form)
+    picture = noise(*form)
     pad = types.SimpleNamespace(image_aspect_ratio="pad")
     expected = llava.process_images([picture], processor, pad)                  # (1, 3, R_i, R_i)
     with torch.device("meta"):

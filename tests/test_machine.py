@@ -45,16 +45,6 @@ def assert_same_log(a: Path, b: Path) -> None:
             close(torch.tensor(x[name]), torch.tensor(y[name]), atol=1e-5, rtol=1e-5, msg=where)
 
 
-def resume_from(folder: Path, run: str, copy: str, last: str, processes: int) -> Path:
-    """Resume a copy of a run as if it had been stopped just after a checkpoint."""
-    path = shutil.copytree(folder / "runs" / run, folder / "runs" / copy)
-    for checkpoint in (path / "checkpoints").iterdir():
-        if checkpoint.name > last:
-            shutil.rmtree(checkpoint)
-    train_on(folder, processes, "--resume", f"runs/{copy}")
-    return path
-
-
 def train_on(folder: Path, processes: int, *flags: str) -> None:
     """Run train.py on so many processes, of which one takes micro-batches of one sample."""
     done = run_script(folder, *flags, "--processes", str(processes), "--micro-batch",
@@ -69,22 +59,31 @@ def gradients(c: Config, model: MoVEKD, teachers, step: Step) -> dict[str, torch
     return {**found, **sums}
 
 
-def test_weighted_micro_batches_add_up_to_the_batch():
-    """Micro-batches' gradients and losses, weighted, add up to the batch's; one is text only."""
+def test_weighted_micro_batches_add_up_to_the_batch(sharded_machine):
+    """Micro-batches' gradients and losses, weighted, add up to the batch's; one is text only.
+
+    Sharded, it gets a blank picture beside its text, and nothing changes.
+    """
     c = dataclasses.replace(C, balance_form="pooled")   # a mean over images, as L_kd is
     model, teachers, _ = whole_method(c)
     dataset = common.some_conversations(3, 2)
-    machine = Machine(C)
+    plain = copy.copy(sharded_machine)
+    plain.sharded = False  # a plain model needs no blank picture
     batches = [collate([dataset.sample(i) for i in rows], 0) for rows in ((0, 1), (2, 3), (4,))]
-    step = machine.make_step(0, batches, model.vlm)
-    assert (step.counts["images"], step.counts["stop"]) == (3, 0)
-    assert sum(weights.text for _, weights in step.micro_batches) == pytest.approx(1)
-    assert [weights.images for _, weights in step.micro_batches] == [2 / 3, 1 / 3, 0]
     batch = collate([dataset.sample(i) for i in range(5)], 0)
-    undivided = machine.make_step(0, [batch], model.vlm)
+    undivided = plain.make_step(0, [batch], model.vlm)
     assert undivided.micro_batches[0][1] == Weights(1, 1) == Step.of(batch).micro_batches[0][1]
     expected = gradients(c, copy.deepcopy(model), teachers, undivided)
-    close(gradients(c, model, teachers, step), expected, atol=1e-5, rtol=1e-5)
+    sharded = copy.deepcopy(model)
+    sharding.shard(sharded, sharded.vlm.blocks, "cpu", 1, bf16=False)
+    for own, machine, blank in ((model, plain, 0), (sharded, sharded_machine, 1)):
+        step = machine.make_step(0, batches, model.vlm)
+        assert (step.counts["images"], step.counts["stop"]) == (3, 0)
+        assert sum(weights.text for _, weights in step.micro_batches) == pytest.approx(1)
+        assert [weights.images for _, weights in step.micro_batches] == [2 / 3, 1 / 3, 0]
+        last = step.micro_batches[2][0]
+        assert len(last["input_ids"]) == 1 + blank and (last["images"] is not None) == blank
+        close(gradients(c, own, teachers, step), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -133,7 +132,12 @@ def test_bad_input_of_many_processes_is_one_line(workplace):
     ("two", "stage2-00000008", 2), ("two", "stage1-00000004", 1), ("one", "stage2-00000004", 2)])
 def test_two_processes_go_on_from_a_checkpoint(two_processes, run, last, processes):
     """On as many bit for bit; of two in one, and of one in two, with the same losses."""
-    resumed = resume_from(two_processes, run, f"{run}-on-{processes}", last, processes)
+    name = f"runs/{run}-on-{processes}"
+    resumed = shutil.copytree(two_processes / "runs" / run, two_processes / name)
+    for checkpoint in (resumed / "checkpoints").iterdir():
+        if checkpoint.name > last:      # as if it had been stopped just after that one
+            shutil.rmtree(checkpoint)
+    train_on(two_processes, processes, "--resume", name)
     assert_same_log(two_processes / "runs/two", resumed)
     if run == "two" and processes == 2:
         assert_same_run(two_processes / "runs/two", resumed)
@@ -161,28 +165,16 @@ def test_resume_refuses_other_settings(two_processes):
         run_here(two_processes, "--resume", "runs/tiny")
 
 
-def test_recomputing_changes_nothing(workplace):
-    """Activation checkpointing gives the same log and weights, bit for bit."""
-    run_here(workplace, *SHORT, "--out", "runs/recomputed", "--recompute")
-    assert_same_run(workplace / "runs/recomputed", workplace / "runs/tiny")
-
-
-def recomputed_student(blocks: int) -> Student:
-    """Return a student of so many blocks, recomputed, whose experts alone are trained."""
-    student = Student("vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=64 "
-                      f"depth={blocks + 1} num_heads=4")
-    student.requires_grad_(False)
-    student.add_experts(form="ffn", **common.MOLE)
-    sharding.recompute(student.net.blocks)
-    return student
-
-
 def test_a_recomputed_block_leaves_only_its_input():
     """A further block with experts takes its input and its experts' gradients, nothing else."""
     pictures = torch.randint(0, 256, (4, 3, 48, 48), dtype=torch.uint8)
+    spec = "vit_base_patch16_clip_quickgelu_224 img_size=48 patch_size=8 embed_dim=64 num_heads=4"
     peaks = []
     for blocks in (4, 8):
-        student = recomputed_student(blocks)
+        student = Student(f"{spec} depth={blocks + 1}")
+        student.requires_grad_(False)   # but for the experts
+        student.add_experts(form="ffn", **common.MOLE)
+        sharding.recompute(student.net.blocks)
         out = student(pictures)
         layers = mole_layers(student)
         probs = [layer.probs for layer in layers]
@@ -214,27 +206,6 @@ def test_compiled_is_the_same():
         results.append((loss, terms["experts"], router.weight.grad, norm.weight.grad))
     for eager, traced in zip(*results, strict=True):
         close(eager, traced)
-
-
-def test_a_last_micro_batch_without_image_loses_no_gradient(sharded_machine):
-    """Sharded, with a blank picture beside a lone text, gradients and losses are the plain ones."""
-    model, teachers, _ = whole_method()
-    dataset = common.some_conversations(2, 1)
-    batches = [collate([dataset.sample(i) for i in rows], 0) for rows in ((0, 1), (2,))]
-    step = sharded_machine.make_step(0, batches, model.vlm)
-    assert step.counts["images"] == 2
-    batch, weights = step.micro_batches[1]
-    assert batch["images"].shape == (1, 3, C.image_size, C.image_size)
-    assert len(batch["input_ids"]) == len(batches[1]["input_ids"]) + 1
-    assert weights.images == 0
-    sharded = copy.deepcopy(model)
-    sharding.shard(sharded, sharded.vlm.blocks, "cpu", 1, bf16=False)
-    plain = copy.copy(sharded_machine)
-    plain.sharded = False  # a plain model needs no stand-in
-    plain_step = plain.make_step(0, batches, model.vlm)
-    assert [batch["images"] is None for batch, _ in plain_step.micro_batches] == [False, True]
-    expected = gradients(C, model, teachers, plain_step)
-    close(gradients(C, sharded, teachers, step), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_bf16_has_fp32_masters(sharded_machine):

@@ -7,20 +7,16 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import InputError, collate
-from model import Student
 from plumbing.config import TINY
 from plumbing.files import flop_counter
 from plumbing.flags import parse_config
 from plumbing.processes import Step
 from plumbing.sets import build_datasets, build_tokenizer, load_sets
-from teachers import VisionEncoder, parse_spec
-from tests.common import MOLE
-from tiny.llm import TinyLLM
+from teachers import parse_spec
 from tools.plan import __main__ as program
-from tools.plan.memory import PeakMemory, activations, fused_attention, memory
+from tools.plan.memory import PeakMemory, activations, memory
 from tools.plan.models import count, forward_flops, meta_models, random_models
 from train import forward_backward
 
@@ -122,40 +118,3 @@ def test_plan_refuses_a_machine_that_cannot_be(flags):
     """By an InputError, which is one line."""
     with pytest.raises(InputError, match="must be finite and above 0"):
         program.main(["--tiny", *flags.split()])
-
-
-def saved_bytes(function, *inputs) -> int:
-    """Return the bytes that autograd keeps from forward to backward, without parameters."""
-    sizes = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        origin = tensor if tensor._base is None else tensor._base
-        if not isinstance(origin, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            sizes[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = function(*inputs)
-    del out
-    return sum(sizes.values())
-
-
-def attention_calls() -> list[tuple]:
-    """Return small modules with attention (student with experts, EVA, tiny LLM), and inputs."""
-    pixels = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    eva = VisionEncoder(TINY.eva)
-    return [(Student(TINY.clip).add_experts(form="ffn", **MOLE), pixels),
-            (eva.net.forward_features, eva.view(pixels)),
-            (TinyLLM(40, dim=32, depth=2, heads=4, hidden=48), torch.zeros(2, 9, 32), None)]
-
-
-def test_the_meta_device_keeps_what_the_fused_kernel_keeps():
-    """Bytes that autograd saves, counted on the meta device: those of the real fused kernel."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # it or an error
-        real = [saved_bytes(*call) for call in attention_calls()]
-    with torch.device("meta"):
-        unfused = [saved_bytes(*call) for call in attention_calls()]    # meta's own way keeps more
-        with fused_attention():
-            assert [saved_bytes(*call) for call in attention_calls()] == real
-    assert all(a > b for a, b in zip(unfused, real, strict=True))

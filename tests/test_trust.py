@@ -27,7 +27,7 @@ from data import InputError, conversation_ids
 from plumbing import plots, sets
 from plumbing.checkpoints import checksums, examine, saved_checkpoints
 from plumbing.checks import check_machine, find_device
-from plumbing.config import TINY, Config, flag, plain_type
+from plumbing.config import FIELDS, TINY, flag, plain_type
 from plumbing.evaluate import questions_of
 from plumbing.files import read_json, write_json
 from plumbing.flags import load_config, parse_config
@@ -38,8 +38,6 @@ from tests import common
 from tests.common import HERE, SHORT, assert_same_run, conversation, damage, images, run_here
 from tiny.llm import WordTokenizer
 from tiny.world import WorldImages, world_records
-
-FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 # ------------------------------------------------------------------------------------------------
 # Flags and config.json
@@ -165,16 +163,14 @@ def test_long_thin_pictures_take_memory_near_their_own(tmp_path):
     assert middles == [200] * 3
 
 
-def test_only_what_pil_says_of_a_file_is_its_fault(tmp_path, monkeypatch):
+def test_only_what_pil_says_of_a_file_is_its_fault(photo, monkeypatch):
     """Too few file descriptors are the machine's fault, and no row is called bad for it."""
-    common.save_png(tmp_path / "ok.png", images(1)[0])
-
     def no_descriptor(path):
         raise OSError(24, "Too many open files", str(path))
 
     monkeypatch.setattr(Image, "open", no_descriptor)
     with pytest.raises(OSError, match="Too many open files"):
-        load_image(tmp_path / "ok.png", 8)
+        load_image(photo, 8)
 
 
 def test_images_outside_their_folder_are_refused(tmp_path):
@@ -304,10 +300,8 @@ def test_an_overwritten_run_leaves_nothing_of_the_earlier_one(kept):
     write_json(run / "evaluation.json", points)
     run_here(kept, *SHORT, "--max-steps", "1", "--cache-teachers", "", "--out",
              "runs/written_over", "--overwrite")
-    assert {path.name for path in run.iterdir()} == {
-        "config.json", "versions.json", "vocabulary.json", "log.jsonl", "curves.png",
-        "samples.png", "held_out.json", "model.safetensors", "result.json", "run.lock",
-        "predictions.jsonl", "stage0"}
+    left = {*common.FILES, "held_out.json", "run.lock", "stage0"}
+    assert {path.name for path in run.iterdir()} == left
     assert points[0] not in read_json(run / "held_out.json")
 
 
@@ -355,18 +349,13 @@ def test_a_lost_log_is_no_damaged_checkpoint(kept, monkeypatch, capsys, how):
     assert [(line["stage"], line["step"]) for line in read_log(run)] == [(2, 2), (2, 3)]
 
 
-def edit_config(run: Path, **values) -> None:
-    """Change fields of a run's config.json."""
-    write_json(run / "config.json", {**read_json(run / "config.json"), **values})
-
-
 @pytest.mark.parametrize("field, value", [("lm_depth", 2), ("seed", 1), ("stage2_batch", 4),
                                           ("lambda_kd", 0.3), ("teachers", ["clip", "eva"]),
                                           ("max_length", 99)])
 def test_resume_keeps_what_it_was_trained_with(kept, tmp_path, field, value):
     """A field of config.json that was edited since the checkpoint is refused by name."""
     run = shutil.copytree(kept / "runs/kept", tmp_path / "run")
-    edit_config(run, **{field: value})
+    write_json(run / "config.json", {**read_json(run / "config.json"), field: value})
     line = f"config.json: {field} is .*, and the checkpoint was trained with"
     with pytest.raises(InputError, match=line):
         train.main(["--resume", str(run)])
@@ -399,8 +388,6 @@ def test_a_crafted_checkpoint_runs_nothing(kept, monkeypatch):
     with pytest.raises(InputError, match="crafted/checkpoints/stage2-00000004: cannot be read: "):
         train.main(["--resume", "runs/crafted"])
     assert not list(kept.rglob("pwned"))
-
-
 
 
 # ------------------------------------------------------------------------------------------------

@@ -43,12 +43,10 @@ def load(folder: Path, legacy: bool) -> PretrainedTokenizer:
 
 
 @pytest.fixture(scope="module", params=LEGACY)
-def small(request, tmp_path_factory) -> PretrainedTokenizer:
+def small(request, llama_folder, tmp_path_factory) -> PretrainedTokenizer:
     """A tokenizer with Llama's settings, legacy or not."""
-    pieces = llama_pieces(pytest.importorskip("tokenizers"))
     folder = tmp_path_factory.mktemp("tokenizer")
-    transformers.LlamaTokenizer(*pieces).save_pretrained(folder)
-    return load(folder, request.param)
+    return load(shutil.copytree(llama_folder, folder, dirs_exist_ok=True), request.param)
 
 
 def llava_ids(record: dict, tokenizer, read: Callable, n: int) -> list[int]:
@@ -161,7 +159,7 @@ def test_ids_are_those_of_llamas_sentencepiece_model(tmp_path, legacy):
 
 def test_a_word_takes_the_last_space_before_it(small, tmp_path):
     """Llama joins runs of spaces last; transformers' order of a tokenizer.model's merges first."""
-    vocabulary, merges = llama_pieces(pytest.importorskip("tokenizers"))
+    vocabulary, merges = llama_pieces()
     vocabulary["\u2581\u2581"] = len(vocabulary)
     wrong = [("\u2581", "\u2581"), *merges]
     transformers.LlamaTokenizer(vocabulary, wrong).save_pretrained(tmp_path)
@@ -204,7 +202,7 @@ END = {  # a chat template: what ends an answer in it
 
 def chat_folder(folder: Path, template: str | None) -> str:
     """Save a tokenizer with Llama's settings, control tokens and a chat template."""
-    tokenizer = transformers.LlamaTokenizer(*llama_pieces(pytest.importorskip("tokenizers")))
+    tokenizer = transformers.LlamaTokenizer(*llama_pieces())
     controls = "<|im_start|> <|im_end|> <|begin|> <|head|> <|/head|> <|eot|> <image>".split()
     tokenizer.add_special_tokens({"additional_special_tokens": controls})
     tokenizer.chat_template = template

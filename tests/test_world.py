@@ -13,7 +13,6 @@ from data import InputError
 from plumbing.build import build_encoder, pretrained_weights
 from plumbing.files import read_json, write_json
 from plumbing.flags import parse_config
-from plumbing.run_log import stand_in_words
 from plumbing.sets import build_tokenizer, load_sets
 from real.image_files import DiskImages
 from tests.common import HERE, SHORT, C, conversation, damage, images, run_script, save_png
@@ -70,21 +69,6 @@ def test_a_wrong_number_is_one_line(tmp_path, capsys, flags):
         main(["export", str(tmp_path), *flags.split()])
     assert end.value.code == 2 and not list(tmp_path.iterdir())
     assert re.fullmatch(f"error: .*{flags.split()[0]}.*\n", capsys.readouterr().err)
-
-
-def test_every_object_lies_inside_its_picture(monkeypatch):
-    """No object is cut off: with a blank background, the border of every picture is blank.
-
-    All shapes, places, sizes and turns are drawn.
-    """
-    monkeypatch.setattr("tiny.pictures._BACKGROUNDS", torch.ones(4, 2, 3))
-    monkeypatch.setattr("tiny.pictures._GRAIN", torch.zeros(4))
-    sizes = [6, 1, 1, 9, 3, 3, 1]  # of the attributes; colours, patterns, backgrounds do not matter
-    scenes = torch.cartesian_prod(*[torch.arange(size) for size in sizes])
-    pictures = render(scenes)
-    for edge in (pictures[:, :, 0], pictures[:, :, -1], pictures[..., 0], pictures[..., -1]):
-        assert edge.min() == 255
-    assert pictures.amin(dim=(1, 2, 3)).max() < 255  # and there is an object in each
 
 
 @pytest.mark.parametrize("flags,made", [
@@ -201,6 +185,3 @@ def test_encoders_learn_the_sets_own_pictures(shapes, monkeypatch):
     records = read_json(shapes / "train.json")
     pretrained_weights(c, records, build_tokenizer(c, load_sets(c)))
     assert {path: path.stat().st_mtime_ns for path in shapes.glob("runs/stage0/*")} == files
-    other = stand_in_words(parse_config(own[:-2]))
-    assert other == ("the stand-in encoders know the drawn pictures of the tiny world, not those "
-                     "of train.json; --stage0-pictures data trains them on its own first")
