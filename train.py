@@ -165,7 +165,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Ten
 
 
 def lr_factor(step: int, steps: int, warmup: float) -> float:
-    """Return the fraction of the peak learning rate for a step, the first being 0.
+    """Return the fraction of the peak learning rate for a step; steps are counted from 0.
 
     A linear warm-up over the fraction `warmup` of the steps, then half a cosine down to 0.
     """
