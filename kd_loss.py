@@ -29,7 +29,7 @@ def token_weights(cls_scores: torch.Tensor, form: TokenWeight) -> torch.Tensor:
     "paper"     softmax over the n visual tokens only, then the mean over the heads
     "released"  softmax over all 1 + n keys, mean over heads, [CLS] dropped, and softmax AGAIN over
                 these probabilities. They lie in [0, 1], so the result is within a factor e of
-                uniform for any attention: in effect it only doubles L_kd.
+                uniform for any attention, and L_kd about twice that of 1/n.
     "uniform"   1/n, the ablation at the same total weight
     """
     if form == "uniform":
