@@ -59,7 +59,7 @@ def test_every_command_shown_parses(program, rest):
 
 def test_every_flag_named_in_the_text_exists():
     """A flag in backquotes is one of train.py's or of a tool's."""
-    sources = [path.read_text(encoding="utf-8") for path in HERE.glob("*/*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in HERE.glob("*/**/*.py")]
     known = set(re.findall(r'"(--[\w-]+)"', "\n".join(sources)))
     config = ast.parse((HERE / "plumbing/config.py").read_text(encoding="utf-8"))
     for node in ast.walk(config):

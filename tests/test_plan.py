@@ -88,7 +88,7 @@ def test_plan_predicts_a_measured_step(stage):
 
 @pytest.mark.slow
 def test_plan_names_what_it_assumes(full_meta):
-    """Stage 2 of --full on 8 GPUs of 80 GB: 39 GB counted, 6 to 9 GB around them, by name."""
+    """Stage 2 of --full on 8 GPUs of 80 GB: 40 GB counted, 6 to 9 GB around them, by name."""
     machine = Namespace(gpus=8, gpu_memory=80.0)
     lines, fits = program.stage_memory(full_meta[0], 2, *full_meta[1:], machine)
     rows = dict(re.findall(r"^\| (.+) \| ([\d.]+) \|$", "\n".join(lines), re.M))

@@ -57,10 +57,9 @@ def step_flops(c: Config, stage: int, forward: dict[str, float], tokens: int) ->
     stage 1 the experts of its first block need the gradient); to the weights as much again where
     they are trained; blocks that are recomputed, once more.
     """
-    blocks = 2 if stage == 1 else 3
-    if c.recompute:
-        blocks += 1
-    times = {"teacher": 1, "adapter": 3, "projector": 3, "student": blocks, "LLM": blocks}
+    times = {"teacher": 1, "adapter": 3, "projector": 3}
+    for name, part in (("student", "student backbone"), ("LLM", "LLM")):
+        times[name] = (2 if stage == 1 or part in c.freeze else 3) + c.recompute
     if stage == 0:
         times.update(projector=0, LLM=0)    # neither runs
     samples = getattr(c, f"{STAGES[stage]}_batch")
@@ -117,7 +116,7 @@ def stage_memory(c: Config, stage: int, model: MoVEKD, teachers: Teachers,
     if 0 < fit < own:
         fit = samples_that_fit(accumulating, per_sample, machine.gpu_memory)
     use = min(own, fit, c.micro_batch or fit)
-    if 0 < use < own:
+    if use < own:
         fixed = accumulating
 
     lines = [f"{stage_name(stage)}: {count(trained(model)):,} parameters trained; batch {batch}, "
