@@ -85,8 +85,8 @@ class Config:
     kd_teacher_grad: Literal["detached", "attached"] = "detached"   # row 6: gradient of W^tea
     kd_collapse: Literal["none", "second_softmax"] = "none"         # row 7: guard of W^tea
     adapter_form: AdapterForm = "token_mixing"                      # row 8: the two-layer MLP
-    adapter_direction: AdapterDirection = "teacher_to_student"  # the second: heads, as in AM-RADIO
-    target_norm: TargetNorm = "layer"       # of the targets of such heads
+    adapter_direction: AdapterDirection = "teacher_to_student"  # the second: as AM-RADIO's heads
+    target_norm: TargetNorm = "layer"       # how such heads' targets are standardised
     balance_weight: Weight = 0.0            # row 9: the paper has no L_balance
     balance_form: BalanceForm = "per_layer"                         # row 9: over which tokens
     # --- LLM
@@ -100,7 +100,7 @@ class Config:
     stage0_scale: Weight = 1.0              # factor of the steps of stage 0; small for a trial
     stage0_pictures: Literal["world", "data"] = "world"     # data: stand-ins learn from --data
     distil_epochs: Weight = 0.0             # L_kd alone, without the LLM; recipe ours has 4
-    distil_batch: Count = 64                # large: cheap without an LLM; its targets are smooth
+    distil_batch: Count = 64                # batch of that phase; large, because no LLM runs
     distil_lr: Weight = 2e-3                # peak learning rate; goes with the batch
     stage1_epochs: Weight = 1.0             # epochs of stage 1; as LLaVA
     stage1_batch: Count = 16                # over all processes; small in tiny, for more steps
