@@ -35,7 +35,7 @@ def parse_flags(argv: list[str] | None, description: str = "") -> tuple[Config, 
     start.add_argument("--resume", metavar="RUN", help="go on from a run's last checkpoint")
     start.add_argument("--evaluate", metavar="RUN", help="evaluate a run again, or on --eval-data")
     parser.add_argument("--recipe", choices=config.RECIPE_NAMES, metavar="NAME",
-                        help="paper, released or ours; see RECIPES in plumbing/config.py")
+                        help="paper (default), released, ours: RECIPES, plumbing/config.py")
     kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+"}, Literal: {}}
     for name, field in FIELDS.items():
         options = kinds.get(plain_type(field), {"type": plain_type(field)})
