@@ -173,12 +173,13 @@ PRESETS = {"tiny": TINY, "small": SMALL, "full": FULL}
 
 RECIPES = {  # --recipe sets all of these; the presets have the paper's
     # field               paper                 released              ours
+    "mole_experts":       (3,                    3,                    0),
     "mole_form":          ("ffn",                "fc1_fc2",            "ffn"),
     "mole_router_grad":   ("straight_through",   "none",               "straight_through"),
     "mole_init":          ("zero",               "kaiming",            "zero"),
     "lambda_kd":          (0.5,                  0.5,                  1.0),
     "clip_share":         (0.8,                  0.8,                  0.1),
-    "kd_token_weight":    ("paper",              "released",           "paper"),
+    "kd_token_weight":    ("paper",              "released",           "uniform"),
     "kd_teacher_weight":  ("paper",              "released",           "uniform"),
     "kd_teacher_grad":    ("detached",           "attached",           "detached"),
     "kd_collapse":        ("none",               "second_softmax",     "none"),
@@ -186,7 +187,7 @@ RECIPES = {  # --recipe sets all of these; the presets have the paper's
     "adapter_direction":  ("teacher_to_student", "teacher_to_student", "student_to_teacher"),
     "target_norm":        ("layer",              "layer",              "channel"),
     "distil_epochs":      (0.0,                  0.0,                  4.0),
-    "balance_weight":     (0.0,                  0.01,                 0.01),
+    "balance_weight":     (0.0,                  0.01,                 0.0),
     "balance_form":       ("per_layer",          "pooled",             "per_layer"),
 }
 RECIPE_NAMES = ("paper", "released", "ours")

@@ -20,8 +20,9 @@ TRAINED = {  # variant: what stage 2 trains beside projector and LLM, if not all
     "clip-eva": BACKBONE | MOLE | {"adapter eva"},
     "clip-convnext": BACKBONE | MOLE | {"adapter convnext"},
     **dict.fromkeys(("interpolation", "conflict-no-mole"), BACKBONE),
-    **dict.fromkeys(("no-mole", "adapters", "ours-no-mole", "ours-few-no-mole"),
-                    BACKBONE | ADAPTERS),
+    **dict.fromkeys(("no-mole", "adapters"), BACKBONE | ADAPTERS),
+    **{name: BACKBONE | ADAPTERS for name in VARIANTS if name.startswith("ours")},
+    **dict.fromkeys(("ours-mole", "ours-both", "ours-few-mole"), BACKBONE | MOLE | ADAPTERS),
     **dict.fromkeys(("movekd-experts", "ours-experts"), MOLE | ADAPTERS),
 }
 PARAMETER_FREE = ("interpolation", "conflict", "conflict-no-mole")  # adapters

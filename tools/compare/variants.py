@@ -3,6 +3,8 @@
 HEADS = "--adapter-direction student_to_teacher"
 UNIFORM = "--kd-token-weight uniform --kd-teacher-weight uniform"
 TOKENS = f"{HEADS} --target-norm channel --adapter-form per_token"
+MOLE = "--mole-experts 3 --balance-weight 0.01"
+CLS = "--kd-token-weight paper"
 CONFLICT = "--adapter-form interpolation --clip-share 0.333"
 
 VARIANTS = {  # name: (description, flags of train.py)
@@ -26,13 +28,14 @@ VARIANTS = {  # name: (description, flags of train.py)
     "heads-channel": ("+ targets standardised per channel", f"{HEADS} --target-norm channel"),
     "heads-per-token": ("+ heads see one token at a time", TOKENS),
     "heads-share-0.1": ("+ CLIP's share 0.1", f"{TOKENS} --clip-share 0.1"),
-    "ours-no-distil": ("+ lambda 1 and a balance loss: our recipe without a phase of distillation",
+    "ours-no-distil": ("+ lambda 1, no MoLE, no token weights: our recipe without its first phase",
                        "--recipe ours --distil-epochs 0"),
-    "ours": ("**our recipe**, with a phase of distillation alone", "--recipe ours"),
-    # our recipe without the rest of the paper's components
-    "ours-no-token-weight": ("our recipe without token weights",
-                             "--recipe ours --kd-token-weight uniform"),
-    "ours-no-share": ("our recipe, CLIP's share as the others'",
+    "ours": ("**our recipe**: + a phase of distillation alone first", "--recipe ours"),
+    # our recipe with more of the paper, and without CLIP's low weight
+    "ours-mole": ("our recipe with MoLE", f"--recipe ours {MOLE}"),
+    "ours-token-weight": ("our recipe with token weights", f"--recipe ours {CLS}"),
+    "ours-both": ("our recipe with MoLE and token weights", f"--recipe ours {MOLE} {CLS}"),
+    "ours-no-share": ("our recipe, CLIP's weight as the others'",
                       "--recipe ours --clip-share 0.333"),
     # the paper's own components, one after the other
     "interpolation": ("+ KD, tokens and channels resized",
@@ -41,14 +44,13 @@ VARIANTS = {  # name: (description, flags of train.py)
     "adapters-mole": ("+ MoLE", UNIFORM),
     # MoLE: when does it help?
     "argmax-router": ("MoVE-KD, no gradient in the router", "--mole-router-grad none"),
-    "ours-no-mole": ("our recipe without MoLE", "--recipe ours --mole-experts 0"),
     "movekd-experts": ("MoVE-KD, MoLE alone learns", "--student experts"),
-    "ours-experts": ("our recipe, MoLE alone learns", "--recipe ours --student experts"),
+    "ours-experts": ("our recipe, MoLE alone learns", f"--recipe ours {MOLE} --student experts"),
     # three targets that no adapter brings together: teachers in open conflict
     "conflict": ("no adapters, CLIP's share 1/3", CONFLICT),
     "conflict-no-mole": ("the same without MoLE", f"{CONFLICT} --mole-experts 0"),
     "ours-few": ("our recipe, 300 answered images", "--recipe ours --n-train 300"),
-    "ours-few-no-mole": ("the same without MoLE", "--recipe ours --n-train 300 --mole-experts 0"),
+    "ours-few-mole": ("the same with MoLE", f"--recipe ours --n-train 300 {MOLE}"),
 }
 for _share in (0.05, 0.1, 0.2, 0.4):  # CLIP's, of the teacher weights; the paper's is 0.8
     VARIANTS[f"paper-share-{_share}"] = (f"MoVE-KD, CLIP's share {_share}",
@@ -67,12 +69,12 @@ EXPERIMENTS = {  # flag: its variants, and how many seeds each has; "compare" is
         "llava", "interpolation", "adapters", "adapters-mole", "no-teacher-weight", "movekd",
         "student-to-teacher", "heads-channel", "heads-per-token", "heads-share-0.1",
         "ours-no-distil", "ours", "ensemble"), 3),
-    "ablation": dict.fromkeys(("ours", "ours-no-token-weight", "ours-no-share", "ours-no-mole",
-                               "ours-no-distil"), 5),
+    "ablation": dict.fromkeys(("ours", "ours-mole", "ours-token-weight", "ours-both",
+                               "ours-no-share", "ours-no-distil"), 5),
     "shares": dict.fromkeys((
         "paper-share-0.05", "paper-share-0.1", "paper-share-0.2", "paper-share-0.4", "movekd",
         "ours-share-0.05", "ours", "ours-share-0.2", "ours-share-0.4", "ours-share-0.8"), 1),
     "mole": dict.fromkeys((
         "llava", "movekd-experts", "ours-experts", "movekd", "argmax-router", "no-mole", "ours",
-        "ours-no-mole", "conflict", "conflict-no-mole", "ours-few", "ours-few-no-mole"), 3),
+        "ours-mole", "conflict", "conflict-no-mole", "ours-few", "ours-few-mole"), 3),
 }
