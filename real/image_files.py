@@ -16,8 +16,7 @@ from data import InputError, square_image, square_views
 from plumbing.files import kind_of
 
 Size = int | tuple[int, ...]  # of the loader's image; or of the views made of the original
-# a fault of the machine, not of the file: such an error is passed on as it is
-MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
+MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)  # no fault of the file
 
 
 def load_image(path: Path, size: Size) -> torch.Tensor | dict:

@@ -18,7 +18,7 @@ TOP = {"README.md", "LICENSE", "CONTRIBUTING.md", "pyproject.toml", "requirement
        *(f"{name}.py" for name in PAPER)}
 ROOMS = {".ci", ".github", "docs", "plumbing", "real", "tests", "tiny", "tools"}
 BUDGETS = {"mole.py": 190, "kd_loss.py": 140, "teachers.py": 300, "model.py": 300, "data.py": 320,
-           "train.py": 210, "test_movekd.py": 700, "plumbing": 3_123, "real": 927, "tiny": 970,
+           "train.py": 210, "test_movekd.py": 700, "plumbing": 3_124, "real": 926, "tiny": 970,
            "tools": 3_550, "tests": 4_905}
 
 

@@ -345,13 +345,14 @@ def llava(llama_folder, tmp_path_factory):
     return root, theirs
 
 
-def assert_same_logits(vlm: VLM, theirs: nn.Module) -> None:
-    """Assert that a VLM gives transformers' logits for an image and words."""
+def assert_same_logits(vlm: VLM, theirs: nn.Module) -> tuple:
+    """Assert that a VLM gives transformers' logits for an image and words; return the three."""
     token = theirs.config.image_token_index
-    ids = torch.tensor([[1, *[token] * 36, 5, 9, 21, 8]])
-    expected = theirs(input_ids=ids, pixel_values=vlm.student.view(images(1))).logits
+    ids, pixels = torch.tensor([[1, *[token] * 36, 5, 9, 21, 8]]), vlm.student.view(images(1))
+    expected = theirs(input_ids=ids, pixel_values=pixels).logits
     given = vlm(vlm.student(images(1)), ids.masked_fill(ids == token, vlm.image_token), None)
     close(given, expected, atol=1e-5, rtol=1e-5)
+    return ids, pixels, expected
 
 
 @pytest.mark.parametrize("layout", ["hf", "official", "no clip"])
@@ -376,14 +377,11 @@ def test_llava_is_transformers_llava(llava, layout, workplace):
              "0", "--stage1-epochs", "0", "--cache-teachers", "", "--out", f"runs/{layout}")
     vlm, _, c = load_run(workplace / "runs" / layout, "cpu")
     assert c.mole_experts == 3
-    assert_same_logits(vlm, theirs)
+    ids, pixels, expected = assert_same_logits(vlm, theirs)
     # the round trip: as transformers' own again, with experts that are still zero
     out = workplace / "out" / layout
     write_out([str(workplace / "runs" / layout), str(out), "--to", "transformers"])
     back = transformers.AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
-    ids = torch.tensor([[1, *[theirs.config.image_token_index] * 36, 5, 9, 21, 8]])
-    pixels = vlm.student.view(images(1))
-    expected = theirs(input_ids=ids, pixel_values=pixels).logits
     ids = ids.masked_fill(ids == theirs.config.image_token_index, back.config.image_token_id)
     given = back(input_ids=ids, pixel_values=pixels).logits[..., :expected.shape[-1]]
     close(given, expected, atol=1e-5, rtol=1e-5)

@@ -41,8 +41,7 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     parser.prog = "python -m tools.compare"
     parser.add_argument("--seeds", type=int, choices=range(1, len(T_QUANTILE) + 2),
-                        help="how many (default 5 or 10; 3 with --ladder and --mole, 1 with "
-                             "--quick and --shares)")
+                        help="how many; default 1, 3, 5 or 10, by variant")
     choice = parser.add_mutually_exclusive_group()
     for name in ("quick", "ladder", "ablation", "shares", "mole", "probe"):
         choice.add_argument(f"--{name}", dest="experiment", action="store_const", const=name)
