@@ -1,10 +1,10 @@
 """Does MoVE-KD help, which component of it, and why?  Variants of one run over several seeds.
 
-    python -m tools.compare                 # 13 variants, 5 or 10 seeds -> compare.md, compare.png
+    python -m tools.compare                 # 13 variants, 5 seeds -> compare.md, compare.png
     python -m tools.compare --quick         # the five that matter, one seed (6 min on 2 cores)
     python -m tools.compare --ladder        # the paper's components, then ours, step by step
     python -m tools.compare --ablation      # our recipe without each of its components
-    python -m tools.compare --shares        # CLIP's share, both directions of the adapters
+    python -m tools.compare --shares        # CLIP's weight, both directions of the adapters
     python -m tools.compare --mole          # when does MoLE help?
     python -m tools.compare --probe         # what each teacher knows (30 s, 3 min with stage 0)
     python -m tools.compare --arms movekd no-kd --eval-split validation --out runs/tune
@@ -41,7 +41,7 @@ def build_parser() -> Parser:
     parser = Parser(__doc__)
     parser.prog = "python -m tools.compare"
     parser.add_argument("--seeds", type=int, choices=range(1, len(T_QUANTILE) + 2),
-                        help="how many; default 1, 3, 5 or 10, by variant")
+                        help="how many; default 1, 3 or 5, by experiment")
     choice = parser.add_mutually_exclusive_group()
     for name in ("quick", "ladder", "ablation", "shares", "mole", "probe"):
         choice.add_argument(f"--{name}", dest="experiment", action="store_const", const=name)
@@ -54,7 +54,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Train all variants of an experiment, then write its report."""
     args, rest = build_parser().parse_known_args(argv)
-    experiment = args.experiment or "compare"
+    experiment = args.experiment or ("arms" if args.arms else "compare")
 
     # What all runs share: the stage-0 models, and the teachers' outputs for the training images.
     c = parse_config(["--tiny", *rest])

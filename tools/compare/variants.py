@@ -27,10 +27,10 @@ VARIANTS = {  # name: (description, flags of train.py)
     "student-to-teacher": ("heads student -> teacher (AM-RADIO)", HEADS),
     "heads-channel": ("+ targets standardised per channel", f"{HEADS} --target-norm channel"),
     "heads-per-token": ("+ heads see one token at a time", TOKENS),
-    "heads-share-0.1": ("+ CLIP's share 0.1", f"{TOKENS} --clip-share 0.1"),
-    "ours-no-distil": ("+ lambda 1, no MoLE, no token weights: our recipe without its first phase",
+    "heads-share-0.1": ("+ CLIP's weight 0.1", f"{TOKENS} --clip-share 0.1"),
+    "ours-no-distil": ("our recipe without its phase of distillation alone",
                        "--recipe ours --distil-epochs 0"),
-    "ours": ("**our recipe**: + a phase of distillation alone first", "--recipe ours"),
+    "ours": ("**our recipe**", "--recipe ours"),
     # our recipe with more of the paper, and without CLIP's low weight
     "ours-mole": ("our recipe with MoLE", f"--recipe ours {MOLE}"),
     "ours-token-weight": ("our recipe with token weights", f"--recipe ours {CLS}"),
@@ -47,23 +47,22 @@ VARIANTS = {  # name: (description, flags of train.py)
     "movekd-experts": ("MoVE-KD, MoLE alone learns", "--student experts"),
     "ours-experts": ("our recipe, MoLE alone learns", f"--recipe ours {MOLE} --student experts"),
     # three targets that no adapter brings together: teachers in open conflict
-    "conflict": ("no adapters, CLIP's share 1/3", CONFLICT),
+    "conflict": ("no adapters, CLIP's weight 1/3", CONFLICT),
     "conflict-no-mole": ("the same without MoLE", f"{CONFLICT} --mole-experts 0"),
     "ours-few": ("our recipe, 300 answered images", "--recipe ours --n-train 300"),
     "ours-few-mole": ("the same with MoLE", f"--recipe ours --n-train 300 {MOLE}"),
 }
 for _share in (0.05, 0.1, 0.2, 0.4):  # CLIP's, of the teacher weights; the paper's is 0.8
-    VARIANTS[f"paper-share-{_share}"] = (f"MoVE-KD, CLIP's share {_share}",
+    VARIANTS[f"paper-share-{_share}"] = (f"MoVE-KD, CLIP's weight {_share}",
                                          f"--clip-share {_share}")
 for _share in (0.05, 0.2, 0.4, 0.8):  # ours is 0.1
-    VARIANTS[f"ours-share-{_share}"] = (f"our recipe, CLIP's share {_share}",
+    VARIANTS[f"ours-share-{_share}"] = (f"our recipe, CLIP's weight {_share}",
                                         f"--recipe ours --clip-share {_share}")
 
-TEN = ("llava", "no-kd", "movekd", "clip-only")     # variants that the main claims hang on
 EXPERIMENTS = {  # flag: its variants, and how many seeds each has; "compare" is the default
-    "compare": {v: 10 if v in TEN else 5 for v in (
+    "compare": dict.fromkeys((
         "llava", "no-kd", "ensemble", "movekd", "no-mole", "no-token-weight", "no-teacher-weight",
-        "clip-only", "clip-eva", "clip-convnext", "released", "student-to-teacher", "ours")},
+        "clip-only", "clip-eva", "clip-convnext", "released", "student-to-teacher", "ours"), 5),
     "quick": dict.fromkeys(("llava", "no-kd", "movekd", "ours", "ensemble"), 1),
     "ladder": dict.fromkeys((
         "llava", "interpolation", "adapters", "adapters-mole", "no-teacher-weight", "movekd",
