@@ -9,17 +9,16 @@ from tests.common import images
 from tools import bench
 
 close = torch.testing.assert_close
-TINY = bench.SHAPES["tiny"]
 
 
 def test_baselines_compute_what_ours_do():
     """Each baseline gives our numbers; PIL rounds a view to whole steps of its uint8 image."""
     x = images(2)
-    layer = mole_layers(bench.student_with_experts(TINY, 0.0).cpu())[0]
+    layer = mole_layers(bench.student_with_experts(bench.SHAPES["tiny"], 0.0).cpu())[0]
     torch.nn.init.normal_(layer.lora.up.weight)
     tokens = torch.randn(2, 5, 96)
     close(bench.LoopMoLE(layer)(tokens), layer(tokens))
-    clip = ClipEncoder(TINY.clip)
+    clip = ClipEncoder(bench.SHAPES["tiny"].clip)
     output = clip(x)
     all_tokens, maps = bench.all_attention_maps(clip, x)
     close(all_tokens[:, 1:], output.tokens)

@@ -118,8 +118,8 @@ assert not {"data", "model", "mole", "teachers", "real", "plumbing"} & set(sys.m
 """
 
 
-@pytest.fixture(params=["experts", "plain", "full_run",
-                        pytest.param("released_folder", marks=pytest.mark.slow)])
+@pytest.fixture(params=["experts", *[pytest.param(name, marks=pytest.mark.slow)
+                                     for name in ("plain", "full_run", "released_folder")]])
 def run(request, workplace, tmp_path) -> Path:
     """A run with experts or without, one on a real LLM, or the authors' checkpoint."""
     pytest.importorskip("transformers")

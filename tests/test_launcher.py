@@ -62,6 +62,7 @@ def test_a_signal_is_passed_on_and_3_means_saved(start_two, statuses, expected):
     assert Path("saved0").exists() and Path("saved1").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_processes_listen(start_two, monkeypatch, capfd):
     """The status is 3, and one line says that nothing is lost."""
     def start_and_signal(*args, **options):

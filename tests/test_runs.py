@@ -97,6 +97,7 @@ def test_a_set_without_images_trains_the_llm(workplace, capsys):
     assert log[-1]["L_text"] < log[0]["L_text"] and log[-1]["L_kd"] == 0
 
 
+@pytest.mark.slow
 def test_exported_world_trains_bit_for_bit_as_the_built_in(workplace):
     """From LLaVA-format files on disk: the same records and pixels, the same log and weights."""
     world.main(["export", str(workplace / "world"), "--n-pretrain", "128", "--n-train", "64",

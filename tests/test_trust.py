@@ -306,8 +306,7 @@ def test_an_overwritten_run_leaves_nothing_of_the_earlier_one(kept):
 
 
 TENSORS = "shard-00001-model-00003-of-00008.safetensors"    # a file of a checkpoint
-DAMAGE = [*itertools.product([TENSORS, "progress.json"],
-                             ["flipped", "halved", "empty", "missing"]),
+DAMAGE = [*itertools.product([TENSORS, "progress.json"], ["flipped", "halved", "empty", "missing"]),
           ("extra.safetensors", "put there")]   # DCP would read its tensors
 
 

@@ -355,7 +355,8 @@ def assert_same_logits(vlm: VLM, theirs: nn.Module) -> tuple:
     return ids, pixels, expected
 
 
-@pytest.mark.parametrize("layout", ["hf", "official", "no clip"])
+@pytest.mark.parametrize("layout", ["hf", *[pytest.param(name, marks=pytest.mark.slow)
+                                            for name in ("official", "no clip")]])
 def test_llava_is_transformers_llava(llava, layout, workplace):
     """Read to answer, evaluated, trained further with zero experts, and taken out again."""
     transformers = pytest.importorskip("transformers")
