@@ -1,7 +1,7 @@
 """Does MoVE-KD help, which component of it, and why?  Variants of one run over several seeds.
 
     python -m tools.compare                 # 13 variants, 5 seeds -> compare.md, compare.png
-    python -m tools.compare --quick         # the five that matter, one seed (6 min on 2 cores)
+    python -m tools.compare --quick         # the five that matter, one seed (5 min on 2 cores)
     python -m tools.compare --ladder        # the paper's components, then ours, step by step
     python -m tools.compare --ablation      # our recipe without each of its components
     python -m tools.compare --shares        # CLIP's weight, both directions of the adapters
