@@ -73,13 +73,13 @@ def test_interrupted_comparison_goes_on(workplace, monkeypatch):
     command = [*SHORT[1:], "--seeds", "1", "--arms", "no-kd", "movekd"]
     main(command)
     folder = workplace / "runs/compare"
-    text = (folder / "compare.md").read_text(encoding="utf-8")
+    text = (folder / "arms.md").read_text(encoding="utf-8")
     results = {name: folder / name / "0/result.json" for name in ("no-kd", "movekd")}
     times = {name: path.stat().st_mtime_ns for name, path in results.items()}
     results["no-kd"].unlink()  # as if stopped before the end
     main(command)
     again = [name for name, path in results.items() if path.stat().st_mtime_ns != times[name]]
     assert again == ["no-kd"]
-    assert (folder / "compare.md").read_text(encoding="utf-8") == text
+    assert (folder / "arms.md").read_text(encoding="utf-8") == text
     assert all(f"(`{variant}`)" in text for variant in results)
-    assert (folder / "compare.png").stat().st_size > 0
+    assert (folder / "arms.png").stat().st_size > 0

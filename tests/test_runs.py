@@ -91,7 +91,7 @@ def test_a_set_without_images_trains_the_llm(workplace, capsys):
     rows = [{"conversations": conversation(f"what is {i}?", "so")} for i in range(20)]
     write_json(workplace / "text.json", rows)
     run_here(workplace, *SHORT, *"--data text.json --eval-data text.json --stage1-epochs 0 "
-             "--recipe ours --out runs/text".split())
+             "--recipe ours --distil-epochs 0 --out runs/text".split())
     log = read_log(workplace / "runs/text")
     assert [line["stage"] for line in log] == [2] * 4
     assert log[-1]["L_text"] < log[0]["L_text"] and log[-1]["L_kd"] == 0
