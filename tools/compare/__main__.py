@@ -3,15 +3,15 @@
     python -m tools.compare                 # 13 variants, 5 seeds -> compare.md, compare.png
     python -m tools.compare --quick         # the five that matter, one seed (5 min on 2 cores)
     python -m tools.compare --ladder        # the paper's components, then ours, step by step
-    python -m tools.compare --ablation      # our recipe without each of its components
+    python -m tools.compare --ablation      # our recipe with more or fewer components
     python -m tools.compare --shares        # CLIP's weight, both directions of the adapters
     python -m tools.compare --mole          # when does MoLE help?
-    python -m tools.compare --probe         # what each teacher knows (30 s, 3 min with stage 0)
+    python -m tools.compare --probe         # what each teacher knows (30 s)
     python -m tools.compare --arms movekd no-kd --eval-split validation --out runs/tune
 
 The results are under runs/compare. The last line is for tuning: never on the test split. Flags that
-are not its own go to every run. Variants share data, number of steps, initial weights and the
-teachers' outputs; a run that has its result is not run again, so an interrupted comparison goes on.
+are not its own go to every run. Variants share data, stages, initial weights and the teachers'
+outputs; a run that has its result is not run again, so an interrupted comparison goes on.
 """
 
 from pathlib import Path
