@@ -39,7 +39,7 @@ def train(run: Run) -> None:
 
     Stage 1 aligns: from captions, it trains the experts, the adapters and the projector. Stage 2
     finetunes: from conversations, it trains everything except the teachers. The loss is the same.
-    Our recipe has a phase before them that distils alone.
+    Our recipe has a distillation-only phase before them.
     """
     for stage in run.stages_left():
         run.model.set_stage(stage)

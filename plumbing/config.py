@@ -96,12 +96,12 @@ class Config:
     lm_depth: Count = tiny.LLM["depth"]     # layers of the tiny LLM
     lm_heads: Count = tiny.LLM["heads"]     # attention heads of the tiny LLM
     lm_hidden: Count = tiny.LLM["hidden"]   # inner width of the tiny LLM's SwiGLU, 8/3 of it
-    # --- stages: 0 trains the stand-ins, distil the student alone, 1 aligns, 2 finetunes
+    # --- stages: 0 trains the stand-ins, distil the student by L_kd, 1 aligns, 2 finetunes
     stage0_scale: Weight = 1.0              # factor of the steps of stage 0; small for a trial
     stage0_pictures: Literal["world", "data"] = "world"     # data: stand-ins learn from --data
-    distil_epochs: Weight = 0.0             # L_kd alone, without the LLM; recipe ours has 4
+    distil_epochs: Weight = 0.0             # the distillation-only phase, without LLM; ours has 4
     distil_batch: Count = 64                # batch of that phase; large, because no LLM runs
-    distil_lr: Weight = 2e-3                # peak learning rate; goes with the batch
+    distil_lr: Weight = 2e-3                # peak learning rate; not tuned in small and full
     stage1_epochs: Weight = 1.0             # epochs of stage 1; as LLaVA
     stage1_batch: Count = 16                # over all processes; small in tiny, for more steps
     stage1_lr: Weight = 1e-3                # peak learning rate; as LLaVA
@@ -144,7 +144,7 @@ EVALUATION = ("allow_outside", "device", "eval_batch", "eval_data", "eval_split"
 
 # What differs from TINY. SMALL is for one consumer GPU, and untuned; FULL has the published values.
 BOTH = {"image_views": "each", "caption_end": "newline", "group_batches": 8, "cache_teachers": "",
-        "mole_rank": 32, "mole_alpha": 1.0, "mole_dropout": 0.05,
+        "mole_rank": 32, "mole_alpha": 1.0, "mole_dropout": 0.05, "distil_lr": 1e-4,
         "stage1_batch": 256, "stage2_batch": 128, "stage2_epochs": 1, "precision": "bf16",
         "recompute": True, "save_every": 500, "eval_batch": 16, "max_new_tokens": 64}
 LARGER = {

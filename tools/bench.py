@@ -271,7 +271,8 @@ def step_cases(s: Shape) -> Iterator[Case]:
     def theirs(student: Student) -> None:
         x, maps = all_attention_maps(clip, images)
         V_s = student.net.forward_features(pil_view(student, images))[:, 1:]            # (B, n, d)
-        w_tok = maps[-1][:, :, 0, 1:].mean(dim=1)                                       # (B, n)
+        attention = maps[-1][:, :, 0, 1:]                                               # (B, h, n)
+        w_tok = (attention / attention.sum(dim=-1, keepdim=True)).mean(dim=1)           # (B, n)
         stacked_kd_loss(V_s, {"clip": x[:, 1:], **others}, w_tok, w_tea).backward()
 
     student, loops = student_with_experts(s, s.dropout), student_with_loops(s)

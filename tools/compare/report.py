@@ -32,19 +32,13 @@ def show(values: list[float], sign: str = "") -> str:
 
 
 def compare(results: Numbers) -> None:
-    """Add to each run its gain over other variants, and how far it is between two of them."""
-    bases = [name for name in ("no-kd", "llava", "movekd") if name in results]
+    """Add to each run its gain over other variants."""
+    bases = [name for name in ("no-kd", "llava", "movekd", "ensemble") if name in results]
     for base in bases or results.keys() & {"ours"}:
         for variant in results.keys() - {base}:
             # seed by seed, as many as both have: common effects of a seed cancel
             for run, other in zip(results[variant], results[base], strict=False):
                 run[f"over `{base}`"] = run["macro"] - other["macro"]
-    ends = [[run["macro"] for run in results.get(v, ())] for v in ("llava", "ensemble")]
-    count = min(map(len, ends))     # of the seeds that both have
-    start, end = (sum(values[:count]) for values in ends)
-    for variant in ("movekd", "ours") if start != end else ():  # after a few steps they are equal
-        for run in results.get(variant, [])[:count]:
-            run["of the way"] = 100 * (count * run["macro"] - start) / (end - start)
 
 
 def table(results: Numbers) -> list[str]:

@@ -28,7 +28,7 @@ VARIANTS = {  # name: (description, flags of train.py)
     "heads-channel": ("+ targets standardised per channel", f"{HEADS} --target-norm channel"),
     "heads-per-token": ("+ heads see one token at a time", TOKENS),
     "heads-share-0.1": ("+ CLIP's weight 0.1", f"{TOKENS} --clip-share 0.1"),
-    "ours-no-distil": ("our recipe without its phase of distillation alone",
+    "ours-no-distil": ("our recipe without its distillation-only phase",
                        "--recipe ours --distil-epochs 0"),
     "ours": ("**our recipe**", "--recipe ours"),
     # our recipe with more of the paper, and without CLIP's low weight
