@@ -27,8 +27,8 @@ from tools.compare.runs import probe, train_all
 from tools.compare.variants import EXPERIMENTS, VARIANTS
 
 ANSWERED = """\
-Held-out accuracy in %, mean ± 95 % interval over the seeds; cost of the vision side at inference in
-% of CLIP's; TFLOPs of the training; difference in macro accuracy to other variants, seed by seed."""
+Held-out accuracy in %, mean ± 95 % interval over the seeds; cost of the vision side at inference,
+% of CLIP's; TFLOPs of the training; difference in macro accuracy to other variants, by seed."""
 PROBED = """\
 What an encoder's tokens hold, in %, whatever the LLM makes of them: a linear probe of the pooled
 tokens per attribute, and how much of a teacher's pooled tokens is linear in them. CLIP's are also
