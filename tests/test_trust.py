@@ -1,4 +1,4 @@
-"""docs/trust.md, line by line: bad input is one line, and nothing wrong goes on in silence."""
+"""docs/promises.md, line by line: bad input is one line, and nothing wrong goes on in silence."""
 
 import dataclasses
 import fcntl
