@@ -34,7 +34,7 @@ STOPS = {
     method.MoVEKD.forward: "The whole method, one forward. It calls all the others below.",
     method.Student.forward: "The student: CLIP with experts, up to hidden layer -2.",
     mole.RoutedFFN.route: "In each block, the router sends each token to one expert.",
-    mole.MoLE.forward: "The frozen FFN, and the chosen expert beside it.",
+    mole.MoLE.forward: "The FFN, and the chosen expert beside it.",
     mole.ExpertLoRA.forward: "All E LoRAs as one: the gate leaves the chosen one's columns.",
     method.VLM.splice: "The visual tokens replace <image> among the words.",
     method.text_loss: "L_text looks at answer tokens only.",
