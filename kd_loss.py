@@ -29,7 +29,7 @@ def token_weights(cls_scores: torch.Tensor, form: TokenWeight) -> torch.Tensor:
     "paper"     softmax over the n visual tokens only, then the mean over the heads
     "released"  softmax over all 1 + n keys, mean over heads, [CLS] dropped, and softmax AGAIN over
                 these probabilities. They lie in [0, 1], so the result is within a factor e of
-                uniform for any attention, and L_kd about twice that of 1/n.
+                uniform for any attention, and L_kd close to that of "uniform".
     "uniform"   1/n, the ablation at the same total weight
     """
     if form == "uniform":
@@ -49,8 +49,8 @@ def teacher_weights(cls: torch.Tensor, teachers: dict[str, torch.Tensor], clip_s
         W^tea_i = (1 - clip_share) softmax_i( mean_j V^cls . V^t_ij / sqrt(d) )
                                                                                paper, teacher weight
     cls V^cls (B, d), teachers m x V^t_i (B, n, d) -> (B, m), rows sum to 1. The softmax runs over
-    the teachers other than CLIP, which must come first (ValueError). CLIP's weight is high because
-    the LLM was trained on CLIP's tokens.
+    the teachers other than CLIP, which must come first (ValueError). CLIP's weight is high so that
+    the student stays near CLIP.
 
     form      "released" leaves out the 1/sqrt(d): the softmax saturates. "uniform": equal weights
     detach    no gradient: an adapter must not lower the loss by moving weight to the teacher that

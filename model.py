@@ -28,7 +28,8 @@ from teachers import AdapterDirection, ClipEncoder, Teachers, adapt, adapt_stude
 class Student(ClipEncoder):
     """CLIP with a mixture of LoRA experts in every FFN.  uint8 (B, 3, R, R) -> V^s (B, n, d)
 
-    V^s is hidden layer -2, [CLS] dropped. With the up matrices 0, as at step 0, the student is CLIP bit for bit.
+    V^s is hidden layer -2, [CLS] dropped. With the up matrices 0, as at step 0, the student is
+    CLIP bit for bit.
     """
 
     def add_experts(self, **options) -> "Student":

@@ -3,7 +3,8 @@
     F*(x) = F(x) + E_i(x),    i = argmax_e softmax(f(x))_e          paper, mixture of LoRA experts
 
 x is one token, F the block's own FFN, f the router (one Linear), E_i the chosen expert (a LoRA).
-The student learns from teachers that pull in different directions. Experts let it store their lessons in different weights. F is frozen in stage 1 only.
+The paper's idea: the teachers pull the student in different directions, and experts let it store
+their lessons in different weights. F is frozen in stage 1; in stage 2 it learns, too.
 
 Letters: B images, 1 + n student tokens ([CLS] first), d width,
 d_ffn width inside the FFN, E experts, r rank of one expert, L layers.
