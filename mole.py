@@ -173,9 +173,9 @@ def balance_loss(probs: list[torch.Tensor], form: BalanceForm) -> torch.Tensor:
                               of the tokens of ALL layers together
 
     As in the Switch Transformer: f_e is the fraction of the tokens sent to expert e (no gradient),
-    p_e its router probability. Per layer it is 1 when balanced, and E when one expert has all p;
-    pooled, 1/E and 1. The pooled loss does not notice if each layer collapses to another expert.
-    The paper's total loss has no such term.
+    p_e its router probability. "per_layer" is 1 if the experts share the tokens equally, and E if
+    one has all of them; "pooled" is 1/E and 1. The pooled loss does not notice if each layer
+    collapses to another expert. The paper's total loss has no such term.
     """
     if form == "per_layer":
         losses = [p.shape[-1] * (expert_fractions(p) * p.mean(dim=(0, 1))).sum() for p in probs]
