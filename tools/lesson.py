@@ -149,8 +149,8 @@ def teacher_signal(to_student: bool) -> dict[int, float]:
     CLIP sees a signal x in 512 images, the teacher x and y. The student is one free vector per
     image; it starts as CLIP's and follows L_kd, as does the adapter, one Linear (docs/results.md):
 
-        teacher -> student   0.4 |s - clip|^2 + 0.6 |A(t) - s|^2        the paper's
-        student -> teacher   0.4 |s - clip|^2 + 0.6 |A(s) - t|^2        AM-RADIO's
+        teacher -> student   0.8 |s - clip|^2 + 0.2 |A(t) - s|^2        the paper's
+        student -> teacher   0.8 |s - clip|^2 + 0.2 |A(s) - t|^2        AM-RADIO's
     """
     torch.manual_seed(0)
     x, y = torch.randn(512, 4), torch.randn(512, 4)
@@ -168,7 +168,7 @@ def teacher_signal(to_student: bool) -> dict[int, float]:
             rest = y - z @ torch.linalg.lstsq(z, y).solution                            # (512, 4)
             found[step] = 1 - (rest.square().sum() / y.square().sum()).item()
         error = A(teacher) - s if to_student else A(s) - teacher                        # (512, 8)
-        loss = 0.4 * (s - clip).square().mean() + 0.6 * error.square().mean()           # ()
+        loss = 0.8 * (s - clip).square().mean() + 0.2 * error.square().mean()           # ()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
