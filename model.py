@@ -284,7 +284,7 @@ class MoVEKD(nn.Module):
     def set_stage(self, stage: int) -> None:
         """Freeze and unfreeze: stage 1 trains experts, adapters and projector, stage 2 all.
 
-        Number 0 is our distillation-only phase: student and adapters, without the LLM.
+        0 is our distillation-only phase, "distil": student and adapters, without the LLM.
         """
         self.stage = stage
         # CLIP and the LLM are pretrained: in stage 1 only the new modules learn.

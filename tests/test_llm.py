@@ -20,8 +20,7 @@ def test_tiny_llm_is_transformers_llama():
     """The tiny LLM with a transformers Llama's weights gives its logits."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=48,
-                                      num_hidden_layers=2, num_attention_heads=4,
-                                      rms_norm_eps=1e-6)
+                                      num_hidden_layers=2, num_attention_heads=4, rms_norm_eps=1e-6)
     theirs = transformers.LlamaForCausalLM(config).eval()
     state = theirs.state_dict()
     for value in state.values():

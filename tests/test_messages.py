@@ -56,8 +56,7 @@ def test_flags(place, capsys, given, line):
 def test_rows_and_images(place, capsys, given, line):
     """`--data train.json --eval-data eval.json`, where train.json holds this."""
     Path("train.json").write_text(given, encoding="utf-8")
-    argv = "--tiny --data train.json --eval-data eval.json".split()
-    assert error_of(argv, capsys) == line
+    assert error_of("--tiny --data train.json --eval-data eval.json".split(), capsys) == line
 
 
 @pytest.mark.parametrize("given, line", rows_of("config.json"))

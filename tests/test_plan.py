@@ -88,13 +88,16 @@ def test_plan_predicts_a_measured_step(stage):
 
 @pytest.mark.slow
 def test_plan_names_what_it_assumes(full_meta):
-    """Stage 2 of --full on 8 GPUs of 80 GB: 40 GB counted, 6 to 9 GB around them, by name."""
-    machine = Namespace(gpus=8, gpu_memory=80.0)
-    lines, fits = program.stage_memory(full_meta[0], 2, *full_meta[1:], machine)
+    """Stage 2 of --full on 8 GPUs: 40 GB counted, 6 to 9 GB around them, by name; fits or not."""
+    def stage2(micro_batch, gb):
+        c = dataclasses.replace(full_meta[0], micro_batch=micro_batch)
+        return program.stage_memory(c, 2, *full_meta[1:], Namespace(gpus=8, gpu_memory=gb))
+    lines, fits = stage2(16, 80.0)
     rows = dict(re.findall(r"^\| (.+) \| ([\d.]+) \|$", "\n".join(lines), re.M))
     assert fits and 37 <= float(rows["together"]) <= 41
     named = ("buffers of gather and reduce", "fragments", "CUDA's context", "NCCL")
     assert 6 <= sum(float(rows[name]) for name in named) <= 9
+    assert stage2(8, 80.0)[0][:-1] == stage2(8, 40.0)[0][:-1]  # the need, whether it fits or not
 
 
 @pytest.mark.slow

@@ -155,8 +155,8 @@ def test_presets_name_real_models(name):
     for c in (TINY, SMALL, FULL):
         spec = getattr(c, name)
         with torch.device("meta"):
-            net = create_net(spec)
-        assert timm.data.resolve_model_data_config(net)["interpolation"] == "bicubic"
+            config = timm.data.resolve_model_data_config(create_net(spec))
+        assert config["interpolation"] == "bicubic"
         if c is not TINY:
             model, _, _ = parse_spec(spec)
             hub_id = timm.get_pretrained_cfg(model).hf_hub_id
@@ -201,8 +201,7 @@ def test_tied_weights_are_stored_once(llama_folder, tmp_path):
     export(c, True, model, tokenizer)
     write_json(tmp_path / "config.json", dataclasses.asdict(c))
     tensors = read_tensors(tmp_path / "model.safetensors", "")
-    head = "vlm.llm.model.lm_head.weight"
-    assert model.state_dict().keys() - tensors.keys() == {head}
+    assert model.state_dict().keys() - tensors.keys() == {"vlm.llm.model.lm_head.weight"}
     vlm = load_run(tmp_path)[0]
     close(vlm.state_dict(), model.vlm.state_dict(), rtol=0, atol=0)
     assert vlm.llm.model.lm_head.weight is vlm.llm.model.get_input_embeddings().weight

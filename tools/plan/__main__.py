@@ -110,17 +110,17 @@ def stage_memory(c: Config, stage: int, model: MoVEKD, teachers: Teachers,
     # How many samples at once? More than one micro-batch per step costs memory too.
     batch = getattr(c, f"{STAGES[stage]}_batch")
     own = math.ceil(batch / machine.gpus)
+    use = min(own, c.micro_batch or own)
     fixed = memory(c, model, teachers, machine.gpus, accumulate=False)
-    accumulating = memory(c, model, teachers, machine.gpus, accumulate=True)
     fit = samples_that_fit(fixed, per_sample, machine.gpu_memory)
-    if 0 < fit < own:
-        fit = samples_that_fit(accumulating, per_sample, machine.gpu_memory)
-    use = min(own, fit, c.micro_batch or fit)
-    if use < own:
-        fixed = accumulating
+    if 0 < fit < own or use < own:  # several micro-batches: the whole gradient is kept
+        fixed = memory(c, model, teachers, machine.gpus, accumulate=True)
+        fit = samples_that_fit(fixed, per_sample, machine.gpu_memory)
+    if fit > 0:
+        use = min(use, fit)
 
     lines = [f"{stage_name(stage)}: {count(trained(model)):,} parameters trained; batch {batch}, "
-             f"{own} samples per GPU", "", *memory_table(fixed, per_sample, max(use, 1)), ""]
+             f"{own} samples per GPU", "", *memory_table(fixed, per_sample, use), ""]
     if fit > 0:
         lines.append(f"--micro-batch: {fit} fit; a step is {math.ceil(own / use)} of "
                      f"{use} per GPU")
