@@ -65,5 +65,5 @@ def plot(results: Numbers, path: Path) -> None:
         axis.text(center + error + 0.5, y, f"{center:.1f}", va="center", fontsize=9)
     axis.set_yticks(range(len(results)), [VARIANTS[v][0].replace("*", "") for v in results])
     axis.invert_yaxis()
-    axis.set(xlim=(0, 108), xlabel="macro accuracy, %; red: MoVE-KD and our recipe")
+    axis.set(xlim=(0, 108), xlabel="macro accuracy, %; red: MoVE-KD and ours")
     save_figure(figure, path)

@@ -9,33 +9,33 @@ CONFLICT = "--adapter-form interpolation --clip-share 0.333"
 
 VARIANTS = {  # name: (description, flags of train.py)
     # baselines
-    "llava": ("LLaVA-1.5: frozen CLIP", "--student frozen --lambda-kd 0 --mole-experts 0"),
-    "no-kd": ("fine-tuned, MoLE, no KD", "--lambda-kd 0"),
-    "ensemble": ("multi-encoder VLM: all encoders side by side, nothing distilled",
+    "llava": ("frozen CLIP, as in LLaVA-1.5", "--student frozen --lambda-kd 0 --mole-experts 0"),
+    "no-kd": ("no distillation", "--lambda-kd 0"),
+    "ensemble": ("all encoders side by side, frozen",
                  "--student ensemble --lambda-kd 0 --mole-experts 0"),
     # the paper's method, and without each of its components
     "movekd": ("**MoVE-KD**", ""),
     "no-mole": ("MoVE-KD without MoLE", "--mole-experts 0"),
     "no-token-weight": ("MoVE-KD, teacher weights alone", "--kd-token-weight uniform"),
     "no-teacher-weight": ("MoVE-KD, token weights alone", "--kd-teacher-weight uniform"),
-    "clip-only": ("teacher CLIP alone: fine-tuning that stays near CLIP", "--teachers clip"),
+    "clip-only": ("CLIP as only teacher", "--teachers clip"),
     "clip-eva": ("MoVE-KD, teachers CLIP + EVA", "--teachers clip eva"),
     "clip-convnext": ("MoVE-KD, teachers CLIP + ConvNeXt", "--teachers clip convnext"),
     # alpha / rank is the authors' 1/32
     "released": ("MoVE-KD, released code's arithmetic", "--recipe released --mole-alpha 0.25"),
-    # heads on the student's side, step by step to our recipe
+    # heads on the student's side, step by step to ours
     "student-to-teacher": ("heads student -> teacher (AM-RADIO)", HEADS),
     "heads-channel": ("+ targets standardised per channel", f"{HEADS} --target-norm channel"),
     "heads-per-token": ("+ heads see one token at a time", TOKENS),
     "heads-share-0.1": ("+ CLIP's weight 0.1", f"{TOKENS} --clip-share 0.1"),
-    "ours-no-distil": ("our recipe without its distillation-only phase",
+    "ours-no-distil": ("ours without its distillation-only phase",
                        "--recipe ours --distil-epochs 0"),
-    "ours": ("**our recipe**", "--recipe ours"),
-    # our recipe with more of the paper, and without CLIP's low weight
-    "ours-mole": ("our recipe with MoLE", f"--recipe ours {MOLE}"),
-    "ours-token-weight": ("our recipe with token weights", f"--recipe ours {CLS}"),
-    "ours-both": ("our recipe with MoLE and token weights", f"--recipe ours {MOLE} {CLS}"),
-    "ours-no-share": ("our recipe, CLIP's weight as the others'",
+    "ours": ("**ours**", "--recipe ours"),
+    # ours with more of the paper, and without CLIP's low weight
+    "ours-mole": ("ours with MoLE", f"--recipe ours {MOLE}"),
+    "ours-token-weight": ("ours with token weights", f"--recipe ours {CLS}"),
+    "ours-both": ("ours with MoLE and token weights", f"--recipe ours {MOLE} {CLS}"),
+    "ours-no-share": ("ours, CLIP's weight as the others'",
                       "--recipe ours --clip-share 0.333"),
     # the paper's own components, one after the other
     "interpolation": ("+ KD, tokens and channels resized",
@@ -45,18 +45,18 @@ VARIANTS = {  # name: (description, flags of train.py)
     # MoLE: when does it help?
     "argmax-router": ("MoVE-KD, no gradient in the router", "--mole-router-grad none"),
     "movekd-experts": ("MoVE-KD, MoLE alone learns", "--student experts"),
-    "ours-experts": ("our recipe, MoLE alone learns", f"--recipe ours {MOLE} --student experts"),
+    "ours-experts": ("ours, MoLE alone learns", f"--recipe ours {MOLE} --student experts"),
     # three targets that no adapter brings together: teachers in open conflict
     "conflict": ("no adapters, CLIP's weight 1/3", CONFLICT),
     "conflict-no-mole": ("the same without MoLE", f"{CONFLICT} --mole-experts 0"),
-    "ours-few": ("our recipe, 300 answered images", "--recipe ours --n-train 300"),
+    "ours-few": ("ours, 300 answered images", "--recipe ours --n-train 300"),
     "ours-few-mole": ("the same with MoLE", f"--recipe ours --n-train 300 {MOLE}"),
 }
 for _share in (0.05, 0.1, 0.2, 0.4):  # CLIP's, of the teacher weights; the paper's is 0.8
     VARIANTS[f"paper-share-{_share}"] = (f"MoVE-KD, CLIP's weight {_share}",
                                          f"--clip-share {_share}")
 for _share in (0.05, 0.2, 0.4, 0.8):  # ours is 0.1
-    VARIANTS[f"ours-share-{_share}"] = (f"our recipe, CLIP's weight {_share}",
+    VARIANTS[f"ours-share-{_share}"] = (f"ours, CLIP's weight {_share}",
                                         f"--recipe ours --clip-share {_share}")
 
 EXPERIMENTS = {  # flag: its variants, and how many seeds each has; "compare" is the default
