@@ -276,11 +276,11 @@ def step_cases(s: Shape) -> Iterator[Case]:
         stacked_kd_loss(V_s, {"clip": x[:, 1:], **others}, w_tok, w_tea).backward()
 
     student, loops = student_with_experts(s, s.dropout), student_with_loops(s)
-    yield Case("whole vision step", "the slow forms of its parts", lambda: ours(student),
+    yield Case("whole vision step", "a plain implementation", lambda: ours(student),
                lambda: theirs(loops), s.repeats)
     recomputed = student_with_experts(s, s.dropout)
     recompute(recomputed.net.blocks)
-    yield Case("the same with --recompute", "the slow forms of its parts", lambda: ours(recomputed),
+    yield Case("the same with --recompute", "a plain implementation", lambda: ours(recomputed),
                lambda: theirs(loops), s.repeats)
 
 
