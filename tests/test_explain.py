@@ -177,11 +177,11 @@ def test_uniform_weights_double_the_mean_error(workplace, sample, capsys, monkey
 
 @pytest.mark.slow
 def test_trained_adapters_let_go_of_what_only_the_teacher_sees():
-    """Teacher -> student, its own signal enters and is gone at the minimum; else it stays."""
+    """Teacher -> student, its own signal goes at the minimum; else it stays, faint under 0.8."""
     paper, radio = lesson.teacher_signal(True), lesson.teacher_signal(False)
-    assert max(paper.values()) > 0.5
-    assert paper[3000] < 0.05
-    assert radio[3000] > 0.95
+    assert max(paper.values())[0] > 0.5 and paper[3000][0] < 0.05
+    assert radio[3000][0] > 0.95
+    assert lesson.teacher_signal(False, share=0.1)[100][1] > 5 * radio[100][1]
 
 
 def test_the_walk_is_that_of_the_step(workplace, capsys):

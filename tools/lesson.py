@@ -135,29 +135,31 @@ def dinov2(_: Path) -> None:
 
 def direction(_: Path | None = None) -> None:
     """Print `teacher_signal` in both directions of the adapter, as a table in Markdown."""
-    print(f"| R^2 of the teacher's own signal in the student, after steps | "
+    print(f"| adapter, CLIP's weight: R^2, and % of the student's variance, after steps | "
           f"{' | '.join(map(str, STEPS))} |\n{'|---' * (1 + len(STEPS))}|")
-    for name, to_student in (("teacher -> student (the paper)", True),
-                             ("student -> teacher (AM-RADIO)", False)):
-        values = [f"{value:.2f}" for value in teacher_signal(to_student).values()]
-        print(f"| {name} | {' | '.join(values)} |")
+    for share in (0.8, 0.1):
+        for name, to_student in (("teacher -> student", True), ("student -> teacher", False)):
+            found = teacher_signal(to_student, share).values()
+            values = [f"{r2:.2f}, {100 * part:.1f} %" for r2, part in found]
+            print(f"| {name}, {share} | {' | '.join(values)} |")
 
 
-def teacher_signal(to_student: bool) -> dict[int, float]:
-    """Return how much of the teacher's own signal is linear in the student (R^2), by steps.
+def teacher_signal(to_student: bool, share: float = 0.8) -> dict[int, tuple[float, float]]:
+    """Return R^2 of the teacher's own signal in the student, and the signal's part of its variance.
 
     CLIP sees a signal x in 512 images, the teacher x and y. The student is one free vector per
     image; it starts as CLIP's and follows L_kd, as does the adapter, one Linear (docs/results.md):
 
-        teacher -> student   0.8 |s - clip|^2 + 0.2 |A(t) - s|^2        the paper's
-        student -> teacher   0.8 |s - clip|^2 + 0.2 |A(s) - t|^2        AM-RADIO's
+        teacher -> student   share |s - clip|^2 + (1 - share) |A(t) - s|^2        the paper's
+        student -> teacher   share |s - clip|^2 + (1 - share) |A(s) - t|^2        AM-RADIO's
     """
     torch.manual_seed(0)
     x, y = torch.randn(512, 4), torch.randn(512, 4)
     clip = x @ torch.randn(4, 8)                                                        # (512, 8)
+    y = y - y.mean(dim=0)                                                               # (512, 4)
+    y = y - linear(x - x.mean(dim=0), y)    # what chance has made of it in x           # (512, 4)
     teacher = torch.cat([x, y], dim=1) @ torch.randn(8, 8)                              # (512, 8)
     teacher = (teacher - teacher.mean(dim=0)) / teacher.std(dim=0)                      # (512, 8)
-    y = y - y.mean(dim=0)                                                               # (512, 4)
     s = clip.clone().requires_grad_()                                                   # (512, 8)
     A = torch.nn.Linear(8, 8)
     optimizer = torch.optim.Adam([s, *A.parameters()], lr=1e-2)
@@ -165,14 +167,19 @@ def teacher_signal(to_student: bool) -> dict[int, float]:
     for step in range(max(STEPS) + 1):
         if step in STEPS:
             z = s.detach() - s.detach().mean(dim=0)                                     # (512, 8)
-            rest = y - z @ torch.linalg.lstsq(z, y).solution                            # (512, 4)
-            found[step] = 1 - (rest.square().sum() / y.square().sum()).item()
+            found[step] = tuple((linear(a, b).square().sum() / b.square().sum()).item()
+                                for a, b in ((z, y), (y, z)))       # s -> signal, signal -> s
         error = A(teacher) - s if to_student else A(s) - teacher                        # (512, 8)
-        loss = 0.8 * (s - clip).square().mean() + 0.2 * error.square().mean()           # ()
+        loss = share * (s - clip).square().mean() + (1 - share) * error.square().mean() # ()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return found
+
+
+def linear(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return what linear regression from a, (512, .), predicts of b, (512, .). Both are centred."""
+    return a @ torch.linalg.lstsq(a, b).solution                                        # (512, .)
 
 
 EXERCISES = {"router": router, "uniform": uniform, "bound": bound, "direction": direction,
