@@ -25,18 +25,17 @@ VARIANTS = {  # name: (description, flags of train.py)
     "released": ("MoVE-KD, released code's arithmetic", "--recipe released --mole-alpha 0.25"),
     # heads on the student's side, step by step to ours
     "student-to-teacher": ("heads student -> teacher (AM-RADIO)", HEADS),
+    "heads-low-share": ("the same, CLIP's weight 0.1", f"{HEADS} --clip-share 0.1"),
     "heads-channel": ("+ targets standardised per channel", f"{HEADS} --target-norm channel"),
     "heads-per-token": ("+ heads see one token at a time", TOKENS),
     "heads-share-0.1": ("+ CLIP's weight 0.1", f"{TOKENS} --clip-share 0.1"),
-    "ours-no-distil": ("ours without its distillation-only phase",
-                       "--recipe ours --distil-epochs 0"),
+    "ours-no-distil": ("ours without distillation alone", "--recipe ours --distil-epochs 0"),
     "ours": ("**ours**", "--recipe ours"),
     # ours with more of the paper, and without CLIP's low weight
     "ours-mole": ("ours with MoLE", f"--recipe ours {MOLE}"),
     "ours-token-weight": ("ours with token weights", f"--recipe ours {CLS}"),
     "ours-both": ("ours with MoLE and token weights", f"--recipe ours {MOLE} {CLS}"),
-    "ours-no-share": ("ours, CLIP's weight as the others'",
-                      "--recipe ours --clip-share 0.333"),
+    "ours-no-share": ("ours, CLIP's weight as the others'", "--recipe ours --clip-share 0.333"),
     # the paper's own components, one after the other
     "interpolation": ("+ KD, tokens and channels resized",
                       f"--mole-experts 0 --adapter-form interpolation {UNIFORM}"),
