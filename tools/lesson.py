@@ -135,12 +135,12 @@ def dinov2(_: Path) -> None:
 
 def direction(_: Path | None = None) -> None:
     """Print `teacher_signal` in both directions of the adapter, as a table in Markdown."""
-    print(f"| adapter, CLIP's weight: R^2, and % of the student's variance, after steps | "
-          f"{' | '.join(map(str, STEPS))} |\n{'|---' * (1 + len(STEPS))}|")
+    print(f"| adapter, CLIP's weight: R^2 after steps | {' | '.join(map(str, STEPS))} | "
+          f"largest part of the variance |\n{'|---' * (2 + len(STEPS))}|")
     for share in (0.8, 0.1):
         for name, to_student in (("teacher -> student", True), ("student -> teacher", False)):
             found = teacher_signal(to_student, share).values()
-            values = [f"{r2:.2f}, {100 * part:.1f} %" for r2, part in found]
+            values = [f"{r2:.2f}" for r2, _ in found] + [f"{max(part for _, part in found):.1%}"]
             print(f"| {name}, {share} | {' | '.join(values)} |")
 
 
