@@ -148,7 +148,8 @@ def teacher_signal(to_student: bool, share: float = 0.8) -> dict[int, tuple[floa
     """Return R^2 of the teacher's own signal in the student, and the signal's part of its variance.
 
     CLIP sees a signal x in 512 images, the teacher x and y. The student is one free vector per
-    image; it starts as CLIP's and follows L_kd, as does the adapter, one Linear (docs/results.md):
+    image; it starts as CLIP's and follows L_kd, as does the adapter, one Linear (docs/results.md).
+    {steps done: (R^2, part)} for STEPS; share is CLIP's weight:
 
         teacher -> student   share |s - clip|^2 + (1 - share) |A(t) - s|^2        the paper's
         student -> teacher   share |s - clip|^2 + (1 - share) |A(s) - t|^2        AM-RADIO's
@@ -157,7 +158,7 @@ def teacher_signal(to_student: bool, share: float = 0.8) -> dict[int, tuple[floa
     x, y = torch.randn(512, 4), torch.randn(512, 4)
     clip = x @ torch.randn(4, 8)                                                        # (512, 8)
     y = y - y.mean(dim=0)                                                               # (512, 4)
-    y = y - linear(x - x.mean(dim=0), y)    # what chance has made of it in x           # (512, 4)
+    y = y - linear(x - x.mean(dim=0), y)    # less what x predicts by chance            # (512, 4)
     teacher = torch.cat([x, y], dim=1) @ torch.randn(8, 8)                              # (512, 8)
     teacher = (teacher - teacher.mean(dim=0)) / teacher.std(dim=0)                      # (512, 8)
     s = clip.clone().requires_grad_()                                                   # (512, 8)

@@ -3,7 +3,7 @@
     python -m tools.compare                 # 13 variants, 5 seeds -> compare.md, compare.png
     python -m tools.compare --quick         # the five that matter, one seed (5 min on 2 cores)
     python -m tools.compare --ladder        # the paper's components, then ours, step by step
-    python -m tools.compare --ablation      # our recipe with more or fewer components
+    python -m tools.compare --ablation      # ours with more or fewer components
     python -m tools.compare --shares        # CLIP's weight, both directions of the adapters
     python -m tools.compare --mole          # when does MoLE help?
     python -m tools.compare --probe         # what each teacher knows (30 s)

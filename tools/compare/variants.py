@@ -25,12 +25,12 @@ VARIANTS = {  # name: (description, flags of train.py)
     "released": ("MoVE-KD, released code's arithmetic", "--recipe released --mole-alpha 0.25"),
     # heads on the student's side, step by step to ours
     "student-to-teacher": ("heads student -> teacher (AM-RADIO)", HEADS),
-    "heads-low-share": ("the same, CLIP's weight 0.1", f"{HEADS} --clip-share 0.1"),
     "heads-channel": ("+ targets standardised per channel", f"{HEADS} --target-norm channel"),
     "heads-per-token": ("+ heads see one token at a time", TOKENS),
     "heads-share-0.1": ("+ CLIP's weight 0.1", f"{TOKENS} --clip-share 0.1"),
-    "ours-no-distil": ("ours without distillation alone", "--recipe ours --distil-epochs 0"),
+    "ours-no-distil": ("ours, no phase of L_kd alone", "--recipe ours --distil-epochs 0"),
     "ours": ("**ours**", "--recipe ours"),
+    "heads-low-share": ("heads and CLIP's weight 0.1 alone", f"{HEADS} --clip-share 0.1"),
     # ours with more of the paper, and without CLIP's low weight
     "ours-mole": ("ours with MoLE", f"--recipe ours {MOLE}"),
     "ours-token-weight": ("ours with token weights", f"--recipe ours {CLS}"),
