@@ -1,8 +1,8 @@
 """The variants that tools.compare trains, each a command line of train.py, and its experiments."""
 
-HEADS = "--adapter-direction student_to_teacher"
+REVERSED = "--adapter-direction student_to_teacher"
 UNIFORM = "--kd-token-weight uniform --kd-teacher-weight uniform"
-TOKENS = f"{HEADS} --target-norm channel --adapter-form per_token"
+TOKENS = f"{REVERSED} --target-norm channel --adapter-form per_token"
 MOLE = "--mole-experts 3 --balance-weight 0.01"
 CLS = "--kd-token-weight paper"
 CONFLICT = "--adapter-form interpolation --clip-share 0.333"
@@ -23,19 +23,19 @@ VARIANTS = {  # name: (description, flags of train.py)
     "clip-convnext": ("MoVE-KD, teachers CLIP + ConvNeXt", "--teachers clip convnext"),
     # alpha / rank is the authors' 1/32
     "released": ("MoVE-KD, released code's arithmetic", "--recipe released --mole-alpha 0.25"),
-    # heads on the student's side, step by step to ours
-    "student-to-teacher": ("heads student -> teacher (AM-RADIO)", HEADS),
-    "heads-channel": ("+ targets standardised per channel", f"{HEADS} --target-norm channel"),
-    "heads-per-token": ("+ heads see one token at a time", TOKENS),
-    "heads-share-0.1": ("+ CLIP's weight 0.1", f"{TOKENS} --clip-share 0.1"),
+    # reversed adapters, step by step to ours
+    "reversed": ("adapters from student to teacher (AM-RADIO)", REVERSED),
+    "reversed-channel": ("+ targets standardised per channel", f"{REVERSED} --target-norm channel"),
+    "reversed-per-token": ("+ adapters see one token at a time", TOKENS),
+    "reversed-per-token-0.1": ("+ CLIP's weight 0.1", f"{TOKENS} --clip-share 0.1"),
     "ours-no-distil": ("ours, no phase of L_kd alone", "--recipe ours --distil-epochs 0"),
     "ours": ("**ours**", "--recipe ours"),
-    "heads-low-share": ("heads and CLIP's weight 0.1 alone", f"{HEADS} --clip-share 0.1"),
+    "reversed-0.1": ("reversed adapters and CLIP's weight 0.1", f"{REVERSED} --clip-share 0.1"),
     # ours with more of the paper, and without CLIP's low weight
     "ours-mole": ("ours with MoLE", f"--recipe ours {MOLE}"),
     "ours-token-weight": ("ours with token weights", f"--recipe ours {CLS}"),
     "ours-both": ("ours with MoLE and token weights", f"--recipe ours {MOLE} {CLS}"),
-    "ours-no-share": ("ours, CLIP's weight as the others'", "--recipe ours --clip-share 0.333"),
+    "ours-0.333": ("ours, CLIP's weight as the others'", "--recipe ours --clip-share 0.333"),
     # the paper's own components, one after the other
     "interpolation": ("+ KD, tokens and channels resized",
                       f"--mole-experts 0 --adapter-form interpolation {UNIFORM}"),
@@ -52,26 +52,25 @@ VARIANTS = {  # name: (description, flags of train.py)
     "ours-few-mole": ("the same with MoLE", f"--recipe ours --n-train 300 {MOLE}"),
 }
 for _share in (0.05, 0.1, 0.2, 0.4):  # CLIP's, of the teacher weights; the paper's is 0.8
-    VARIANTS[f"paper-share-{_share}"] = (f"MoVE-KD, CLIP's weight {_share}",
-                                         f"--clip-share {_share}")
+    VARIANTS[f"movekd-{_share}"] = (f"MoVE-KD, CLIP's weight {_share}", f"--clip-share {_share}")
 for _share in (0.05, 0.2, 0.4, 0.8):  # ours is 0.1
-    VARIANTS[f"ours-share-{_share}"] = (f"ours, CLIP's weight {_share}",
-                                        f"--recipe ours --clip-share {_share}")
+    VARIANTS[f"ours-{_share}"] = (f"ours, CLIP's weight {_share}",
+                                  f"--recipe ours --clip-share {_share}")
 
 EXPERIMENTS = {  # flag: its variants, and how many seeds each has; "compare" is the default
     "compare": dict.fromkeys((
         "llava", "no-kd", "ensemble", "movekd", "no-mole", "no-token-weight", "no-teacher-weight",
-        "clip-only", "clip-eva", "clip-convnext", "released", "student-to-teacher", "ours"), 5),
+        "clip-only", "clip-eva", "clip-convnext", "released", "reversed", "ours"), 5),
     "quick": dict.fromkeys(("llava", "no-kd", "movekd", "ours", "ensemble"), 1),
     "ladder": dict.fromkeys((
         "llava", "interpolation", "adapters", "adapters-mole", "no-teacher-weight", "movekd",
-        "student-to-teacher", "heads-channel", "heads-per-token", "heads-share-0.1",
+        "reversed", "reversed-channel", "reversed-per-token", "reversed-per-token-0.1",
         "ours-no-distil", "ours", "ensemble"), 3),
-    "ablation": dict.fromkeys(("ours", "ours-mole", "ours-token-weight", "ours-both",
-                               "ours-no-share", "ours-no-distil"), 5),
+    "ablation": dict.fromkeys((
+        "ours", "ours-mole", "ours-token-weight", "ours-both", "ours-0.333", "ours-no-distil"), 5),
     "shares": dict.fromkeys((
-        "paper-share-0.05", "paper-share-0.1", "paper-share-0.2", "paper-share-0.4", "movekd",
-        "ours-share-0.05", "ours", "ours-share-0.2", "ours-share-0.4", "ours-share-0.8"), 1),
+        "movekd-0.05", "movekd-0.1", "movekd-0.2", "movekd-0.4", "movekd",
+        "ours-0.05", "ours", "ours-0.2", "ours-0.4", "ours-0.8"), 1),
     "mole": dict.fromkeys((
         "llava", "movekd-experts", "ours-experts", "movekd", "argmax-router", "no-mole", "ours",
         "ours-mole", "conflict", "conflict-no-mole", "ours-few", "ours-few-mole"), 3),
