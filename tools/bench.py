@@ -275,13 +275,14 @@ def step_cases(s: Shape) -> Iterator[Case]:
         w_tok = (attention / attention.sum(dim=-1, keepdim=True)).mean(dim=1)           # (B, n)
         stacked_kd_loss(V_s, {"clip": x[:, 1:], **others}, w_tok, w_tea).backward()
 
-    student, loops = student_with_experts(s, s.dropout), student_with_loops(s)
-    yield Case("whole vision step", "a plain implementation", lambda: ours(student),
-               lambda: theirs(loops), s.repeats)
-    recompute(student.net.blocks)
-    recompute(loops.net.blocks)
-    yield Case("the same with --recompute", "the same, which recomputes its blocks, too",
-               lambda: ours(student), lambda: theirs(loops), s.repeats)
+    plain = "a plain implementation"
+    for what, baseline in (("whole vision step", plain),
+                           ("the same with --recompute", f"{plain} that recomputes, too")):
+        student, loops = student_with_experts(s, s.dropout), student_with_loops(s)
+        if baseline != plain:
+            recompute([*student.net.blocks, *loops.net.blocks])
+        yield Case(what, baseline, lambda student=student: ours(student),
+                   lambda loops=loops: theirs(loops), s.repeats)
 
 
 def student_cases(s: Shape) -> Iterator[Case]:
